@@ -20,7 +20,6 @@ from bench.measure.lines import append
 from bench.measure.worker import NOT_REACHED, Lost, Worker
 
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # PyTorch's profiler prints a line whenever it starts or stops
-FACTS_SECONDS = 60
 LEAST_SECONDS = 2  # with which a task begins
 on_gpu = benchmarks.DEVICE == "cuda"
 collect_ignore = [] if on_gpu else ["test_first.py"]
@@ -44,7 +43,7 @@ class Session:
         """Describe the machine; a worker does, as pytest's own process uses no GPU."""
         if not self.machine:
             try:
-                self.machine = next(iter(self.workers.values())).do(benchmarks.facts, limit=FACTS_SECONDS)
+                self.machine = next(iter(self.workers.values())).do(benchmarks.facts, limit=60)
             except Lost as lost:
                 self.machine = {"device": "unknown", "lost": str(lost)}
         return self.machine
@@ -61,7 +60,8 @@ class Session:
 
     def seconds_left(self, item: Any) -> float:
         """Return the seconds that are left for the part of a test, with those that earlier parts have left."""
-        shares = {x.originalname: share_of(x) for x in item.session.items}
+        marks = {x.originalname: x.get_closest_marker("part") for x in item.session.items}
+        shares = {name: mark.args[0] if mark else 1.0 for name, mark in marks.items()}
         until = [*shares].index(item.originalname) + 1
         share = sum([*shares.values()][:until]) / sum(shares.values())
         seconds: Any = self.config.getoption("--seconds")
@@ -108,12 +108,6 @@ def name_of(item: Any) -> list[str]:
     return [item.originalname.removeprefix("test_"), item.callspec.id]
 
 
-def share_of(item: Any) -> float:
-    """Return the share of the seconds that a test's function has."""
-    mark = item.get_closest_marker("part")
-    return mark.args[0] if mark else 1.0
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "benchmarks of fastreg")
     lines = machine.ROOT / ".benchmarks" / "lines.jsonl"
@@ -155,17 +149,11 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     why = str(call.excinfo.value) if call.excinfo else None
     if call.excinfo and isinstance(call.excinfo.value, Lost):
         report.longrepr = why  # without the frames of pytest-benchmark
-    part, task = name_of(item)
-    record: dict[str, Any] = {"part": part, "task": task}
+    record: dict[str, Any] = dict(zip(("part", "task"), name_of(item), strict=True))
     if why and "group" in params:
-        lost = {
-            "group": params["group"],
-            "name": params["peer"],
-            "extra_info": GROUPS[params["group"]].info,
-            "why": why,
-        }
-        session.missing.append(lost)
-        record["missing"] = lost
+        about = {"group": params["group"], "name": params["peer"], "extra_info": GROUPS[params["group"]].info}
+        record["missing"] = about | {"why": why}
+        session.missing.append(record["missing"])
     elif why and not found:
         record["lost"] = why
     elif benchmark and benchmark.stats:

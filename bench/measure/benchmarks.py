@@ -89,27 +89,25 @@ def measure_peers(say: Say, case: cases.Case, peers: Collection[str], once: bool
     return paired(measured, case.OURS), missing
 
 
-def paired(measured: Mapping[str, dict[str, Any]], ours: str) -> Measured:
+def paired(measured: Measured, ours: str) -> Measured:
     """Add the figures that compare peers round by round, where the other peer is measured as well.
 
     `against` is the median of a peer's time over that of `ours`. The others are pairs of median and spread (the
     interquartile range): `added_seconds` is the difference of a training step to the one without the penalty, and
     `over_formula` the time of `ours` over the formula's.
     """
-    made: Measured = {}
     for peer, figures in measured.items():
-        made[peer] = dict(figures)
         against, without, formula = (
             zip(figures["seconds"], measured[other]["seconds"], strict=True) if other in measured else None
             for other in (ours, WITHOUT, "eager")
         )
         if against:
-            made[peer]["against"] = median_and_spread(truediv(*pair) for pair in against)[0]
+            figures["against"] = median_and_spread(truediv(*pair) for pair in against)[0]
         if without:
-            made[peer]["added_seconds"] = median_and_spread(sub(*pair) for pair in without)
+            figures["added_seconds"] = median_and_spread(sub(*pair) for pair in without)
             if formula and peer == ours:
-                made[peer]["over_formula"] = median_and_spread(truediv(*pair) for pair in formula)
-    return made
+                figures["over_formula"] = median_and_spread(truediv(*pair) for pair in formula)
+    return measured
 
 
 def median_and_spread(values: Iterable[float]) -> list[float]:

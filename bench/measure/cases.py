@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -312,9 +312,3 @@ def input_sets(case: Case, device: str) -> list[tuple[Tensor, ...]]:
     size = sum(x.nbytes for x in dict.fromkeys(first))  # raw and dropped may be one tensor
     count = min(max(2, math.ceil(2 * cache / size)), MOST_SETS)
     return [first, *(case.inputs(device) for _ in range(count - 1))]
-
-
-def calls(case: Case, sets: list[tuple[Tensor, ...]], peers: Collection[str]) -> dict[str, Call]:
-    """Return a function that makes one call, for each peer."""
-    torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
-    return {name: case.call(peer, sets) for name, peer in case.peers().items() if name in peers}

@@ -27,9 +27,9 @@ def findings(lines: Path) -> Found:
 
 def seconds(found: Found) -> dict[str, float]:
     """Return the seconds of each part."""
-    took: dict[str, float] = {}
+    took = dict.fromkeys((part for part, _ in found), 0.0)
     for (part, _), line in found.items():
-        took[part] = took.get(part, 0.0) + line.get("seconds", 0.0)
+        took[part] += line.get("seconds", 0.0)
     return took
 
 

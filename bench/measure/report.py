@@ -26,10 +26,6 @@ FIRST = RESULTS / "first"  # the results of `bench/on_gpu.sh first`
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.measure.report -->\n"
 SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
-HOW = {  # the words for each allocator, which follow a machine's name
-    KEPT: f"freed memory kept for the next call by `{SETTING}`, set before Python starts",
-    DEFAULT: "the system's default allocator, which fetches large temporaries anew in each call",
-}
 CHEAP = "8 elementwise layers, (4, 256, 256)"
 STEPS = (  # these steps, and the calls below, are in docs/performance.md
     *("AWD-LSTM, (64, 70, 400)", "AWD-LSTM, (20, 70, 400)", "8 minGRU layers, (4, 256, 256)"),  # on a GPU, on a CPU
@@ -57,6 +53,11 @@ STEP_PEERS = {  # peer -> heading of its column, which a table has if the result
 }
 ADDED, PEAK = "added_seconds", "peak_bytes"
 CALLING = list(STEP_PEERS)[3:]  # the peers that call fastreg
+NEEDED = {  # pass -> the peers of a case that a table shows
+    BOTH: {*PEERS, "fastreg"},
+    STEP: {WITHOUT, *PEERS, "attach"},
+    COMPILED: {WITHOUT, "eager", "fused_ar_tar"},
+}
 # What a compact result keeps of the statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
@@ -90,24 +91,12 @@ class Case:
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
-    def allocator(self) -> str:
-        return self.info.get("allocator", DEFAULT)
-
-    @property
     def label(self) -> str:
         shape = f"({', '.join(map(str, self.info['shape']))})"
         if self.info["pass"] in (STEP, COMPILED):
             return f"{self.info['model']}, {shape}"
         extra = [self.info["layout"]] * (self.info["layout"] != "batch first")
         return ", ".join([shape, self.info["dtype"], *extra, *["raw is dropped"] * self.info.get("same", False)])
-
-    def losses(self) -> list[str]:
-        """Say why peers are missing, once for each reason."""
-        reasons: dict[str, list[str]] = {}
-        for peer, why in self.missing.items():
-            reasons.setdefault(why, []).append(peer)
-        of = {why: ", ".join(peers) if self.peers or len(reasons) > 1 else "all" for why, peers in reasons.items()}
-        return [f"lost ({peers}): {why}" for why, peers in of.items()]
 
     def figure(self, peer: str, key: str) -> Measured:
         """Return a figure of a peer, whose row has it as a median and a spread."""
@@ -129,54 +118,30 @@ class Result:
     def on_gpu(self) -> bool:
         return "copy_bandwidth" in self.machine
 
-    @property
-    def allocator(self) -> str:
-        """Return the allocator of the first case."""
-        return self.cases[0].allocator if self.cases else DEFAULT
-
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass that have all of their peers; or those named by `labels`, in that order."""
-        return [case for case in self._named(kind, labels) if not case.missing]
-
-    def lost(self, kind: str, labels: Iterable[str], width: int) -> list[list[str]]:
-        """Return a row of a table for each case whose peers are not all measured, chosen as in `of`."""
-        found = [[case.label, *case.losses()] for case in self._named(kind, labels) if case.missing]
-        return [[label, "; ".join(losses), *[""] * (width - 2)] for label, *losses in found]
-
-    def _named(self, kind: str, labels: Iterable[str]) -> list[Case]:
-        cases = {case.label: case for case in self.cases if case.info["pass"] == kind}
+        """Return the cases of one pass that have the peers that tables need; or those of `labels`, in that order."""
+        cases = {x.label: x for x in self.cases if x.info["pass"] == kind and NEEDED[kind] <= {*x.peers}}
         return [cases[label] for label in labels or cases if label in cases]
 
     def parts(self) -> list[Result]:
         """Split the cases of a CPU by allocator, memory kept first; a GPU's cases stay together."""
-        parts = [[case for case in self.cases if case.allocator == allocator] for allocator in ALLOCATORS]
+        parts = [[case for case in self.cases if case.info.get("allocator") == allocator] for allocator in ALLOCATORS]
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
 
 
 def compact(found: dict[str, Any]) -> str:
-    """Return the JSON of pytest-benchmark with a short line for each row, without its rounds and options."""
-    rows = [
-        {key: row[key] for key in ("group", "name")}
-        | {"stats": {key: row["stats"][key] for key in COLUMNS}, "extra_info": row["extra_info"]}
-        for row in found["benchmarks"]
-    ]
-    facts = {key: found[key] for key in ("machine_info", "commit_info", "datetime", "version")}
-    lists = {"missing": found["missing"], "benchmarks": rows}
-    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
-    parts += [
-        f"{json.dumps(key)}: [\n" + ",\n".join(json.dumps(rounded(row)) for row in rows) + "\n]"
-        for key, rows in lists.items()
-    ]
+    """Return the JSON of pytest-benchmark with a short line for each row, without its rounds and options.
+
+    Numbers have five significant digits; pages show three.
+    """
+    found = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    for row in found["benchmarks"]:
+        row["stats"] = {key: row["stats"][key] for key in COLUMNS}
+    rows = [{key: row[key] for key in ("group", "name", "stats", "extra_info")} for row in found["benchmarks"]]
+    parts = [f'"{key}": {json.dumps(found[key])}' for key in ("machine_info", "commit_info", "datetime", "version")]
+    for key, records in (("missing", found["missing"]), ("benchmarks", rows)):
+        parts.append(f'"{key}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]")
     return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def rounded(x: Any) -> Any:
-    """Round all numbers in a record to five significant digits; pages show three."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
 def load(file: Path) -> Result:
@@ -217,12 +182,13 @@ def where(result: Result) -> str:
 
 
 def caveats(result: Result) -> str:
-    """Return a sentence about the cases that could not be measured, for each reason."""
-    reasons: dict[str, list[str]] = {}
+    """Return a sentence about the peers that could not be measured, for each reason."""
+    lost: dict[str, list[str]] = {}
     for case in result.cases:
-        for loss in case.losses():
-            reasons.setdefault(loss, []).append(f"{case.label}, {case.info['pass']}")
-    return "".join(f"- Not measured, {loss}: {some(labels)}.\n" for loss, labels in reasons.items())
+        for why in dict.fromkeys(case.missing.values()):
+            peers = ", ".join(peer for peer in case.missing if case.missing[peer] == why) if case.peers else "all"
+            lost.setdefault(f"{peers}: {why}", []).append(f"{case.label}, {case.info['pass']}")
+    return "".join(f"- Not measured, {loss}: {some(labels)}.\n" for loss, labels in lost.items())
 
 
 def some(names: list[str]) -> str:
@@ -240,7 +206,7 @@ def call_table(result: Result, labels: Iterable[str] = ()) -> str:
         own = case.peers["fastreg"]  # without a graph there are no figures of the GPU
         gpu = [f"{own['share_of_copy']:.0%}", f"{own['launches']}"] if "share_of_copy" in own else ["", ""]
         rows.append([case.label, *cells, *gpu * result.on_gpu])
-    return table([*rows, *result.lost(BOTH, labels, len(rows[0]))])
+    return table(rows)
 
 
 def measured(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
@@ -269,7 +235,7 @@ def step_table(result: Result, labels: Iterable[str] = ()) -> str:
     peers = measured(result)
     rows = [["ms; (batch, time, hidden)", *(STEP_PEERS[peer] for peer in peers)]]
     rows += [[case.label, *step_cells(case, peers)] for case in result.of(STEP, labels)]
-    return table([*rows, *result.lost(STEP, labels, len(rows[0]))])
+    return table(rows)
 
 
 def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
@@ -277,15 +243,7 @@ def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
     peers = measured(result)
     head = ["peak memory of a step", "without, MB", *(STEP_PEERS[peer] for peer in peers[1:])]
     cases = [case for case in result.of(STEP, labels) if PEAK in case.peers[WITHOUT]]
-    lost = result.lost(STEP, labels, len(head))
-    return table([head, *([case.label, *peak_cells(case, peers)] for case in cases), *lost])
-
-
-def memory_verdict(case: Case) -> str:
-    """Say in a sentence how much the penalty adds to the peak memory of a step."""
-    _, call, formula, attached = peak_cells(case, [WITHOUT, "fused_ar_tar", "eager", "attach"])
-    added = f"{call} with `fused_ar_tar`, {formula} with the formula and {attached} with `attach`"
-    return f"A step of {case.label}, needs more memory than without the penalty: {added}.\n"
+    return table([head, *([case.label, *peak_cells(case, peers)] for case in cases)])
 
 
 def added_table(result: Result) -> str:
@@ -296,7 +254,7 @@ def added_table(result: Result) -> str:
         others = [case.figure(peer, ADDED) for peer in PEERS]
         cells = ["; ".join(map(case.figure(peer, ADDED).over, others)) if peer in case.peers else "" for peer in ours]
         rows.append([case.label, *cells, f"{case.figure('attach', 'over_formula').median:.3f}x"])
-    return table([*rows, *result.lost(STEP, (), len(rows[0]))])
+    return table(rows)
 
 
 def compiled_table(result: Result) -> str:
@@ -306,7 +264,7 @@ def compiled_table(result: Result) -> str:
         times = [1e3 * case.peers[peer]["median"] for peer in (WITHOUT, "eager", "fused_ar_tar")]
         ratio = case.figure("fused_ar_tar", "over_formula")
         rows.append([case.label, *map(number, times), f"{ratio.median:.3f}±{ratio.error:.3f}x"])
-    return table([*rows, *result.lost(COMPILED, (), len(rows[0]))])
+    return table(rows)
 
 
 def step_tables(result: Result) -> list[str]:
@@ -323,17 +281,14 @@ def clock(result: Result) -> str:
     return "wall time" if result.on_gpu else "CPU time of one thread"
 
 
-def call_verdict(result: Result) -> str:
-    """Say in a sentence how fast the penalty is by itself."""
-    speeds = []
-    for precision, is_float32 in {"float32": True, "half precision": False}.items():
-        if cases := [case for case in result.of(BOTH) if (case.info["dtype"] == "float32") == is_float32]:
-            means = [statistics.geometric_mean(case.peers[peer]["against"] for case in cases) for peer in PEERS]
-            than = "{:.1f} times as fast as the compiled formula and {:.1f} times as fast as the eager one".format(
-                *means
-            )
-            speeds.append(f"{than} in {precision}")
-    return f"A call of `fused_ar_tar` is {', and '.join(speeds)} (geometric means).\n"
+def speeds(result: Result, peer: str) -> list[float]:
+    """Return how many times as fast as a peer fastreg is in each forward and backward."""
+    return [case.peers[peer]["against"] for case in result.of(BOTH)]
+
+
+def means(result: Result) -> list[str]:
+    """Render the geometric mean of the speeds over each peer."""
+    return [f"{statistics.geometric_mean(speeds(result, peer)):.1f}" for peer in PEERS]
 
 
 def latest(results: list[Result]) -> list[Result]:
@@ -342,16 +297,14 @@ def latest(results: list[Result]) -> list[Result]:
 
 
 def not_measured(results: list[Result]) -> list[str]:
-    """Return a sentence for each kind of device without a result, or with the figures of the first minutes on a GPU."""
-    on_gpu = [result.on_gpu for result in results]
+    """Return a sentence that no GPU is measured, or one for each that `bench/on_gpu.sh first` has measured."""
     first = [sentence for file in sorted(FIRST.glob("*.json")) for sentence in first_figures(load(file))]
-    unseen = not any(on_gpu) and not first
-    absent = {
+    if first or any(result.on_gpu for result in results):
+        return first
+    return [
         "On a GPU: **not measured yet**; `bench/on_gpu.ipynb` measures it. The kernels are tested in Triton's "
-        "interpreter and by executing their PTX.\n": unseen,
-        "On a CPU: **not measured yet**; `make bench` measures it.\n": all(on_gpu),
-    }
-    return [*first, *(sentence for sentence, is_absent in absent.items() if is_absent)]
+        "interpreter and by executing their PTX.\n"
+    ]
 
 
 def first_figures(result: Result) -> Iterator[str]:
@@ -365,27 +318,23 @@ def first_figures(result: Result) -> Iterator[str]:
         )
 
 
-def speeds(result: Result, peer: str) -> list[float]:
-    """Return how many times as fast as a peer fastreg is in each forward and backward."""
-    return [case.peers[peer]["against"] for case in result.of(BOTH)]
-
-
 def speed_of_calls(results: list[Result]) -> str:
     """Render a reason in the README: the speed of a call on a CPU with each allocator, and on a GPU."""
+    than = "{} times as fast as the compiled formula and {} times as fast as the eager one"
     on_cpu = [result for result in results if not result.on_gpu]
     parts = []
     for result in latest(on_cpu):
-        of = [[speeds(part, peer) for peer in PEERS] for part in result.parts()]
-        (kept, kept_eager), (compiled, eager) = [[statistics.geometric_mean(x) for x in both] for both in of]
+        kept, default = result.parts()
         least = min(min(speeds(x.parts()[-1], "compiled")) for x in on_cpu)
         parts += [
-            f"**A call costs less.** On a CPU with the {DEFAULT} it is {compiled:.1f} times as fast as the compiled "
-            f"formula and {eager:.1f} times as fast as the eager one; with {KEPT}, {kept:.1f} and {kept_eager:.1f} "
-            f"times (geometric means of {len(of[0][0])} shapes, {result.machine['device']}). The slowest shape on "
-            f"{len(on_cpu)} [machines](docs/performance.md#a-call-on-each-machine) runs at {least:.2f} times the "
-            f"compiled formula's speed.\n"
+            f"**A call costs less.** On a CPU with the {DEFAULT} it is {than.format(*means(default))}; with {KEPT}, "
+            f"{' and '.join(means(kept))} times (geometric means of {len(kept.of(BOTH))} shapes, "
+            f"{result.machine['device']}). The slowest shape on {len(on_cpu)} "
+            f"[machines](docs/performance.md#a-call-on-each-machine) runs at {least:.2f} times the compiled formula's "
+            f"speed.\n"
         ]
-    parts += [f"On a GPU: {call_verdict(result)}" for result in latest(results) if result.on_gpu]
+    on_gpu = [result for result in latest(results) if result.on_gpu and result.of(BOTH)]
+    parts += [f"On a GPU ({x.machine['device']}): {than.format(*means(x))} (geometric means).\n" for x in on_gpu]
     return "\n".join([*parts, *not_measured(results)])
 
 
@@ -394,11 +343,8 @@ def machines_table(results: list[Result]) -> str:
     rows = [["machine", "fastreg", "allocator", *(f"against {peer}: mean, least" for peer in PEERS)]]
     for result in results:
         for part in result.parts():
-            setting = "" if result.on_gpu else part.allocator
-            cells = [
-                f"{statistics.geometric_mean(speeds(part, peer)):.1f}x, {min(speeds(part, peer)):.2f}x"
-                for peer in PEERS
-            ]
+            setting = part.cases[0].info.get("allocator", "")
+            cells = [f"{x}x, {min(speeds(part, peer)):.2f}x" for x, peer in zip(means(part), PEERS, strict=True)]
             rows.append([result.machine["device"], result.commit["version"], setting, *cells])
     return table(rows)
 
@@ -413,7 +359,7 @@ def headline(results: list[Result]) -> str:
         rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)] for case in first.of(STEP, HEADLINE)]
         peaks = [case for case in first.of(STEP, [CHEAP]) if PEAK in case.peers[WITHOUT]]
         rows += [["its peak memory: MB", *peak_cells(case, peers)] for case in peaks]
-        setting = "" if result.on_gpu else f", {first.allocator}"
+        setting = "" if result.on_gpu else f", {first.cases[0].info['allocator']}"
         what = f"Added to a step: {clock(result)} and memory ({result.machine['device']}{setting})."
         parts += [f"{what}\n", table(rows)] if first.of(STEP, HEADLINE) else []
     return "\n".join(parts)
@@ -425,14 +371,14 @@ def figures(results: list[Result]) -> str:
     for result in latest(results):
         first, *_ = result.parts()
         parts += [f"{where(result)}.\n", *filter(None, [caveats(result)])]
-        parts += [f"Measured with {HOW[first.allocator]}.\n"] * (not result.on_gpu)
+        kept = f"Measured with freed memory kept for the next call by `{SETTING}`, set before Python starts.\n"
+        parts += [kept] * (first.cases[0].info.get("allocator") == KEPT)
         if first.of(STEP):
             parts += [f"### A training step\n\nMilliseconds, {clock(result)}:\n", step_table(first, STEPS)]
             parts += ["Ratios of these times, and of whole steps:\n", added_table(first)]
             parts += ["Steps that are compiled as a whole:\n", compiled_table(first)] if first.of(COMPILED) else []
-            parts += ["### Peak memory\n", peak_table(first, STEPS), *map(memory_verdict, first.of(STEP, [CHEAP]))]
+            parts += ["### Peak memory\n", peak_table(first, STEPS)]
         parts += ["### A call\n", call_table(first, CALLS)]
-        parts += [call_verdict(first)] * bool(first.of(BOTH))
     parts += ["### A call on each machine\n", machines_table([x for x in results if x.of(BOTH)])]
     return "\n".join([*parts, *not_measured(results)])
 
