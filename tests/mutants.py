@@ -190,15 +190,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Expected", "a captured forward reads another plan's", " and not is_captured(self.key[0])", ""),
         ("Expected", "more is allocated for each plan", "if self.key not in self._cells:", "if True:"),
         ("Expected", "all plans share memory", "= next(", "= self._latest.get(self.key) or next("),
-        ("Tickets", "two captured launches share a counter", "free.pop()", "free[-1]"),
-        ("Tickets", "allocated during a capture", " and not is_captured(device)", ""),
-        ("filled", "counters of inference mode", "torch.inference_mode(False)", "torch.inference_mode(True)"),
-    ],
-    "kernels/launch.py": [
-        ("Launch", "launches that no profiler sees", 'getattr(before, "calls", before) or', "False or"),
-        ("Launch", "direct launches with any release", "and Launch.why_jit is None", "and True"),
-        ("Launch", "no direct launch", "self.run, self.compiled = compiled.run, compiled", "pass"),
-        ("Launch", "an empty chain taken for a hook", 'getattr(after, "calls", after)', "after"),
     ],
     "fastreg/call/penalty.py": [
         ("by_formula", "the formula's terms not detached", "ar.detach(), tar.detach()", "ar, tar"),
