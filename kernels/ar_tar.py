@@ -347,7 +347,7 @@ class Backward:
         launch = launches.fixed or launches.sized(values.steps)
         launch(*tensors, upstream, memory, expected, None, None, *_arguments(values, self.device))
 
-    def holds(self, upstream: Tensor, expected: Tensor) -> bool:
+    def is_expected(self, upstream: Tensor, expected: Tensor) -> bool:
         """Return `False`, because only the device can compare, and the host does not wait for it."""
         return False
 

@@ -82,7 +82,7 @@ class Backward:
         if writes and expected is not None:
             self.expected.learn(upstream)
 
-    def holds(self, upstream: Tensor, expected: Tensor) -> bool:
+    def is_expected(self, upstream: Tensor, expected: Tensor) -> bool:
         """Return whether the forward has written the gradients for this upstream gradient, to the bit."""
         bits = torch.int64 if self.dtype == torch.float64 else torch.int32
         return expected.view(bits).equal(upstream.view(bits))

@@ -183,12 +183,12 @@ class Values(NamedTuple):
 class Sums(NamedTuple):
     """Hold the results of a forward.
 
-    penalty  () the penalty
-    terms    (2,) AR and TAR; None unless they are measured
-    assumed  the upstream gradient for which the forward has written gradients, in the form that the backward compares;
-             None if it has written none
+    penalty   () the penalty
+    terms     (2,) AR and TAR; None unless they are measured
+    expected  the upstream gradient for which the forward has written gradients, in the form that the backward compares;
+              None if it has written none
     """
 
     penalty: Tensor
     terms: Tensor | None
-    assumed: Any
+    expected: Any

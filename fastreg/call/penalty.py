@@ -299,7 +299,7 @@ class Layer:
         grad_raw, grad_dropped = first(raw), second(dropped)
         operands = self.fold.readable((raw, None, None, dropped))
         sums = self.forward((*operands, grad_raw, grad_dropped), values)
-        return sums, Prediction(sums.assumed, grad_raw, grad_dropped)
+        return sums, Prediction(sums.expected, grad_raw, grad_dropped)
 
     def differentiate(
         self, grad: Tensor, raw: Any, dropped: Any, values: Values, prediction: Prediction
@@ -309,7 +309,7 @@ class Layer:
         if expected is None:
             first, second = self.gradients
             gradients = [first(raw), second(dropped)]
-        elif self.fold.copies and self.backward.holds(grad, expected):
+        elif self.fold.copies and self.backward.is_expected(grad, expected):
             return gradients  # without copying anything
         self.backward(grad, (*self.fold.readable((raw, None, None, dropped)), *gradients), values, expected)
         return gradients
