@@ -1,8 +1,8 @@
 """fastai v2: the `RNNRegularizer` of `fastai.callback.rnn`, with AR and TAR fused and in the recorder's table.
 
 `fuse(learn)` swaps it into a learner, and `unfuse(learn)` swaps fastai's own callback back. `rnn_cbs(alpha, beta)`
-replaces fastai's function of that name. fastai's `ModelResetter` and `RNNCallback` stay. A copy or a pickle of a
-learner, such as `learn.export()` makes, has fastai's own classes.
+replaces fastai's function of that name. fastai's `ModelResetter` and `RNNCallback` stay. A pickle of a learner, such
+as `learn.export()` writes, has fastai's own classes.
 
 fastai's callbacks cannot regularize a model that returns only its output. Name the paths of its modules instead:
 `fuse(learn, rnn="encoder.lstm", dropout="dropout")`, or pass these arguments to `RNNRegularizer`.
@@ -11,16 +11,17 @@ fastai's callbacks cannot regularize a model that returns only its output. Name 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from fastreg.attach.paths import Paths, Swap, check_no_coefficients, pairs_of_learner
+from fastreg.attach.paths import UNFUSED, Swap, check_no_coefficients, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer as Regularizer
 from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
@@ -48,7 +49,8 @@ class OutputDropout(FusedRNNDropout):
 
 # The callback that has attached to the modules of a model last, by the id of the model
 LAST: WeakValueDictionary[int, RNNRegularizer] = WeakValueDictionary()
-SWAP = Swap("1.output_dp", RNNDropout, OutputDropout)
+# What a language model is attached by while its last dropout is fused
+FUSED: dict[str, Any] = {"pairs": [("0", Swap("1.output_dp", RNNDropout, OutputDropout))], "batch_first": True}
 
 
 class _Column(ValueMetric):
@@ -88,11 +90,15 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
             `None` for each RNN.
         output: as for `attach`.
         batch_first: as for `attach`.
+        time_dim: the axis of time, instead of batch_first, as for `attach`.
         valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
             `fused_ar_tar` takes it, or `None` if all steps count. Without `rnn`, a mask with more steps than the model
             returns is cut to the last steps, because a text classifier returns only the last steps of a long text.
         starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
             `None`.
+
+    Warns:
+        UserWarning: a training step has no penalty, because all named modules are in evaluation, once in a fit.
 
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model returns only its output, or no
@@ -122,20 +128,20 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         dropout: bool | str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
         super().__init__(alpha, beta, bptt=bptt)
-        self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
-        if dropout is True:
-            self.paths = Paths([("0", SWAP)], self.paths.masks, batch_first=True)
+        given: dict[str, Any] = {"output": output, "batch_first": batch_first, "time_dim": time_dim}
+        self.paths = paths_of_learner(rnn, dropout, FUSED, Masks(valid, starts), **given)
         self._handle: Any = None  # the attached modules, during a fit
         self._scaled = ExitStack()  # restores the learning rate of the optimizer
         self._totals: Any = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
-        self._scaled, self._totals = ExitStack(), None
+        self._scaled, self._totals, self.paths.is_warned = ExitStack(), None, False
         self.after_fit()  # a fit that was cut off has not called this
         self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
 
@@ -155,7 +161,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def after_pred(self) -> None:
         self.order = stock.RNNRegularizer.order  # to add the penalty when fastai's callback does
         pred, captures = self.learn.pred, len(self._captures())
-        if not (not self.paths.pairs) <= captures <= is_list(pred):
+        is_captured, is_attached = captures == 1 and is_list(pred), captures == 0 and self.paths.pairs
+        if not (is_captured or is_attached):
             raise TypeError(
                 f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
                 f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks. If the model returns only its "
@@ -168,10 +175,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
             steps, masks = capture.raw_out.shape[1], self.paths.masks.of(*self.learn.xb)
             last = {name: mask[:, -steps:] for name, mask in masks.items() if mask is not None}
             self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
-        elif self._handle is None:
-            raise RuntimeError("RNNRegularizer: added within a batch, without hooks; add it before or after a batch")
         loss = self.on_backward_begin(self.learn.loss_grad)
-        if loss is not self.learn.loss_grad:  # else the modules are in evaluation
+        if loss is self.learn.loss_grad:
+            self.paths.warn_of_evaluation("RNNRegularizer")
+        else:
             self.learn.loss_grad, size = loss, find_bs(self.learn.yb)
             terms: Any = self.ar, self.tar, 1
             self._totals = [total + x * size for total, x in zip(self._totals, terms, strict=True)]
@@ -202,15 +209,18 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> RNNRegularizer:
+        """Return a copy that regularizes its own learner; fastai's callback could not, if `rnn` names modules."""
+        made = memo[id(self)] = RNNRegularizer(*deepcopy((self.alpha, self.beta, self.bptt), memo))
+        made.paths, made.run_train, made.learn = copy(self.paths), self.run_train, deepcopy(self.learn, memo)
+        return made
+
     def _attach(self, model: Any) -> None:
         """Attach to the modules at the paths; first take off the hooks that another callback has left on the model."""
-        last = LAST.get(id(model))
-        if last is not None:  # a fit was cut off, of this learner or of another learner of the same model
-            last._leave()
+        LAST.get(id(model), self)._leave()  # after a fit that was cut off, maybe of another learner of the same model
         LAST[id(model)] = self
         is_silent = getattr(self.learn, "logger", None) is noop  # in no_logging(); `fuse` attaches without a learner
-        paths = self.paths.with_batch(lambda: self.learn.xb)
-        self._handle = paths.attach(self, model, None if is_silent else print)
+        self._handle = self.paths.attach(self, model, lambda: self.learn.xb, None if is_silent else print)
 
     def _leave(self) -> None:
         """Restore the learning rate, and take the hooks off."""
@@ -259,8 +269,8 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         learn: the learner.
         dropout: `True` to swap also a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`,
             which computes the penalty in the pass of the dropout. With `rnn` it is as for `RNNRegularizer`.
-        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNRegularizer`. `rnn` is for a model
-            that returns only its output; `valid` and `starts` are for any model.
+        **options: `rnn`, `output`, `batch_first`, `time_dim`, `valid` and `starts`, as for `RNNRegularizer`. `rnn` is
+            for a model that returns only its output; `valid` and `starts` are for any model.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -289,7 +299,12 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
 def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner with fastai's callback and dropout.
 
-    The callback keeps the present coefficients. `bptt`, `valid` and `starts` are lost, because fastai lacks them.
+    The callback keeps the present coefficients. `bptt`, `valid` and `starts` are lost, because fastai lacks them. If no
+    `RNNCallback` captures the activations, as where `rnn` names the modules, fastai's callback could not regularize the
+    model, and the learner is left without one.
+
+    Warns:
+        UserWarning: the learner is left without a regularizer.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -300,7 +315,12 @@ def unfuse(learn: Learner) -> Learner:
         ['epoch', 'train_loss', 'valid_loss', 'time']
     """
     for cb in _regularizers(learn, RNNRegularizer):
-        learn.remove_cb(cb).add_cb(copy(cb))
+        captures = cb._captures()
+        learn.remove_cb(cb)
+        if captures:
+            learn.add_cb(copy(cb))
+        else:
+            warnings.warn(UNFUSED, stacklevel=2)
     learn.metrics = _without_columns(learn.metrics)
     return learn
 

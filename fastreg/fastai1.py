@@ -13,6 +13,7 @@ or pass these arguments to `RNNTrainer`.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreg.attach.paths import Paths, Swap, check_no_coefficients, pairs_of_learner
+from fastreg.attach.paths import UNFUSED, Swap, check_no_coefficients, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
@@ -39,18 +40,21 @@ except ImportError as error:
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 BATCH_FIRST = tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38)  # batches and activations
-SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw"))
-DICTS = hasattr(CallbackHandler, "_call_and_update")  # from 1.0.47 on events take dicts, before that the value itself
 
 
 def answer(name: str, value: Any) -> Any:
-    """Return a new value of an argument in the form in which an event of fastai takes it."""
-    return {name: value} if DICTS else value
+    """Return a new value of an argument as an event takes it: in a dict from 1.0.47 on, before that by itself."""
+    return {name: value} if hasattr(CallbackHandler, "_call_and_update") else value
 
 
 def last_raw(result: Any) -> Tensor:
     """Return the last layer's raw from the output of a language model's encoder."""
     return result[0][-1]
+
+
+# What a language model is attached by while its last dropout is fused
+SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw"))
+FUSED: dict[str, Any] = {"pairs": [("0", SWAP)], "output": last_raw, "batch_first": BATCH_FIRST}
 
 
 class RNNTrainer(RNNRegularizer, LearnerCallback):
@@ -71,10 +75,14 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
             `None` for each RNN. Without `rnn` it may be `True`, as for `fuse`.
         output: as for `attach`.
         batch_first: as for `attach`.
+        time_dim: the axis of time, instead of batch_first, as for `attach`.
         valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
             it, or `None` if all steps count.
         starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
             `None`.
+
+    Warns:
+        UserWarning: a training step has no penalty, because all named modules are in evaluation, once in a fit.
 
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
@@ -104,17 +112,18 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         dropout: bool | str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
         _freed(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        self.paths = Paths(pairs_of_learner(rnn, dropout), Masks(valid, starts), output, batch_first)
-        if dropout is True:
-            self.paths = Paths([("0", SWAP)], self.paths.masks, last_raw, BATCH_FIRST)
+        given: dict[str, Any] = {"output": output, "batch_first": batch_first, "time_dim": time_dim}
+        self.paths = paths_of_learner(rnn, dropout, FUSED, Masks(valid, starts), **given)
         super().__init__(alpha, beta, bptt=bptt)
-        self.attached = self.paths.attach(self, learn.model)  # a wrong path raises before any training
+        # A wrong path raises an error before any training.
+        self.attached = self.paths.attach(self, learn.model, lambda: self.batch)
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
         self.scaled = ExitStack()  # restores the learning rate of the optimizer
@@ -127,6 +136,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def on_train_begin(self, **_: Any) -> None:
         self.on_train_end()  # a fit that was cut off may not have called this
+        self.paths.is_warned = False
         if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
             raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
 
@@ -136,18 +146,19 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         self.batch = last_input if is_list(last_input) else [last_input]
         if train and not self.is_attached:  # after only a validation nothing would detach
-            self.attached = self.paths.with_batch(lambda: self.batch).attach(self, self.learn.model, print)
+            self.attached = self.paths.attach(self, self.learn.model, lambda: self.batch, print)
             self.is_attached = True
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         if train and not self.paths.pairs:
             super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.paths.masks.of(*self.batch))
-        is_decoded = self.paths.pairs and self.paths.output is not last_raw
-        decoded = last_output if is_decoded else last_output[0]
-        return answer("last_output", decoded)
+        return answer("last_output", last_output if self.returns_decoded() else last_output[0])
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        return answer("last_loss", super().on_backward_begin(last_loss))
+        loss = super().on_backward_begin(last_loss)
+        if loss is last_loss:
+            self.paths.warn_of_evaluation("RNNTrainer")
+        return answer("last_loss", loss)
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust:
@@ -164,11 +175,15 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self.attached.close()
         self.is_attached, self.batch = False, ()
 
+    def returns_decoded(self) -> bool:
+        """Return whether the model returns only its output, which fastai's callback cannot take apart."""
+        return bool(self.paths.pairs) and self.paths.output is not last_raw
+
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """Export the learner with fastai's callback, so that it can be loaded without fastreg."""
+        """Export the learner with fastai's callback, or without one, so that it can be loaded without fastreg."""
         learn = self.learn
         before = {"callbacks": learn.callbacks, "rnn_trainer": learn.rnn_trainer}
-        learn.callbacks = [_stock(cb) for cb in learn.callbacks]
+        learn.callbacks = [x for x in map(_stock, learn.callbacks) if x is not None]
         try:
             return type(learn).export(learn, *args, **kwargs)
         finally:
@@ -188,8 +203,8 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         dropout: `True` to swap also a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`
             during a fit, which computes the penalty in the pass of the dropout. As in fastai v1, AR is the mean square
             of the dropout's input. With `rnn` it is the path of the dropout that gets the RNN's output.
-        **options: `rnn`, `output`, `batch_first`, `valid` and `starts`, as for `RNNTrainer`. `rnn` is for a model that
-            returns only its output; `valid` and `starts` are for any model.
+        **options: `rnn`, `output`, `batch_first`, `time_dim`, `valid` and `starts`, as for `RNNTrainer`. `rnn` is for a
+            model that returns only its output; `valid` and `starts` are for any model.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -217,7 +232,12 @@ def unfuse(learn: Learner) -> Learner:
     """Undo `fuse`, in place, and return the learner with fastai's callback.
 
     The callback keeps its position and the present coefficients. Arguments that fastai's callback lacks are lost; in
-    most releases it lacks `bptt` and `adjust`. A learner that is not fused stays unchanged.
+    most releases it lacks `bptt` and `adjust`. A learner that is not fused stays unchanged. If `rnn` names the modules
+    of a model that returns only its output, fastai's callback could not take this apart, and the learner is left
+    without one.
+
+    Warns:
+        UserWarning: the learner is left without a regularizer.
 
     Raises:
         TypeError: `learn` is not a learner.
@@ -226,7 +246,10 @@ def unfuse(learn: Learner) -> Learner:
         >>> type(unfuse(fuse(learn1)).callbacks[-1]).__module__
         'fastai.callbacks.rnn'
     """
-    learn.callbacks[:] = [_stock(cb) for cb in _freed(learn)]
+    kept = [_stock(cb) for cb in _freed(learn)]
+    learn.callbacks[:] = [cb for cb in kept if cb is not None]
+    if None in kept:
+        warnings.warn(UNFUSED, stacklevel=2)
     vars(learn).pop("export", None)
     return learn
 
@@ -243,8 +266,9 @@ def _freed(learn: Any) -> list[Any]:
 
 
 def _stock(cb: Any) -> Any:
-    """Return fastai's `RNNTrainer` instead of this module's, and any other callback unchanged."""
+    """Return fastai's `RNNTrainer` for this module's, `None` if fastai's could not use the output of the model."""
     if type(cb) is not RNNTrainer:
         return cb
     known = inspect.signature(stock.RNNTrainer).parameters.keys() & {"bptt", "alpha", "beta", "adjust"}
-    return stock.RNNTrainer(cb.learn, **{name: getattr(cb, name) for name in known})
+    values = {name: getattr(cb, name) for name in known}
+    return None if cb.returns_decoded() else stock.RNNTrainer(cb.learn, **values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial, update_wrapper
@@ -43,13 +42,15 @@ class ActivationRegularization(Callback):
             `None` for each RNN.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`.
-        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, as
-            `fused_ar_tar` takes it, or `None` if all steps count. A function that has another parameter without a
-            default, such as `valid(batch, x)` or `valid(batch, *args)`, also gets the arguments of the RNN, in each
-            run. A `**kwargs` or a positional-only parameter does not count as another parameter.
-        starts: a function of the same arguments that returns the mask of the time steps at which segments start,
-            or `None`.
+        time_dim: the axis of time, instead of batch_first, as for `RNNRegularizer.attach`.
+        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
+            time)`, as `fused_ar_tar` takes it, or `None` if all steps count.
+        starts: a function of the batch that returns the mask of the time steps at which segments start, or `None`.
         log: whether to log `ar` and `tar`.
+
+    Warns:
+        UserWarning: a training step has no penalty, because all named modules are in evaluation. Lightning sets no
+            module to training mode by itself. The warning comes once in a fit.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -74,15 +75,15 @@ class ActivationRegularization(Callback):
         dropout: str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
         log: bool = True,
     ) -> None:
         check_flags(log=log)
         self.regularizer = RNNRegularizer(alpha, beta)
-        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first)
+        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
         self.logged = log  # Lightning sets `log` itself
-        self._terms = torch.zeros(3)  # the sums of AR and TAR over the steps of the epoch, and how many steps
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the modules and wrap `training_step`; by now `configure_model` has made the modules."""
@@ -90,9 +91,10 @@ class ActivationRegularization(Callback):
         if not isinstance(pl_module.training_step, _RegularizedStep):
             pl_module.training_step = _RegularizedStep(pl_module)
         step = pl_module.training_step
-        paths = self.paths.with_batch(lambda: [step.batch], _takes_more)
-        step.undo.enter_context(paths.attach(self.regularizer, pl_module, pl.utilities.rank_zero_info))
+        say = pl.utilities.rank_zero_info
+        step.undo.enter_context(self.paths.attach(self.regularizer, pl_module, lambda: [step.batch], say))
         step.callbacks.append(self)
+        self.paths.is_warned = False
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Take off the wrapper of `training_step`, and the hooks of all callbacks that share it."""
@@ -103,9 +105,13 @@ class ActivationRegularization(Callback):
     setup = teardown  # of an earlier fit: an error in another callback's on_exception leaves out ours
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state, and the sums of the terms."""
+        """Reset the hidden state; begin the sums of AR and TAR over the steps of the epoch, and of the steps."""
         self._terms = torch.zeros(3, device=pl_module.device)
         self.regularizer.on_epoch_begin(pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Let go of the batch, which the backward needs if checkpointing runs the forward, and so `valid`, again."""
+        pl_module.training_step.batch = None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
@@ -126,11 +132,12 @@ class ActivationRegularization(Callback):
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
             return output
-        total = self.regularizer.on_backward_begin(loss)
-        if total is loss:  # the RNNs are in evaluation
+        terms = self.regularizer.take(loss)
+        if terms is None:
+            self.paths.warn_of_evaluation("ActivationRegularization")
             return output
-        terms: Any = self.regularizer.ar, self.regularizer.tar
-        self._terms = self._terms + torch.stack([*terms, torch.ones_like(terms[0])]).to(self._terms)
+        self._terms = self._terms + torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)]).to(self._terms)
+        total = loss + terms.penalty
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
 
@@ -149,12 +156,11 @@ class _RegularizedStep:
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.pl_module.automatic_optimization:
             raise RuntimeError(
-                "ActivationRegularization: the module has automatic_optimization=False, so its loss never passes a "
-                "callback; use fastreg.RNNRegularizer in its training_step"
+                "ActivationRegularization: with automatic_optimization=False the loss never passes a callback; use "
+                "fastreg.RNNRegularizer in the training_step"
             )
         self.batch = batch
         output = self.step(batch, *args, **kwargs)
-        self.batch = None
         for callback in self.callbacks:
             output = callback.after_step(output)
         return output
@@ -167,12 +173,3 @@ class _RegularizedStep:
 
     def __reduce__(self) -> Any:
         return partial, (self.step,)
-
-
-def _takes_more(function: Callable[..., Any]) -> bool:
-    """Return whether a function has a parameter without a default, beside the batch, that Python code can name."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # a function in C, such as an itemgetter; other functions in C have positional-only parameters
-        return False
-    return sum(x.default is x.empty and x.kind not in (x.POSITIONAL_ONLY, x.VAR_KEYWORD) for x in parameters) > 1

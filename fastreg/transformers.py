@@ -1,8 +1,8 @@
 """`RegularizedTrainer`: AR and TAR for `transformers.Trainer` and its subclasses; the model needs no change.
 
 A `Trainer` divides the loss of a batch by the number of batches in the optimizer step, unless the loss is already
-normalized by `num_items_in_batch`. The penalty is added after this division, just before the backward. Its weight is
-the batch's share of the valid time steps of the optimizer step.
+normalized by `num_items_in_batch`. The penalty, which is always divided by that number, is added after this division,
+just before the backward.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
 from fastreg.call.arguments import shown
-from fastreg.call.problem import Coefficient, is_on
-from fastreg.call.reference import encoded
+from fastreg.call.problem import Coefficient
 
 try:
     Trainer: Any = import_module("transformers").Trainer
-    find_batch_size: Any = import_module("transformers.trainer_pt_utils").find_batch_size
     log: Any = import_module("accelerate.logging").get_logger("transformers.trainer")  # of the first process
 except ImportError as error:
     message = "fastreg.transformers: transformers does not work here; pip install transformers accelerate"
@@ -44,10 +42,9 @@ class RegularizedTrainer(Trainer):
     Combine it with a subclass of `Trainer` by inheriting from both, this class first:
     `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`.
 
-    AR and TAR of an optimizer step are means over all valid time steps of its batches, for any number of accumulated
-    batches, and with `average_tokens_across_devices` for any number of processes. Batches without masks are weighted by
-    their numbers of examples, whatever their lengths. The reported loss does not contain the penalty; `ar` and `tar`
-    are logged beside it, as means over the optimizer steps since the last log. Evaluation and prediction are unchanged.
+    The penalty of an optimizer step is the mean of the penalties of its batches, over all processes. The reported loss
+    does not contain it; `ar` and `tar` are logged beside the loss, as means over the batches since the last log.
+    Evaluation and prediction are unchanged.
 
     Args:
         *args: as for `Trainer`, or the other base class.
@@ -61,6 +58,7 @@ class RegularizedTrainer(Trainer):
             or `None` for each module.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`, but `True` if the layout cannot be read from the module.
+        time_dim: the axis of time, instead of batch_first, as for `RNNRegularizer.attach`.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
             time)`, as `fused_ar_tar` takes it, or `None` if all steps count. The default returns the attention mask of
             the batch, if it has one. A `Trainer` removes this mask if the model's `forward` has no such argument,
@@ -69,11 +67,13 @@ class RegularizedTrainer(Trainer):
             document of a packed row, `(batch, time)`, as `fused_ar_tar` takes it, or `None`.
 
     Warns:
-        UserWarning: padding counts, because the `Trainer` removes the attention mask of the examples.
+        UserWarning: padding counts, because the `Trainer` removes the attention mask of the examples; or a training
+            step has no penalty, because all named modules are in evaluation. Each warning comes once in a training.
 
     Raises:
-        TypeError: an argument, or the result of `valid`, has the wrong type.
-        ValueError: an argument, or the result of `valid`, has the wrong value or shape, or a path names no module.
+        TypeError: an argument, or the result of `valid` or `starts`, has the wrong type.
+        ValueError: an argument, or the result of `valid` or `starts`, has the wrong value or shape, or a path names no
+            module.
         RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`; or the loss does not pass through
             `accelerator.backward`.
 
@@ -95,56 +95,41 @@ class RegularizedTrainer(Trainer):
         dropout: str | Sequence[str | None] | None = None,
         output: Callable[[Any], Any] | None = None,
         batch_first: bool | None = None,
+        time_dim: int | None = None,
         valid: Callable[[Any], Tensor | None] | None = attention_mask,
         starts: Callable[[Any], Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
         self.regularizer = RNNRegularizer(alpha, beta)
-        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first)
-        self._total: Tensor | None = None  # the size of the optimizer step, unless it has one batch
-        self._sums: list[Any] = [0] * 4  # sums since the last log: AR and TAR by their shares, and the shares
+        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
+        self._terms = torch.zeros(3)  # the sums of AR and TAR over the batches since the last log, and their number
         super().__init__(*args, **kwargs)
         self._attached().close()  # shows a wrong path before any training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does."""
-        self._sums = [0] * 4
+        self._terms, self.paths.is_warned = torch.zeros(3), False
         self._warn_of_lost_masks()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._total = None
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Fetch the batches of an optimizer step as `Trainer.get_batch_samples` does, and count their valid steps."""
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        over_processes = self.args.average_tokens_across_devices and self.args.world_size > 1
-        self._total = self._size_of(batches) if over_processes or len(batches) > 1 else None
-        if over_processes:  # the mean, as gradients are averaged over the processes
-            self._total = self.accelerator.reduce(self._total, reduction="mean")
-        return batches, items
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Make a training step as `Trainer.training_step` does, with the penalty in its backward."""
-        with self._attached(inputs), self._regularized(inputs):
+        with self._attached(inputs), self._regularized():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as `Trainer.log` does, with `ar` and `tar` beside the training loss."""
         if "loss" in logs:
-            own = [torch.as_tensor(x, dtype=torch.float32, device=self.args.device) for x in self._sums]
             # Each process takes part, even if it has added no penalty, because the others wait for it.
-            sums = self.accelerator.reduce(torch.stack(own), reduction="sum")
-            if sums.any():
-                ar, tar = (sums[:2] / sums[2:].clamp(min=1e-30)).tolist()  # 0 if there are no pairs of steps
-                logs = logs | {"ar": ar, "tar": tar}
-            self._sums = [0] * 4
+            ar, tar, batches = self.accelerator.reduce(self._terms.to(self.args.device), reduction="sum").tolist()
+            if batches:
+                logs = logs | {"ar": ar / batches, "tar": tar / batches}
+            self._terms = torch.zeros(3)
         super().log(logs, *args, **kwargs)
 
     def _attached(self, batch: Any = None) -> ExitStack:
         """Attach to the modules until the returned stack is closed, with the masks of a batch."""
-        paths = self.paths.with_batch(lambda: [batch])
-        return paths.attach(self.regularizer, _inner(self.model), log.warning, layout=True)
+        return self.paths.attach(self.regularizer, _inner(self.model), lambda: [batch], log.warning, layout=True)
 
     def _warn_of_lost_masks(self) -> None:
         """Warn if the default `valid` will find no mask, because the `Trainer` removes it from the batches."""
@@ -162,25 +147,22 @@ class RegularizedTrainer(Trainer):
             )
 
     @contextmanager
-    def _regularized(self, batch: Any) -> Iterator[None]:
-        """Add the penalty, weighted by the batch's shares, to the loss of `accelerator.backward`; sum up the terms."""
-        regularizer: Any = self.regularizer
-        accelerator, shares = self.accelerator, self._shares_of(batch)
+    def _regularized(self) -> Iterator[None]:
+        """Add the penalty to the loss of `accelerator.backward`; sum up the terms."""
+        accelerator, backward, passed = self.accelerator, self.accelerator.backward, False
         own = vars(accelerator).get("backward")  # another wrapper may have made it an attribute
-        coefficients, backward, passed = (regularizer.alpha, regularizer.beta), accelerator.backward, False
 
         def regularized_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
-            total, passed = regularizer.on_backward_begin(loss), True
-            if total is not loss:  # else the modules are in evaluation
-                # The terms are on the device of the loss.
-                ar, tar = regularizer.ar.to(self.args.device), regularizer.tar.to(self.args.device)
-                weighed = [ar * shares[0], tar * shares[1], *shares]
-                self._sums = [x + y for x, y in zip(self._sums, weighed, strict=True)]
-            return backward(total, *args, **kwargs)
+            terms, passed = self.regularizer.take(loss), True
+            if terms is None:
+                self.paths.warn_of_evaluation("RegularizedTrainer")
+            else:
+                loss = loss + terms.penalty / self.current_gradient_accumulation_steps
+                summed = torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)])
+                self._terms = self._terms.to(summed) + summed
+            return backward(loss, *args, **kwargs)
 
-        weighed = (x * share if is_on(x) else x for x, share in zip(coefficients, shares, strict=True))
-        regularizer.alpha, regularizer.beta = weighed
         accelerator.backward = regularized_backward
         try:
             yield
@@ -189,44 +171,11 @@ class RegularizedTrainer(Trainer):
                 del accelerator.backward
             else:
                 accelerator.backward = own
-            regularizer.alpha, regularizer.beta = coefficients
         if not passed:
             raise RuntimeError(
                 "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added; "
                 "use fastreg.RNNRegularizer in compute_loss"
             )
-
-    def _shares_of(self, batch: Any) -> Any:
-        """Return the shares of a batch in AR and in TAR of the optimizer step."""
-        if self._total is None:
-            return (1 / getattr(self, "current_gradient_accumulation_steps", 1),) * 2
-        return self._size_of([batch]) / self._total.clamp(min=1)
-
-    def _size_of(self, batches: list[Any]) -> Tensor:
-        """Count valid steps and pairs of valid neighbours in batches, or examples for both: `(2,)`."""
-        masks = [self.paths.masks.of(batch) for batch in batches]
-        for name in ("valid", "starts"):
-            count = sum(found[name] is not None for found in masks)
-            if 0 < count < len(batches):
-                raise ValueError(
-                    f"{name}: expected a mask for each batch of an optimizer step, or for none, "
-                    f"got {count} for {len(batches)} batches"
-                )
-        device = self.args.device
-        sizes = [_count(batch, found, device) for batch, found in zip(batches, masks, strict=True)]
-        return sum(sizes, torch.zeros(2, device=device))
-
-
-def _count(batch: Any, masks: dict[str, Any], device: torch.device) -> Tensor:
-    """Count the valid steps of a batch and its pairs of valid neighbours, or its examples for both: `(2,)`."""
-    for name, x in masks.items():
-        if x is not None and x.dim() == 0:
-            raise ValueError(f"{name}: expected a mask of (batch, time), got a tensor without axes")
-    given = {name: x.to(device).bool().reshape(-1, x.shape[-1]) for name, x in masks.items() if x is not None}
-    if not given:
-        return torch.tensor([find_batch_size(batch) or 1] * 2, device=device)
-    _, counts = encoded(next(iter(given.values())).shape, None, given.get("valid"), given.get("starts"))
-    return counts
 
 
 def _inner(model: Any) -> Any:

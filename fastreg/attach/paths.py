@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from fastreg.attach.source import Masks, batch_first_of, check_callable
+from fastreg.call.arguments import check_time
 from fastreg.call.problem import is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
+
+UNFUSED = "unfuse: this learner trains without AR and TAR now, as fastai's own callback cannot regularize its model"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Swap:
         return fused
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Paths:
     """Name the modules of a model by their attribute paths.
 
@@ -50,31 +53,34 @@ class Paths:
         masks: the functions of a batch that say which time steps count.
         output: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`.
+        time_dim: as for `RNNRegularizer.attach`.
+        is_warned: whether `warn_of_evaluation` has warned in this fit.
 
     Raises:
-        TypeError: `output` is neither callable nor `None`, or an option needs the path of an RNN, and there is none.
+        TypeError: an option has the wrong type, or describes the output of an RNN whose path is missing.
+        ValueError: both `batch_first` and `time_dim` are given.
     """
 
     pairs: Sequence[tuple[str, str | Swap | None]] = ()
     masks: Masks = field(default_factory=Masks)
     output: Callable[[Any], Any] | None = None
     batch_first: bool | None = None
+    time_dim: int | None = None
+    is_warned: bool = False
 
     def __post_init__(self) -> None:
         check_callable("output", self.output)
-        if not self.pairs and (self.output, self.batch_first) != (None, None):
-            raise TypeError("rnn: expected the path of the RNN that output and batch_first describe, got None")
-
-    def with_batch(
-        self, batch: Callable[[], Sequence[Any]], takes_more: Callable[[Callable[..., Any]], bool] | None = None
-    ) -> Paths:
-        """Return the paths with functions that modules may call: see `Masks.of_batch`."""
-        return replace(self, masks=self.masks.of_batch(batch, takes_more))
+        check_time(self.batch_first, self.time_dim)
+        if not self.pairs and (self.output, self.batch_first, self.time_dim) != (None, None, None):
+            raise TypeError(
+                "rnn: expected the path of the RNN that output, batch_first or time_dim describes, got None"
+            )
 
     def attach(
         self,
         regularizer: Any,
         model: nn.Module,
+        batch: Callable[[], Sequence[Any]],
         say: Callable[[str], Any] | None = None,
         layout: bool | None = None,
     ) -> ExitStack:
@@ -85,6 +91,7 @@ class Paths:
         Args:
             regularizer: an `RNNRegularizer`.
             model: the model.
+            batch: a function that returns the inputs of the batch, which the functions of masks get.
             say: a function that is called once for each module, at the first loss, with a line that names the axes of
                 raw.
             layout: the `batch_first` of a module that does not show it.
@@ -100,12 +107,25 @@ class Paths:
                     dropout = None if path is None else _module_at(model, "dropout", path)
                 module = _module_at(model, "rnn", rnn)
                 batch_first = self.batch_first
-                if batch_first is None and layout is not None:
+                if batch_first is None and self.time_dim is None and layout is not None:
                     batch_first = batch_first_of(module, layout)
-                options = {"output": self.output, "valid": self.masks.valid, "starts": self.masks.starts}
-                handle = attached.enter_context(regularizer.attach(module, dropout, batch_first=batch_first, **options))
+                options: dict[str, Any] = {"output": self.output, "batch_first": batch_first, "time_dim": self.time_dim}
+                options |= vars(self.masks.of_batch(batch))
+                handle = attached.enter_context(regularizer.attach(module, dropout, **options))
                 handle.paths, handle.say = (rnn, path), say
             return attached.pop_all()
+
+    def warn_of_evaluation(self, adapter: str) -> None:
+        """Warn, once in a fit, that a training step has no penalty, because all modules are in evaluation.
+
+        Args:
+            adapter: the name of the adapter, which knows that this is a training step.
+        """
+        if not self.is_warned:
+            self.is_warned = True
+            paths = ", ".join(repr(rnn) for rnn, _ in self.pairs)
+            words = f"{adapter}: a training step has no penalty, because all named modules are in evaluation: {paths}; "
+            warnings.warn(words + "call train() on them when the fit starts", stacklevel=3)
 
 
 def pairs_of(rnn: object, dropout: object) -> list[tuple[str, str | None]]:
@@ -121,47 +141,53 @@ def pairs_of(rnn: object, dropout: object) -> list[tuple[str, str | None]]:
     """
     rnns: Any = rnn if is_list(rnn) else [rnn]
     dropouts: Any = dropout if is_list(dropout) else [dropout] * len(rnns)
-    for name, paths, no in (("dropout", [x for x in dropouts if x is not None], ", None"), ("rnn", rnns, "")):
+    for name, paths in (("dropout", [x for x in dropouts if x is not None]), ("rnn", rnns)):
         for path in paths:
             if not isinstance(path, str) or not path:  # an empty path would be the model itself
                 got = "an empty one" if isinstance(path, str) else type(path).__name__
-                raise TypeError(
-                    f"{name}: expected the attribute path of a module, such as 'encoder.lstm'{no}, or a list of these, "
-                    f"got {got}"
-                )
+                words = "the attribute path of a module, such as 'encoder.lstm', or a list of paths"
+                raise TypeError(f"{name}: expected {words}, got {got}")
     if not rnns or len({*rnns}) < len(rnns):
         raise ValueError(f"rnn: expected at least one path, and each path once, got {rnns}")
     if len(dropouts) != len(rnns):
-        counts = f"{len(rnns)} RNNs and {len(dropouts)} dropouts"
-        raise ValueError(f"rnn and dropout: expected a dropout, or None, for each RNN, got {counts}")
+        raise ValueError(f"dropout: expected a path or None for each of {len(rnns)} RNNs, got {len(dropouts)}")
     return list(zip(rnns, dropouts, strict=True))
 
 
-def pairs_of_learner(rnn: object, dropout: object) -> Sequence[tuple[str, str | None]]:
-    """Pair the paths that a learner of fastai was given; without paths, the dropout may be `True` or `False`.
+def paths_of_learner(rnn: object, dropout: object, fused: dict[str, Any], masks: Masks, **options: Any) -> Paths:
+    """Return the paths that a learner of fastai was given.
+
+    Args:
+        rnn: as for `pairs_of`, or `None` if the model returns `(decoded, raw, dropped)`.
+        dropout: as for `pairs_of`; without `rnn`, whether to swap the last dropout of a language model.
+        fused: attributes of the `Paths` that swap that dropout.
+        masks: an attribute of the `Paths`.
+        **options: other attributes of the `Paths`.
 
     Raises:
-        TypeError, ValueError: as `pairs_of`.
+        TypeError, ValueError: as `pairs_of` and `Paths`.
     """
-    dropout = None if dropout is False or (dropout is True and rnn is None) else dropout
-    return () if rnn is None and dropout is None else pairs_of(rnn, dropout)
+    if rnn is None and dropout in (None, False, True):
+        return replace(Paths((), masks, **options), **(fused if dropout else {}))
+    return Paths(pairs_of(rnn, None if dropout is False else dropout), masks, **options)
 
 
 def check_no_coefficients(options: Collection[str]) -> None:
     """Check that `fuse` of an adapter gets no coefficients, because the learner's own callback has them."""
-    for name in ("alpha", "beta"):
-        if name in options:
-            raise TypeError(
-                f"{name}: expected no coefficient, as fuse keeps those of the learner's callback; change its attribute "
-                f"{name} before or after fuse"
-            )
+    for name in {"alpha", "beta"}.intersection(options):
+        raise TypeError(
+            f"{name}: expected no coefficient in fuse, which keeps that of the learner's callback; set it there"
+        )
 
 
 def _module_at(model: nn.Module, kind: str, path: str) -> nn.Module:
-    """Return the module at an attribute path; the error for a wrong path lists the paths that are most similar."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    candidates = ", ".join(map(repr, get_close_matches(path, names, n=5, cutoff=0)))
-    raise ValueError(f"{kind}: {type(model).__name__} has no such module at {path!r}; candidates: {candidates}")
+    """Return the module at an attribute path; the error for a wrong path lists the children where the path ends."""
+    module = model
+    for name in path.split("."):
+        child = getattr(module, name, None)
+        if not isinstance(child, nn.Module):
+            children, at = ", ".join(repr(name) for name, _ in module.named_children()), type(module).__name__
+            found = f"{type(model).__name__} has no such module at {path!r}; children of the {at}: {children or 'none'}"
+            raise ValueError(f"{kind}: {found}")
+        module = child
+    return module

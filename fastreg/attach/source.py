@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -22,16 +21,10 @@ REFUSED: dict[Any, str] = {
     nn.RNNCellBase: "a module that runs over all time steps, got {}, which runs one; attach the module that calls it, "
     "or stack its outputs and call fused_ar_tar",
     (nn.ModuleList, nn.ModuleDict): "a module that is called itself, got {}; attach each of its modules",
-    torch.jit.ScriptModule: "a module that takes hooks, got a ScriptModule; let an nn.Module call it and return its "
-    "output, and attach that nn.Module",
 }
 
 ONE_SEQUENCE = Place(None, 0)  # (time, hidden)
 DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, FusedRNNDropout
-
-
-class MaskError(RuntimeError):
-    """Report an error of the function given as `valid` or `starts`, and the arguments of that function."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,31 +51,26 @@ class Masks:
         """Return the masks of valid steps and of starts, by their names, for these arguments.
 
         Raises:
-            RuntimeError: a function has raised an error, which is the cause of this one.
-            TypeError: a function has returned neither a tensor nor `None`.
+            TypeError: a function has returned neither a tensor with axes nor `None`.
+            Exception: what a function has raised.
         """
-        return {
-            "valid": None if self.valid is None else _mask("valid", self.valid, args, kwargs),
-            "starts": None if self.starts is None else _mask("starts", self.starts, args, kwargs),
-        }
+        functions = {"valid": self.valid, "starts": self.starts}
+        masks = {name: None if f is None else call(name, f, *args, **kwargs) for name, f in functions.items()}
+        for name, mask in masks.items():
+            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 0):
+                got = "a tensor without axes" if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"{name}: expected the callable to return a mask, (batch, time), or None, got {got}")
+        return masks
 
-    def of_batch(
-        self, batch: Callable[[], Sequence[Any]], takes_more: Callable[[Callable[..., Any]], bool] | None = None
-    ) -> Masks:
+    def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Masks:
         """Return functions of a module's arguments that call these functions with a batch instead.
 
         Args:
             batch: a function that returns the inputs of the batch.
-            takes_more: a function that returns whether a given function also takes the module's arguments, behind the
-                batch; `None` if no function takes them.
         """
 
         def of(name: str, function: Callable[..., Any] | None) -> Callable[..., Tensor | None] | None:
-            if function is None:
-                return None
-            if takes_more is not None and takes_more(function):
-                return lambda *args, **kwargs: _call(name, function, (*batch(), *args), kwargs)
-            return lambda *_, **__: _call(name, function, batch(), {})
+            return None if function is None else lambda *_, **__: call(name, function, *batch())
 
         return Masks(of("valid", self.valid), of("starts", self.starts))
 
@@ -149,7 +137,7 @@ class Source:
             TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
         """
         if self.output is not None:
-            raw = self.output(result)
+            raw = call("output", self.output, result)
         elif type(result) is Tensor:  # asking a tensor for an attribute that it lacks takes long
             raw = result
         else:
@@ -200,29 +188,19 @@ def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
     )
 
 
-def _mask(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Tensor | None:
-    """Call the function given as `valid` or `starts`, and check its result.
-
-    Raises:
-        MaskError: the function has raised an error.
-        TypeError: the function has returned neither a tensor nor `None`.
-    """
-    mask = _call(name, function, args, kwargs)
-    if not isinstance(mask, (Tensor, type(None))):
-        raise TypeError(f"{name}: expected the callable to return a tensor or None, got {type(mask).__name__}")
-    return mask
-
-
-def _call(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
-    """Call the function given as `valid` or `starts`; an error in it becomes a `MaskError` with its arguments."""
+def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call the function given as `output`, `valid` or `starts`; a note on its error has that name and the arguments."""
     try:
         return function(*args, **kwargs)
-    except MaskError:  # an adapter has already called the same function with the batch
-        raise
     except Exception as error:
-        got = [f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in (*args, *kwargs.values())]
-        called = f"{getattr(function, '__qualname__', function)}({', '.join(got)})"
-        raise MaskError(f"{name}: {called} raised {type(error).__name__}: {error}") from error
+        add_note, notes = getattr(error, "add_note", None), getattr(error, "__notes__", ())  # from Python 3.11 on
+        # An adapter has already called the same function with the batch, and then the error has a note.
+        if add_note is not None and not any(note.startswith(f"{name}: ") for note in notes):
+            got = [
+                f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in (*args, *kwargs.values())
+            ]
+            add_note(f"{name}: fastreg called this function with ({', '.join(got)})")
+        raise
 
 
 def check_callable(name: str, function: object) -> None:

@@ -10,15 +10,15 @@ import collections.abc
 import functools
 import gc
 import os
-import re
 import sys
 import tempfile
 import types
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,15 +47,15 @@ from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
 from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from fastreg import FusedRNNDropout  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
+from tests.adapters.learners import ALPHA, BETA, PATHS, Alone, Contract  # noqa: E402
 from tests.conftest import without  # noqa: E402
-from tests.language_model import VOCABULARY, Model, gap, hooks_of  # noqa: E402
+from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
 TIME = 0 if release == "1.0.36" else 1
-ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
+STOCK: Any = (*([16] if OLD else []), ALPHA, BETA, *([False] if release == "1.0.36" else []))
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
@@ -84,39 +84,9 @@ def trained(learn: Any, *callbacks: Callback) -> Tensor:
 
 
 @functools.cache
-def stock(alpha: float = ALPHA, beta: float = BETA) -> Tensor:
+def stock_weights(alpha: float = ALPHA, beta: float = BETA) -> Tensor:
     """Return the weights that fastai's own callback trains."""
     return trained(learner(alpha, beta))
-
-
-COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-def test_trains_the_stock_weights(coefficients: tuple[float, float], dropout: bool) -> None:
-    """A schedule sets the coefficients."""
-
-    class Schedule(Callback):
-        def on_batch_begin(self, **_: Any) -> None:
-            kinds.add(type(learn.model[1].output_dp))
-            now.alpha, now.beta = coefficients
-
-    learn, kinds = fuse(learner(), dropout), set()
-    (now,) = learn.callbacks
-    assert gap(trained(learn, Schedule()), stock(*coefficients)) < 1e-5
-    assert all(gap(stock(*coefficients), stock(*x)) > 1e-3 for x in COEFFICIENTS if x != coefficients)
-    assert now.ar > 0 < now.tar
-    assert (kinds == {FusedRNNDropout}) == dropout
-
-
-def test_a_fit_prints_once_what_is_taken_for_what(capsys: pytest.CaptureFixture[str]) -> None:
-    learn = fuse(learner(), dropout=True)
-    for _ in range(2):
-        trained(learn)
-    (shown,) = [line for line in capsys.readouterr().out.splitlines() if "raw" in line]
-    axes = "batch .*, time" if TIME else "time .*, batch"
-    assert re.fullmatch(rf"0 \(\w+\) -> 1\.output_dp \(FusedRNNDropout\): raw \(.*\) as {axes} .*; no mask.*", shown)
 
 
 @pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
@@ -162,22 +132,6 @@ def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> No
     assert any(length != 20 for length, *_ in spy.steps)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("what", ["fit", "step", "validate"])
-def test_no_activations_are_held(what: str, dropout: bool) -> None:
-    """Neither after a fit, nor after one that failed in a step, nor after a validation."""
-    learn, alive = fuse(learner(), dropout), []
-    own = learn.model[1].output_dp
-    learn.model[0].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[0])))
-    with suppress(ArithmeticError):
-        learn.validate() if what == "validate" else learn.fit(1, callbacks=[Spy(learn, what == "step")])
-    gc.collect()
-    assert alive
-    assert not any(ref() is not None for ref in alive)
-    assert learn.model[1].output_dp is own
-    assert hooks_of(learn.model) == 0
-
-
 class Late(Callback):
     """Fail when training ends, before other callbacks may."""
 
@@ -187,133 +141,106 @@ class Late(Callback):
         raise ArithmeticError("the end failed")
 
 
-@pytest.mark.parametrize("then", [None, lambda x: fuse(x, dropout=True), unfuse, lambda x: RNNTrainer(x, 16)])
-def test_a_fit_that_was_cut_off(then: Any) -> None:
-    """The next fit takes off the hooks that it has left, and so do `fuse`, `unfuse` and a new `RNNTrainer`."""
-    learn, other = fuse(learner(), dropout=True), learner()
-    own = learn.model[1].output_dp
-    for one in (learn, other):
-        with pytest.raises(ArithmeticError, match="the end failed"):
-            trained(one, Late())
-    assert hooks_of(learn.model) > 0
-    if then is not None:
-        then(learn)
-        assert hooks_of(learn.model) == 0
-        assert learn.model[1].output_dp is own
-    learn.model.load_state_dict(other.model.state_dict())
-    for one in (learn, other):
-        one.create_opt(1e-3)
-    assert gap(trained(learn), trained(other)) < 1e-5
-    assert hooks_of(learn.model) == 0
+class Batches(Callback):
+    def __init__(self, do: Callable[[], object]) -> None:
+        self.do = do
+
+    def on_batch_begin(self, train: bool, **_: Any) -> None:
+        if train:
+            self.do()
 
 
-def test_fuse_and_unfuse_swap_in_place() -> None:
-    learn, names = learner(), ("bptt", "alpha", "beta", "adjust")
-    assert fuse(fuse(learn, valid=lambda x: x < 0), dropout=True) is learn  # with the arguments of the last call
-    (now,) = learn.callbacks
-    assert type(now) is RNNTrainer
-    assert [vars(now)[name] for name in names] == [16 if OLD else None, ALPHA, BETA, False]
-    assert gap(trained(learn), stock()) < 1e-5
-    now.alpha = 3.0
-    assert unfuse(unfuse(learn)) is learn
-    (now,) = learn.callbacks
-    assert (type(now), now.alpha, now.beta) == (Stock, 3.0, BETA)
-    assert "export" not in vars(learn)
-    assert gap(trained(unfuse(fuse(learner()))), stock()) == 0
-
-
-@pytest.mark.skipif(OLD, reason="its load_learner knows no language models, or it has no exports")
-def test_exports_load_without_fastreg() -> None:
-    from fastai.basic_train import load_learner
-
-    learn = fuse(learner(), dropout=True)
-    learn.fit(1)
-    learn.purge()  # which makes the callbacks again
-    fused = learn.callbacks[0]
-    learn.export("learner")
-    assert type(fused) is RNNTrainer
-    assert learn.callbacks[0] is learn.rnn_trainer is fused
-    with without("fastreg"):
-        again = load_learner(learn.path, "learner")
-    assert (type(again.rnn_trainer), type(again.model[1].output_dp).__name__) == (Stock, "RNNDropout")
-    assert (again.rnn_trainer.alpha, again.rnn_trainer.beta) == (ALPHA, BETA)
-    tokens = torch.randint(2, VOCABULARY, (4, 6))
-    for one in (again.model, learn.model):
-        one.eval().reset()
-    assert torch.equal(again.model(tokens)[0], learn.model(tokens)[0])
-    assert trained(learn).isfinite().all()
-
-
-class Alone(Model):
-    """A language model that returns only its output, and has no `reset()`."""
+class Flat(Alone):
+    """Returns decoded as fastai's loss takes it."""
 
     def activations(self, x: Tensor) -> Any:
         decoded, raw, dropped = super().activations(x)
         return decoded.flatten(0, 1), [raw], [dropped]
 
 
-class Together(Alone):
+class Together(Flat):
     """The same model as fastai's callback wants it."""
 
-    forward = Alone.activations  # pyright: ignore[reportAssignmentType]
+    forward = Flat.activations  # pyright: ignore[reportAssignmentType]
 
     def reset(self) -> None: ...
 
 
-def own(kind: Any, trainer: Any, *args: Any, **options: Any) -> Any:
-    of = learner()  # whose batches are always the same
-    torch.manual_seed(4)
-    made = Learner(of.data, kind(batch_first=TIME == 1), loss_func=of.loss_func)
-    made.callbacks.append(trainer(made, *args, **options))
-    return made
+class TestContract(Contract):
+    """One process runs it for one release."""
+
+    stock, fused, time = Stock, RNNTrainer, TIME
+    fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
+    learner, trained = staticmethod(learner), staticmethod(trained)
+    at_batches = Batches
+
+    def custom(self, alone: bool, regularized: bool = True) -> Any:
+        of = learner()  # whose batches are always the same
+        torch.manual_seed(4)
+        made = Learner(of.data, (Flat if alone else Together)(batch_first=TIME == 1), loss_func=of.loss_func)
+        made.callbacks += [Stock(made, *STOCK)] * regularized
+        return made
+
+    def cut_off(self, learn: Any) -> None:
+        with pytest.raises(ArithmeticError, match="the end failed"):
+            trained(learn, Late())
+
+    def begin_anew(self, learn: Any) -> None:
+        learn.create_opt(1e-3)
+
+    def exported(self, learn: Any) -> Any:
+        if OLD:
+            pytest.skip("its load_learner knows no language models, or it has no exports")
+        from fastai.basic_train import load_learner
+
+        learn.purge()  # which makes the callbacks again
+        learn.export("learner")
+        assert learn.callbacks[0] is learn.rnn_trainer
+        with without("fastreg"):
+            return load_learner(learn.path, "learner")
 
 
-PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
-OURS: Any = (RNNTrainer, 16, ALPHA, BETA, False)
-STOCK: Any = (Stock, *([16] if OLD else []), ALPHA, BETA, *([False] if release == "1.0.36" else []))
+def test_a_learner_of_a_model_that_returns_only_its_output_is_exported_without_a_callback() -> None:
+    learn, seen = fuse(TestContract().custom(alone=True), **PATHS), []
+    learn.callbacks.append(Batches(lambda: None))
+    own = learn.callbacks
+    with mock.patch.object(Learner, "export", lambda self: seen.extend(self.callbacks), create=True):
+        learn.export()
+    assert [type(x) for x in seen] == [Batches]
+    assert learn.callbacks is own
 
 
-def test_modules_by_their_paths_train_the_stock_weights() -> None:
-    expected, learn = trained(own(Together, *STOCK)), own(Alone, *OURS, **PATHS)
-    assert gap(trained(learn), expected) < 1e-5
+def test_a_new_callback_takes_off_the_hooks_of_a_fit_that_was_cut_off() -> None:
+    learn = fuse(learner())
+    TestContract().cut_off(learn)
+    RNNTrainer(learn, 16)
     assert hooks_of(learn.model) == 0
-    assert gap(trained(fuse(own(Alone, *STOCK), "dropout", rnn="rnn")), expected) < 1e-5
-    assert gap(trained(own(Alone, RNNTrainer, 16, adjust=False, **PATHS)), expected) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["valid", "starts"])
-def test_masks_of_the_batch(name: str) -> None:
-    options: Any = {name: lambda x: (x % 3 != 0).transpose(0, TIME - 1)}  # (batch, time)
-    weights = trained(own(Alone, *OURS, **options, **PATHS))
-    assert gap(weights, trained(own(Together, *OURS, **options))) < 1e-5
-    assert gap(weights, trained(own(Together, *STOCK))) > 1e-4
+def test_no_activations_are_held_after_a_step_that_failed() -> None:
+    learn, alive = fuse(learner(), True), []
+    learn.model[0].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[0])))
+    with pytest.raises(ArithmeticError, match="the step failed"):
+        learn.fit(1, callbacks=[Spy(learn, True)])
+    gc.collect()
+    assert alive
+    assert not any(ref() is not None for ref in alive)
+    assert hooks_of(learn.model) == 0
 
 
-def subclassed(learn: Any) -> None:
-    learn.callbacks[-1].__class__ = type("Mine", (Stock,), {})
+@pytest.mark.parametrize(("bptt", "adjust"), [(None, False), (16, True)])
+def test_the_arguments_of_the_release_are_kept(bptt: Any, adjust: bool) -> None:
+    learn = unfuse(fuse(learner()))
+    assert "export" not in vars(learn)
+    learn.callbacks = [RNNTrainer(learn, bptt, ALPHA, BETA, adjust)]
+    (now,) = fuse(learn).callbacks
+    assert (now.bptt, now.alpha, now.beta, now.adjust) == (bptt, ALPHA, BETA, adjust)
 
 
-REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
-    (subclassed, fuse, ValueError, "has no RNNTrainer of fastai's own class"),
-    (vars, lambda x: fuse(x, rnn="lstm"), ValueError, "rnn: SequentialRNN has no such module at 'lstm'"),
-    (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),
-    (vars, lambda x: fuse(x, True, output=len), TypeError, "rnn: expected the path of the RNN that output"),
-    (
-        vars,
-        lambda x: fuse(x, alpha=3.0),
-        TypeError,
-        "alpha: expected no coefficient, as fuse keeps those of the learner",
-    ),
-    (vars, lambda x: RNNTrainer(x, None), ValueError, "bptt: expected the usual number of time steps"),
-    (lambda x: fuse(x).callbacks.append(Stock(x, 16)), lambda x: x.fit(1), ValueError, "^RNNTrainer: .* more than one"),
-]
-
-
-@pytest.mark.parametrize(("prepare", "call", "error", "message"), REJECTED)
-def test_rejects_and_swaps_nothing(prepare: Any, call: Any, error: type[Exception], message: str) -> None:
+def test_errors_of_the_callback() -> None:
     learn = learner()
-    prepare(learn)
-    parts = [*learn.callbacks, *learn.model.modules()]
-    with pytest.raises(error, match=message):
-        call(learn)
-    assert all(a is b for a, b in zip([*learn.callbacks, *learn.model.modules()], parts, strict=True))
+    with pytest.raises(ValueError, match="bptt: expected the usual number of time steps"):
+        RNNTrainer(learn, None)
+    fuse(learn).callbacks.append(Stock(learn, *STOCK))
+    with pytest.raises(ValueError, match=r"^RNNTrainer: .* more than one"):
+        learn.fit(1)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
-import re
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure.timing import threads
-from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg import fused_ar_tar
+from tests.adapters.learners import ALPHA, BETA, PATHS, Alone, Contract, subclassed
 from tests.conftest import skip_without, without
-from tests.language_model import VOCABULARY, Model, Triple, gap, hooks_of
+from tests.language_model import VOCABULARY, gap, hooks_of
 
 skip_without("fastai")
 
@@ -30,10 +29,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
-ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SMALL = {"emb_sz": 24, "n_hid": 32, "n_layers": 2}
-PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
-MASKS: dict[str, Any] = {"valid": lambda x: x % 3 != 0, "starts": lambda x: x % 4 == 1}
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +37,14 @@ def one_thread_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)  # where learners write
     with threads(1):
         yield
+
+
+class Together(Alone):
+    """The same model as fastai's callbacks want it."""
+
+    forward = Alone.activations  # pyright: ignore[reportAssignmentType]
+
+    def reset(self) -> None: ...
 
 
 class Ids(list):
@@ -86,9 +90,11 @@ def on(event: str, do: Callable[[Any], object], order: int = 100) -> Any:
     return made
 
 
-def stop(learn: Any) -> None:
-    if learn.train_iter == 2:
-        raise KeyboardInterrupt
+@cache
+def stock_weights(alpha: float = ALPHA, beta: float = BETA) -> Tensor:
+    """Return the weights that fastai's own callbacks train."""
+    learn = make(alpha, beta)
+    return trained(learn if alpha or beta else by_hand(learn, fa.ModelResetter(), fa.RNNCallback()))
 
 
 def spy(seen: list[dict[str, Any]]) -> Any:
@@ -164,41 +170,6 @@ def test_text_classifiers_with_padding_and_without(max_len: int | None) -> None:
     assert checked
 
 
-@pytest.mark.parametrize("masks", [{}, MASKS], ids=["plain", "masks"])
-def test_modules_by_their_paths_and_masks_of_the_batch(masks: dict[str, Any]) -> None:
-    def write_out(learn: Any) -> None:
-        options: Any = {name: mask(*learn.xb) for name, mask in masks.items()}
-        learn.loss_grad = learn.loss_grad + fused_ar_tar(learn.rnn.raw_out, learn.rnn.out, ALPHA, BETA, **options)
-
-    want = trained(of(Triple, fa.RNNCallback(), on("after_loss", write_out, 1)))
-    learners = [
-        of(Model, RNNRegularizer(ALPHA, BETA, **masks, rnn=["rnn"], dropout=["dropout"])),
-        fuse(of(Model, fa.RNNRegularizer(ALPHA, BETA)), **masks, **PATHS),
-        fuse(of(Triple, *fa.rnn_cbs(ALPHA, BETA)), **masks, **({} if masks else PATHS)),
-    ]
-    for learn in learners:
-        assert gap(trained(learn), want) < 1e-5
-        assert hooks_of(learn.model) == 0
-    assert gap(trained(of(Model)), want) > 1e-4
-
-
-def test_a_fit_prints_once_what_is_taken_for_what(capsys: pytest.CaptureFixture[str]) -> None:
-    learn = of(Model, RNNRegularizer(ALPHA, BETA, **MASKS, **PATHS))
-    trained(learn)  # without logging
-    assert not capsys.readouterr().out
-    with learn.no_bar():
-        learn.fit(2)
-    (shown,) = [line for line in capsys.readouterr().out.splitlines() if "raw" in line]
-    assert re.fullmatch(r"rnn \(LSTM\) -> dropout \(Dropout\): raw \(.*\) as batch .*; valid .*; starts .*", shown)
-
-
-def test_modules_in_evaluation_add_nothing() -> None:
-    learn = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS))
-    frozen = on("before_batch", lambda learn: learn.model.rnn.eval())
-    assert gap(trained(learn, cbs=frozen), trained(of(Model), cbs=frozen)) == 0
-    assert str(learn.recorder.values[0][2]) == "nan"
-
-
 @pytest.mark.parametrize(("size", "bs"), [(650, 8), (34, 1)])
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_penalty_is_finite_where_that_of_fastai_is_not(dropout: bool, size: int, bs: int) -> None:
@@ -214,7 +185,7 @@ def test_terms_are_columns_of_every_log() -> None:
     rows = [(torch.full((6,), i % VOCABULARY), torch.full((6,), i % VOCABULARY)) for i in range(10)]
     dls, seen = fa.DataLoaders(fa.DataLoader(rows, bs=8), fa.DataLoader(rows, bs=8)), []
     cbs = [*rnn_cbs(ALPHA, BETA), spy(seen), fa.CSVLogger()]
-    learn = fa.Learner(dls, Triple(), fa.CrossEntropyLossFlat(), cbs=cbs, metrics=fa.accuracy)
+    learn = fa.Learner(dls, Together(), fa.CrossEntropyLossFlat(), cbs=cbs, metrics=fa.accuracy)
     trained(learn, 2)
     head, *log = [line.split(",") for line in Path("history.csv").read_text().split()]
     assert learn.recorder.metric_names == head
@@ -224,23 +195,6 @@ def test_terms_are_columns_of_every_log() -> None:
         means = [(8 * a[term] + 2 * b[term]) / 10 for term in ("ar", "tar")]
         assert [float(x) for x in row[4:6]] == [*values[3:]] == pytest.approx(means, rel=1e-5)
     assert learn.metrics.attrgot("name") == ["accuracy"]
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-def test_coefficients_may_change_while_training(dropout: bool) -> None:
-    """A schedule sets numbers, or changes tensors in place; only the second epoch is regularized."""
-    coefficients = torch.zeros(2)
-
-    def change(learn: Any) -> None:
-        coefficients.copy_(torch.tensor([ALPHA, BETA]) * (learn.epoch > 0))
-        if learn is not by_tensors:
-            learn.rnn_regularizer.alpha, learn.rnn_regularizer.beta = coefficients.tolist()
-
-    by_tensors = fuse(by_hand(make(), *rnn_cbs(*coefficients.unbind())), dropout)
-    want = trained(make(), 2, cbs=on("before_train", change))
-    for learn in (fuse(make(), dropout), by_tensors):
-        assert gap(trained(learn, 2, cbs=on("before_train", change)), want) < 1e-5
-        assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
 @pytest.mark.parametrize("error", [None, fa.CancelStepException])
@@ -264,88 +218,85 @@ def test_bptt_scales_the_lr_only_for_the_step(error: Any) -> None:
     assert all(lr == pytest.approx(5e-3 * n / 20) for n, lr in seen)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("run", ["fit", "get_preds"])
-def test_no_activations_are_held(dropout: bool, run: str) -> None:
-    learn, alive = fuse(make(), dropout), []
-    learn.model[1].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[1:])))
-    with learn.no_bar(), learn.no_logging():
-        learn.fit(1) if run == "fit" else learn.get_preds(reorder=False)
-    gc.collect()
-    assert alive
-    assert not [ref for ref in alive if ref() is not None]
+class TestContract(Contract):
+    """fastai's loop calls no `after_fit` after an error, so that hooks stay after a fit that was cut off."""
+
+    stock, fused = fa.RNNRegularizer, RNNRegularizer
+    fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
+    learner = staticmethod(make)
+
+    def custom(self, alone: bool, regularized: bool = True) -> Any:
+        cbs = [] if alone else [fa.ModelResetter(), fa.RNNCallback()]
+        return of(Alone if alone else Together, *cbs, *[fa.RNNRegularizer(ALPHA, BETA)] * regularized)
+
+    def trained(self, learn: Any, *callbacks: Any) -> Tensor:
+        return trained(learn, cbs=callbacks)
+
+    def at_batches(self, do: Callable[[], object]) -> Any:
+        return on("before_batch", lambda _: do())
+
+    def callbacks(self, learn: Any) -> list[Any]:
+        return learn.cbs
+
+    def cut_off(self, learn: Any) -> None:
+        def stop(learn: Any) -> None:
+            if learn.train_iter == 2:
+                raise KeyboardInterrupt
+
+        learn.rnn_regularizer.bptt = 20
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                trained(learn, cbs=on("before_step", stop))
+
+    def begin_anew(self, learn: Any) -> None:
+        if hooks_of(learn.model) == 0:  # else the next fit restores it
+            assert learn.opt is None or learn.opt.hypers[-1]["lr"] == 5e-3
+        learn.opt, learn.rnn_regularizer.bptt = None, None
+        learn.model.zero_grad()
+
+    def exported(self, learn: Any) -> Any:
+        learn.export("learner.pkl")
+        with without("fastreg"):
+            return fa.load_learner("learner.pkl")
 
 
-def test_exports_and_copies_hold_only_classes_of_fastai() -> None:
-    learn = fuse(make(), dropout=True)
-    trained(learn)
-    learn.export("learner.pkl")
-    assert type(learn.rnn_regularizer) is RNNRegularizer
-    with without("fastreg"):
-        loaded = fa.load_learner("learner.pkl")
-    for rnn in learn.model[0].rnns:  # fastai's own, which no copy can be made of
-        rnn.module.weight_hh_l0 = rnn.module.weight_hh_l0.detach()
-    copied = copy.deepcopy(learn)
-    expected = trained(learn, reset_opt=True)
-    for again in (loaded, copied):
-        assert type(again.model[1].output_dp) is fa.RNNDropout
-        assert type(again.rnn_regularizer) is fa.RNNRegularizer
-        assert again.rnn_regularizer.learn is again
-        assert hooks_of(again.model) == len(again.metrics) == 0
-        again.dls = learn.dls
-        assert gap(trained(again, reset_opt=True), expected) < 1e-5
-
-
-CLEAN_UPS: dict[str, Callable[[Any], Any]] = {
-    "fuse": lambda learn: fuse(learn, dropout=True),
-    "unfuse": unfuse,
-    "remove_cb": lambda learn: learn.remove_cb(learn.rnn_regularizer),
-    "the next fit": lambda learn: learn,
-}
-
-
-@pytest.mark.parametrize("clean_up", CLEAN_UPS)
-def test_a_fit_after_one_that_was_cut_off_trains_as_if_nothing_had_been(clean_up: str) -> None:
-    learn, other = fuse(make(), dropout=True), make()
+@pytest.mark.parametrize("paths", [{}, PATHS])
+def test_a_copy_of_a_learner_regularizes_alike(paths: dict[str, Any]) -> None:
+    learn = fuse(of(Alone if paths else Together, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
     learn.rnn_regularizer.bptt = 20
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            trained(learn, cbs=on("before_step", stop))
-    assert hooks_of(learn.model) > 0
-    CLEAN_UPS[clean_up](learn)
-    if clean_up != "the next fit":
-        assert hooks_of(learn.model) == 0
-        assert learn.opt.hypers[-1]["lr"] == 5e-3
-    if clean_up in ("unfuse", "remove_cb"):
-        assert len(unfuse(learn).metrics) == 0
-        by_hand(learn, *rnn_cbs(ALPHA, BETA))
-    learn.rnn_regularizer.bptt = None
-    learn.model.load_state_dict(other.model.state_dict())
-    learn.model.zero_grad()
-    assert gap(trained(learn, reset_opt=True), trained(other)) < 1e-5
-    assert learn.recorder.metric_names[-3:] == ["ar", "tar", "time"]
+    copied = copy.deepcopy(learn)
+    now = copied.rnn_regularizer
+    assert (type(now), now.learn, now.bptt) == (RNNRegularizer, copied, 20)
+    assert now is not learn.rnn_regularizer
+    weights = trained(learn)
+    assert gap(trained(copied), weights) < 1e-5
+    assert copied.recorder.metric_names == learn.recorder.metric_names == [*HEAD, "ar", "tar", "time"]
+    assert gap(trained(of(Alone)), weights) > 1e-4
+    assert hooks_of(learn.model) == hooks_of(copied.model) == 0
+
+
+def test_another_learner_of_a_model_after_a_fit_that_was_cut_off() -> None:
+    learn = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS))
+    TestContract().cut_off(learn)
+    other = fa.Learner(learn.dls, learn.model, fa.CrossEntropyLossFlat(), cbs=RNNRegularizer(1.0, 1.0, **PATHS))
+    trained(other)
+    assert other.recorder.values[0][2] > 0
     assert hooks_of(learn.model) == 0
 
 
-def test_fuse_and_unfuse_swap_in_place() -> None:
-    learn, kinds = make(), set()
-    own, dropout = learn.rnn_regularizer, learn.model[1].output_dp
-    own.run_train, own.alpha = False, 3.0
-    assert fuse(learn) is learn
-    fuse(fuse(learn, valid=lambda x: x < 0), dropout=True)  # with the arguments of the last call
-    assert (learn.rnn_regularizer.run_train, learn.rnn_regularizer.alpha) == (False, 3.0)
-    learn.rnn_regularizer.run_train, learn.rnn_regularizer.alpha = True, ALPHA
-    look = on("after_pred", lambda x: kinds.add(type(x.model[1].output_dp)))
-    assert gap(trained(learn, cbs=look), trained(make())) < 1e-5
-    assert [kind.__base__ for kind in kinds] == [FusedRNNDropout]
-    assert learn.model[1].output_dp is dropout
-    assert not any(module.training for module in learn.model.modules())
-    learn.rnn_regularizer.alpha = 3.0
-    assert unfuse(unfuse(learn)) is learn
-    (regularizer,) = (cb for cb in learn.cbs if isinstance(cb, fa.RNNRegularizer))
-    assert regularizer is learn.rnn_regularizer
-    assert (type(regularizer), regularizer.alpha, regularizer.beta) == (fa.RNNRegularizer, 3.0, BETA)
-    assert gap(trained(unfuse(fuse(make(), dropout=True))), trained(make())) == 0
+def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
+    learn = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS))
+    trained(learn)
+    assert not capsys.readouterr().out
+    trained(learn, cbs=on("before_batch", lambda learn: learn.model.rnn.eval()))
+    assert str(learn.recorder.values[0][2]) == "nan"
+
+
+def test_fuse_keeps_where_the_callback_runs() -> None:
+    learn = make()
+    learn.rnn_regularizer.run_train = False
+    assert fuse(learn).rnn_regularizer.run_train is False
+    assert gap(trained(learn), stock_weights(0.0, 0.0)) < 1e-5
 
 
 def test_a_regularizer_may_be_away_for_a_while() -> None:
@@ -357,35 +308,28 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
             with learn.removed_cbs(found):
                 learn.get_preds(inner=True, reorder=False, act=fa.noop)
 
-    learn, other = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Triple, *fa.rnn_cbs(ALPHA, BETA))
+    learn, other = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Together, *fa.rnn_cbs(ALPHA, BETA))
     assert gap(*(trained(one, 2, cbs=on("after_validate", fetch)) for one in (learn, other))) < 1e-5
     assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
-def subclassed(instance: Any) -> None:
-    instance.__class__ = type("Mine", (type(instance),), {})
-
-
 def run(*cbs: Any) -> Callable[[Any], object]:
-    return lambda _: trained(of(Model, *cbs))
+    return lambda _: trained(of(Alone, *cbs))
+
+
+HEAD = ["epoch", "train_loss", "valid_loss"]
 
 
 def of_two_learners(_: Any) -> None:
-    learn, _other = [of(Model, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
+    learn, _other = [of(Alone, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
     trained(learn)
 
 
-OWN_CLASS = r"no RNNRegularizer of fastai's own class; .* rnn_cbs\(alpha, beta\)"
-ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and 1"
+ALONE = r"\(decoded, raw, dropped\) from the Alone, and one RNNCallback to capture them, got a Tensor and 1"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
     (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
-    (lambda x: subclassed(x.rnn_regularizer), fuse, ValueError, OWN_CLASS),
-    (vars, lambda _: fuse(None), TypeError, "learn: expected a Learner, got NoneType"),  # pyright: ignore
-    (vars, lambda x: fuse(x, beta=3.0), TypeError, "beta: expected no coefficient, as fuse keeps those of the learner"),
-    (vars, lambda x: fuse(x, True, batch_first=False), TypeError, "rnn: expected the path .* batch_first describe"),
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
-    (vars, run(RNNRegularizer(**PATHS), on("after_pred", lambda x: fuse(x, **PATHS))), RuntimeError, "within a batch"),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
 ]
 

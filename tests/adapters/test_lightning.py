@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 from datetime import timedelta
-from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ skip_without("lightning")
 
 import lightning.pytorch as pl  # noqa: E402
 
-from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.lightning import ActivationRegularization  # noqa: E402
 from tests import language_model as lm  # noqa: E402
+from tests.adapters.trainers import DATA, Contract, Net  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, assert_same_weights, criterion, tokens  # noqa: E402
 
 # Lightning and its imports warn.
@@ -70,13 +69,13 @@ def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> Activa
     return ActivationRegularization(alpha, beta, **(named | options))
 
 
-def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
+def fit(module: Any, *callbacks: Any, validate: bool = False, data: Any = None, **options: Any) -> Any:
     """Train for an epoch of six batches, and return the logged metrics; also validate in the fit."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
-    data = torch.utils.data.DataLoader(tokens(6 * BATCH, TIME), batch_size=BATCH)  # pyright: ignore
+    data = data or torch.utils.data.DataLoader(tokens(6 * BATCH, TIME), batch_size=BATCH)  # pyright: ignore
     trainer.fit(module, data, data if validate else None)
     return trainer.callback_metrics
 
@@ -100,23 +99,33 @@ def assert_left_alone(module: Any) -> None:
     assert not any(x._forward_hooks for x in module.modules())
 
 
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation and clipping": {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1},
-    "bf16": {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
-}
+class TestContract(Contract):
+    """The module has the layers of the model as its own, so that the paths are the same."""
+
+    logger = "lightning.pytorch"
+
+    def fit(self, model: Net, options: Any = None, accumulated: int = 1) -> dict[str, float]:
+        class Step(pl.LightningModule):
+            def training_step(self, batch: Any) -> Tensor:
+                return model(**batch)["loss"]
+
+            configure_optimizers = Module.configure_optimizers
+
+        module, callbacks = Step(), [] if options is None else [ActivationRegularization(*BOTH, **options)]
+        for name, child in model.named_children():
+            module.add_module(name, child)
+        loader = torch.utils.data.DataLoader(DATA, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
+        return fit(module, *callbacks, data=loader, accumulate_grad_batches=accumulated)
 
 
-@pytest.mark.parametrize("setting", [pytest.param(x, marks=[pytest.mark.processor] * (x == "bf16")) for x in SETTINGS])
+@pytest.mark.processor
 @lm.either
-def test_trains_the_weights_of_the_formula(setting: str) -> None:
-    options, module, written_out, without = SETTINGS[setting], made(), made(Module, BOTH), made()
+def test_bfloat16_with_accumulation_and_clipping() -> None:
+    options: Any = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    module, written_out = made(), made(Module, BOTH)
     fit(module, callback(), **options)
     fit(written_out, **options)
-    fit(without, **options)
-    tolerance = lm.tolerance_of_bfloat16(written_out, made()) if "precision" in options else {}
-    assert_same_weights(module, written_out, **tolerance)
-    lm.assert_other_weights(module, without)
+    assert_same_weights(module, written_out, **lm.tolerance_of_bfloat16(written_out, made()))
 
 
 def test_steps_that_return_a_dict_and_steps_that_are_skipped() -> None:
@@ -157,10 +166,8 @@ class Manual(Module):
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
-        (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
-        (Module, {"valid": dict.get}, RuntimeError, r"valid: dict\.get\(Tensor\[3, 7\]\) raised TypeError"),
+        (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in the training_step"),
         (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
-        (Module, {"rnn": None}, TypeError, r"rnn: expected the attribute path of a module, .* got NoneType"),
     ],
 )
 def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -262,17 +269,6 @@ def test_two_rnns_of_one_callback_or_of_two() -> None:
     assert_same_weights(module, written_out)
 
 
-def test_the_log_says_once_what_is_taken_for_what() -> None:
-    module, regularization = made(), callback()
-    with lm.messages_of("lightning.pytorch") as messages:
-        for _ in range(2):
-            fit(module, regularization)
-    (shown,) = [x for x in messages if "raw" in x]
-    assert shown.startswith(
-        "net.rnn (LSTM) -> net.dropout (Dropout): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask"
-    )
-
-
 def test_a_copy_made_while_training_has_its_own_step() -> None:
     """An average of weights makes such a copy."""
 
@@ -289,29 +285,15 @@ def test_a_copy_made_while_training_has_its_own_step() -> None:
 
 
 class Late(Module):
-    """Makes its recurrent module, which returns a dictionary, when the fit begins; its step has no index."""
+    """Makes its RNN when the fit begins; its step has no index."""
 
     def configure_model(self) -> None:
-        self.late = lm.seeded(lambda: lm.Returning(lambda raw: {"raw": raw}))
+        self.net.late = lm.gru()
+        self.net.rnn = self.net.late
 
     def training_step(self, batch: Tensor) -> Any:  # pyright: ignore
-        raw = self.late(self.net.embedding(batch))["raw"]
-        dropped = self.net.dropout(raw)
-        masks: Any = {"valid": batch != 3, "starts": batch == 2}
-        penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks) if self.coefficients else 0
-        return criterion(self.net.decoder(dropped), batch) + penalty
+        return super().training_step(batch, 0)
 
 
-def with_rnn(batch: Tensor, x: Tensor) -> Tensor:
-    assert x.shape == (*batch.shape, HIDDEN)
-    return batch != 3
-
-
-MASKS: list[Any] = [with_rnn, lambda batch, *args: with_rnn(batch, *args), lambda batch, least=3, **_: batch != least]
-
-
-@pytest.mark.parametrize("valid", [*MASKS, methodcaller("ne", 3)])  # the last has no signature
-def test_any_module_made_late_with_masks_of_the_batch(valid: Any) -> None:
-    """A function also gets the RNN's arguments if it has a second parameter without a default that is no `**kwargs`."""
-    options: dict[str, Any] = {"rnn": "late", "output": lambda result: result["raw"], "valid": valid}
-    check_weights(Late, callback(**options, starts=lambda batch: batch == 2))
+def test_a_module_that_is_made_late() -> None:
+    check_weights(Late, callback(rnn="net.late"))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +27,8 @@ import transformers  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.language_model import ALPHA, BETA, TIME, VOCABULARY, assert_same_weights, hooks_of  # noqa: E402
+from tests.adapters.trainers import DATA, Contract, Net  # noqa: E402
+from tests.language_model import ALPHA, BATCH, BETA, TIME, VOCABULARY, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
@@ -67,6 +65,7 @@ def of_library(name: str, rnn: str, **options: Any) -> Any:
 mamba = of_library("Mamba", "backbone.layers.1", state_size=4)
 mamba2 = of_library("Mamba2", "backbone.layers.1", num_heads=4, head_dim=4, n_groups=1, chunk_size=4, state_size=4)
 xlstm = of_library("xLSTM", "backbone.blocks.1", hidden_size=16, num_heads=2)
+COEFFICIENTS = {"alpha": ALPHA, "beta": BETA}
 IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 
@@ -127,7 +126,7 @@ def folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 def trainer_of(make: Callable[[], Any], args: Any, kind: Any = RegularizedTrainer, **options: Any) -> Any:
     """Make a trainer of a model from its seed; the regularized ones and the formula get their own arguments."""
     if issubclass(kind, RegularizedTrainer):
-        options = {"alpha": ALPHA, "beta": BETA} | options
+        options = COEFFICIENTS | options
     if issubclass(kind, (RegularizedTrainer, Formula)):
         options = {"rnn": getattr(make, "rnn", "rnn")} | options
     return kind(**({"model": lm.seeded(make), "args": args, "train_dataset": examples()} | options))
@@ -163,20 +162,35 @@ class Wrapper(LanguageModel):
 
 
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-BY_EXAMPLES = {"train_dataset": examples(22), "compute_loss_func": per_item, "valid": None}
 # model, arguments of the regularized training beside one batch a step, options of the trainer
 SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
-    "model": (LanguageModel, {}, {}),
     "mamba2": (mamba2, {}, {}),
     "mask": (xlstm, {}, {"valid": labelled}),  # the forward has no attention_mask, so the Trainer removes it
-    "accumulation": (mamba, IN_PARTS, {"train_dataset": examples(19), "compute_loss_func": per_item}),
-    "accumulation by examples": (LanguageModel, IN_PARTS, BY_EXAMPLES),
-    "accumulation of means": (LanguageModel, IN_PARTS, {"train_dataset": examples(20)}),
-    "accumulation of segments": (mamba2, IN_PARTS, {"starts": lambda batch: batch["input_ids"] % 3 == 0}),
-    "layers": (mamba, {}, {"rnn": ["backbone.layers.0", mamba.rnn]}),
+    "accumulation": (mamba2, IN_PARTS, {"valid": None}),
+    "accumulation of a loss per token": (LanguageModel, IN_PARTS, {"compute_loss_func": per_item, "valid": None}),
     "checkpointing": (mamba, CHECKPOINTED, {"rnn": mamba.rnn + ".mixer.in_proj"}),
     "peft": (Wrapper, {}, {"rnn": "inside"}),
 }
+
+
+class TestContract(Contract):
+    """A `Trainer` computes the mean of the losses of its batches."""
+
+    logger = "transformers"
+
+    @pytest.fixture(autouse=True)
+    def default_verbosity(self) -> Iterator[None]:
+        transformers.logging.set_verbosity_warning()
+        yield
+        transformers.logging.set_verbosity_error()
+
+    def fit(self, model: Net, options: Any = None, accumulated: int = 1) -> dict[str, float]:
+        steps: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
+        kind, given = (transformers.Trainer, {}) if options is None else (RegularizedTrainer, COEFFICIENTS | options)
+        args = arguments(per_device_train_batch_size=BATCH, **steps)
+        trainer = kind(model=model, args=args, train_dataset=DATA, **given)  # pyright: ignore[reportArgumentType]
+        trainer.train()
+        return trainer.state.log_history[0]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -209,13 +223,13 @@ def in_a_process(rank: int, folder: str) -> list[tuple[dict[str, Tensor], dict[s
     trainers = []
     for size, steps in (6, 1), (2, 3):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        trainers.append(fit(mamba2, arguments(ddp_backend="gloo", **options)))
+        trainers.append(fit(mamba2, arguments(ddp_backend="gloo", **options), valid=None))
     return [(dict(trainer.model.state_dict()), trainer.state.log_history[0]) for trainer in trainers]
 
 
 @more
 def test_processes_change_nothing(tmp_path: Path, monkeypatch: Any, pytestconfig: Any) -> None:
-    whole = fit(mamba2, arguments())
+    whole = fit(mamba2, arguments(), valid=None)
     want = whole.state.log_history[0]
     monkeypatch.chdir(pytestconfig.rootpath)  # from where the processes import this
     context = multiprocessing.get_context("forkserver")
@@ -228,26 +242,17 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: Any, pytestconfig
 
 
 def test_logs() -> None:
-    written_out = fit(mamba2, arguments(num_train_epochs=2), Formula)
+    written_out = fit(mamba2, arguments(num_train_epochs=2), Formula, valid=None)
     terms = torch.stack(written_out.terms)
     often: dict[str, Any] = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 5}
     for options in {}, IN_PARTS:
-        trainer = fit(mamba2, arguments(**often, **options), eval_dataset=examples(5))
+        trainer = fit(mamba2, arguments(**often, **options), valid=None, eval_dataset=examples(5))
         logged = [x for x in trainer.state.log_history if "loss" in x]
         assert [x for x in trainer.state.log_history if "ar" in x] == logged
         got = torch.tensor([[x["ar"], x["tar"]] for x in logged])
         torch.testing.assert_close(got, torch.stack([terms[:2].mean(0), terms[2:].mean(0)]))
         losses = torch.stack(written_out.losses).view(2, 2).mean(1)
         assert [x["loss"] for x in logged] == pytest.approx(losses.tolist(), abs=1e-4)
-
-
-def test_the_log_says_once_what_is_taken_for_what(request: pytest.FixtureRequest) -> None:
-    request.addfinalizer(transformers.logging.set_verbosity_error)
-    transformers.logging.set_verbosity_warning()  # the default
-    with lm.messages_of("transformers") as messages:
-        fit(mamba2, arguments(max_steps=3))
-    (shown,) = [x for x in messages if "raw" in x]
-    assert re.search(r"backbone\.layers\.1 \(Mamba2Block\): raw \(.*\) as batch \d+, time \d+, hidden \d+; .*", shown)
 
 
 def test_checkpoints() -> None:
@@ -280,13 +285,6 @@ def test_models_that_the_trainer_makes() -> None:
     assert_different(fit(mamba, arguments(), **making), fit(mamba, arguments(), transformers.Trainer, **making))
 
 
-@pytest.mark.parametrize("valid", [labelled, None])
-@lm.either
-def test_dropout(valid: Any) -> None:
-    make, options = partial(LanguageModel, 0.3), {"dropout": "dropout", "valid": valid}
-    assert_same(fit(make, arguments(), **options), fit(make, arguments(), Formula, **options))
-
-
 def test_a_mask_that_the_trainer_takes_out_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"padding counts in AR and TAR, as the forward of xLSTMForCausalLM takes no"):
         fit(xlstm, arguments())
@@ -295,17 +293,6 @@ def test_a_mask_that_the_trainer_takes_out_is_warned_of() -> None:
         fit(xlstm, arguments(), valid=labelled)
         fit(xlstm, arguments(), valid=None)
         fit(LanguageModel, arguments())
-
-
-def test_modules_in_evaluation_add_nothing() -> None:
-    def frozen() -> Any:
-        model = LanguageModel()
-        model.rnn.eval().train = lambda mode=True: model.rnn
-        return model
-
-    trainer = fit(frozen, arguments())
-    assert_same(trainer, fit(LanguageModel, arguments(), transformers.Trainer), rtol=0, atol=0)
-    assert all("ar" not in x for x in trainer.state.log_history)
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
@@ -350,15 +337,3 @@ def test_coefficients_and_a_path_are_required() -> None:
     for given in ({"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}):
         with pytest.raises(TypeError, match=written):
             RegularizedTrainer(LanguageModel(), arguments(), **given)  # pyright: ignore[reportCallIssue]
-    with pytest.raises(TypeError, match=r"rnn: expected the attribute path of a module, .* got NoneType"):
-        RegularizedTrainer(LanguageModel(), arguments(), alpha=2.0, beta=1.0, rnn=None)  # pyright: ignore
-
-
-def test_rejects_paths_and_masks_for_some_batches_of_a_step() -> None:
-    some = cycle([labelled, lambda batch: None])
-    with pytest.raises(ValueError, match=r"rnn: MambaForCausalLM has no .* 'layers\.1'; .*'backbone\.layers\.1'"):
-        trainer_of(mamba, arguments(), rnn="layers.1")
-    with pytest.raises(ValueError, match=r"valid: expected a mask for each batch .* got 2 for 3 batches"):
-        fit(mamba, arguments(**IN_PARTS), valid=lambda batch: next(some)(batch))
-    with pytest.raises(ValueError, match=r"valid: .* got a tensor without axes"):
-        fit(mamba, arguments(**IN_PARTS), valid=lambda batch: torch.tensor(True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -11,16 +12,26 @@ from torch import nn
 from fastreg import FusedRNNDropout, fused_ar_tar
 from fastreg.attach.paths import Paths, Swap, pairs_of
 from fastreg.attach.source import Masks
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, Model, formula, gru, inputs, penalty_of, regularizer
+from tests.language_model import ALPHA, BETA, HIDDEN, TIME, Model, formula, gru, inputs, penalty_of, regularizer
 
 
 @pytest.mark.parametrize(
     ("rnn", "dropout", "message"),
     [
-        ("rnn", None, r"rnn: ModuleDict has no such module at 'rnn'; candidates: .*'encoder\.rnn'"),
-        ("encoder.rnn", "drop", r"dropout: .* no such module at 'drop'; candidates: 'encoder\.dropout'"),
+        (
+            "rnn",
+            None,
+            r"rnn: ModuleDict has no such module at 'rnn'; children of the ModuleDict: 'encoder', 'stack', 'scan'$",
+        ),
+        ("encoder.rnn", "drop", r"dropout: .* no such module at 'drop'; children of the ModuleDict: 'encoder'"),
+        (
+            "encoder.lstm",
+            None,
+            r"rnn: ModuleDict has no such module at 'encoder\.lstm'; children of the Model: 'embedding'",
+        ),
+        ("scan.x", None, r"no such module at 'scan\.x'; children of the Linear: none$"),
         (["encoder.rnn", "stack"], None, r"may return \(time, batch, hidden\) like the LSTM inside it"),
-        ("encoder.rnn", ["a", "b"], "rnn and dropout: .* got 1 RNNs and 2 dropouts"),
+        ("encoder.rnn", ["a", "b"], "dropout: expected a path or None for each of 1 RNNs, got 2"),
         ([], None, r"rnn: expected at least one path, .* got \[\]"),
         (["encoder.rnn", "encoder.rnn"], None, "rnn: .* each path once, got "),
     ],
@@ -30,9 +41,9 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
     model: Any = nn.ModuleDict({"encoder": Model(), "stack": stack, "scan": scan})
     reg = regularizer()
     with pytest.raises(ValueError, match=message):
-        Paths(pairs_of(rnn, dropout)).attach(reg, model, layout=True)
+        Paths(pairs_of(rnn, dropout)).attach(reg, model, list, layout=True)
     assert not any(module._forward_hooks for module in model.modules())
-    with Paths(pairs_of(["encoder.rnn", "scan"], ["encoder.dropout", None])).attach(reg, model, layout=True):
+    with Paths(pairs_of(["encoder.rnn", "scan"], ["encoder.dropout", None])).attach(reg, model, list, layout=True):
         raw, _ = model["encoder"].rnn(inputs())
         last = model["scan"](dropped := model["encoder"].dropout(raw))
         torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
@@ -46,11 +57,13 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         (lambda: pairs_of("", None), "rnn: expected the attribute path of a module, .* got an empty one"),
         (lambda: pairs_of(nn.LSTM(2, 2), None), "rnn: expected the attribute path .* got LSTM"),
         (lambda: pairs_of(["rnn", nn.GRU(2, 2)], None), "rnn: expected the attribute path .* got GRU"),
-        (lambda: pairs_of("rnn", True), "dropout: expected the attribute path of .*, None, or a list .* got bool"),
+        (lambda: pairs_of("rnn", True), "dropout: expected the attribute path of .*, or a list of paths, got bool"),
         (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
         (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
-        (lambda: Paths(output=len), "rnn: expected the path of the RNN that output .* got None"),
-        (lambda: Paths(batch_first=True), "rnn: expected .* batch_first describe, got None"),
+        (lambda: Paths(output=len), "rnn: expected the path of the RNN that output, .* describes, got None"),
+        (lambda: Paths(batch_first=True), "rnn: expected .* batch_first or time_dim describes, got None"),
+        (lambda: Paths(time_dim=1), "rnn: expected .* batch_first or time_dim describes, got None"),
+        (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
     ],
@@ -67,7 +80,7 @@ def test_one_sequence_is_known_from_the_rnn_and_from_output(dropout: str | None)
     for name, given in options.items():
         reg = regularizer()
         masks = Masks(valid=lambda *_: torch.arange(TIME) != 3)
-        with Paths(pairs_of(name, dropout), masks, **given).attach(reg, model):
+        with Paths(pairs_of(name, dropout), masks, **given).attach(reg, model, list):
             result = model[name](inputs()[0])
             raw = result[0] if name == "rnn" else result
             dropped = model["dropout"](raw) if dropout else raw
@@ -77,33 +90,45 @@ def test_one_sequence_is_known_from_the_rnn_and_from_output(dropout: str | None)
 
 def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
     model, reg = nn.ModuleDict({"scan": nn.Linear(HIDDEN, HIDDEN)}), regularizer()
-    with Paths([("scan", None)], batch_first=False).attach(reg, model, layout=True):
-        raw = model["scan"](inputs())
-        torch.testing.assert_close(penalty_of(reg, raw), formula(raw, raw, 0))
+    for given in ({"batch_first": False}, {"time_dim": 0}):
+        with Paths([("scan", None)], **given).attach(reg, model, list, layout=True):
+            raw = model["scan"](inputs())
+            torch.testing.assert_close(penalty_of(reg, raw), formula(raw, raw, 0))
 
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(gru(), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1)
     paths = Paths([("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))])
-    with paths.attach(regularizer(), model):
+    with paths.attach(regularizer(), model, list):
         assert type(model[1].output_dp) is FusedRNNDropout
         model.eval()
     assert model[1].output_dp is own
     assert not own.training
 
 
-@pytest.mark.parametrize(
-    ("takes_more", "got"), [((), ""), ((lambda _: True,), rf", Tensor\[{BATCH}, {TIME}, {HIDDEN}\], NoneType")]
-)
-def test_an_error_in_a_function_of_masks_names_it_and_its_arguments(takes_more: Any, got: str) -> None:
-    masks = Masks(valid=lambda *_, **__: {}["mask"]).of_batch(lambda: [torch.ones(2, 5), {"mask": 1}], *takes_more)
-    with pytest.raises(RuntimeError, match=rf"^valid: \S*>\(Tensor\[2, 5\], dict{got}\) raised KeyError: 'mask'$"):
-        masks.of(inputs(), hx=None)
+@pytest.mark.parametrize(("name", "got"), [("valid", r"Tensor\[2, 5\], dict"), ("output", "tuple")])
+def test_a_note_on_an_error_in_a_function_names_it_and_its_arguments(name: str, got: str) -> None:
+    """The function of masks gets the batch instead of the module's arguments."""
+
+    def fail(*_: Any) -> Any:
+        raise KeyError("mask")
+
+    model, reg, batch = nn.ModuleDict({"rnn": gru()}), regularizer(), [torch.ones(2, 5), {"mask": 1}]
+    paths = Paths([("rnn", None)], **({"output": fail} if name == "output" else {"masks": Masks(valid=fail)}))
+    with pytest.raises(KeyError, match="mask") as raised, paths.attach(reg, model, lambda: batch):
+        model["rnn"](inputs())
+    if hasattr(raised.value, "add_note"):  # from Python 3.11 on
+        (note,) = raised.value.__notes__  # pyright: ignore[reportAttributeAccessIssue]
+        assert re.fullmatch(rf"{name}: fastreg called this function with \({got}\)", note)
 
 
-@pytest.mark.parametrize("takes_more", [(), (lambda _: True,)])
-def test_a_function_of_masks_that_returns_no_tensor_is_a_type_error(takes_more: Any) -> None:
-    masks = Masks(starts=lambda *_: [1]).of_batch(lambda: [torch.ones(2, 5)], *takes_more)
-    with pytest.raises(TypeError, match=r"^starts: expected the callable to return a tensor or None, got list$"):
+@pytest.mark.parametrize(("mask", "got"), [([1], "list"), (torch.tensor(True), "a tensor without axes")])
+def test_a_function_of_masks_that_returns_no_mask_is_a_type_error(mask: Any, got: str) -> None:
+    masks = Masks(starts=lambda *_: mask).of_batch(lambda: [torch.ones(2, 5)])
+    with pytest.raises(TypeError, match=rf"^starts: expected the callable to return a mask, .* or None, got {got}$"):
         masks.of(inputs())
+
+
+def test_masks_of_none_are_none() -> None:
+    assert Masks(valid=lambda *_: None).of() == {"valid": None, "starts": None}

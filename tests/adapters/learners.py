@@ -1,0 +1,244 @@
+"""The contract of the adapters for fastai v1 and v2; the tests of each version run it in real learners."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastreg import FusedRNNDropout
+from tests.language_model import VOCABULARY, Model, gap, hooks_of
+
+ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
+COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
+PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
+WITHOUT = "a training step has no penalty, because all named modules are in evaluation: 'rnn'; call"
+
+
+class Alone(Model):
+    """A language model that returns only its output, and has no `reset()`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.states, self.frames = nn.Identity(), nn.Identity()
+
+    def activations(self, x: Tensor) -> Any:
+        raw, _ = self.rnn(self.dropout(self.embedding(x)))
+        dropped = self.dropout(raw)
+        frames = self.frames(self.states(dropped).transpose(1, 2))  # time is the last axis, or the first
+        return self.decoder(frames.transpose(1, 2)), raw, dropped
+
+
+def subclassed(instance: Any) -> None:
+    instance.__class__ = type("Mine", (type(instance),), {})
+
+
+class Contract:
+    """The tests that both adapters have to pass."""
+
+    stock: Any  # fastai's own callback
+    fused: Any  # the callback of fastreg
+    fuse: Callable[..., Any]
+    unfuse: Callable[..., Any]
+    stock_weights: Callable[..., Tensor]  # that fastai's own callback trains with given coefficients
+    time = 1  # the axis of time
+
+    def learner(self, *coefficients: float) -> Any:
+        """Make a learner of a language model, always with the same weights."""
+        raise NotImplementedError
+
+    def custom(self, alone: bool, regularized: bool = True) -> Any:
+        """Make a learner of an `Alone`, or of one that returns its activations; it may have fastai's own callback."""
+        raise NotImplementedError
+
+    def trained(self, learn: Any, *callbacks: Any) -> Tensor:
+        """Train for an epoch, and return the weights."""
+        raise NotImplementedError
+
+    def at_batches(self, do: Callable[[], object]) -> Any:
+        """Return a callback that does something before each training batch."""
+        raise NotImplementedError
+
+    def cut_off(self, learn: Any) -> None:
+        """Let something end a fit that leaves hooks behind."""
+        raise NotImplementedError
+
+    def begin_anew(self, learn: Any) -> None:
+        """Make the optimizer anew, and check that nothing is left of a fit that was cut off."""
+        raise NotImplementedError
+
+    def exported(self, learn: Any) -> Any:
+        """Export a learner, and load it where fastreg cannot be imported."""
+        raise NotImplementedError
+
+    def regularizer(self, learn: Any) -> Any:
+        """Return the one regularizer of a learner."""
+        (found,) = [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
+        return found
+
+    def callbacks(self, learn: Any) -> list[Any]:
+        return learn.callbacks
+
+    @pytest.mark.parametrize("dropout", [False, True])
+    @pytest.mark.parametrize("coefficients", COEFFICIENTS)
+    def test_a_schedule_trains_the_stock_weights(self, coefficients: tuple[float, float], dropout: bool) -> None:
+        def schedule() -> None:
+            kinds.add(type(learn.model[1].output_dp))
+            now.alpha, now.beta = coefficients
+
+        learn, kinds = self.fuse(self.learner(), dropout), set()
+        own, now = learn.model[1].output_dp, self.regularizer(learn)
+        stock = self.stock_weights(*coefficients)
+        assert gap(self.trained(learn, self.at_batches(schedule)), stock) < 1e-5
+        assert all(gap(stock, self.stock_weights(*x)) > 1e-4 for x in COEFFICIENTS if x != coefficients)
+        assert now.ar > 0 <= now.tar  # the last batch of fastai v2 has one time step
+        assert {issubclass(kind, FusedRNNDropout) for kind in kinds} == {dropout}
+        assert learn.model[1].output_dp is own
+        assert hooks_of(learn.model) == 0
+
+    def test_a_learner_prints_once_what_is_taken_for_what(self, capsys: pytest.CaptureFixture[str]) -> None:
+        learn = self.fuse(self.custom(alone=True), **PATHS)
+        for _ in range(2):
+            learn.fit(1)
+        (shown,) = re.findall(r"rnn \(LSTM\).*", capsys.readouterr().out)
+        axes = "batch .*, time" if self.time else "time .*, batch"
+        assert re.fullmatch(rf"rnn \(LSTM\) -> dropout \(Dropout\): raw \(.*\) as {axes} .*; no mask.*", shown)
+
+    @pytest.mark.parametrize("dropout", [False, True])
+    @pytest.mark.parametrize("what", ["fit", "validate"])
+    def test_no_activations_are_held(self, what: str, dropout: bool) -> None:
+        def record(_module: Any, _inputs: Any, output: Any) -> None:
+            layers = [x if isinstance(x, (list, tuple)) else [x] for x in output[1:]]
+            alive.extend(weakref.ref(x) for given in layers for x in given)
+
+        learn, alive = self.fuse(self.learner(), dropout), []
+        learn.model[1].register_forward_hook(record)
+        learn.fit(1) if what == "fit" else learn.validate()
+        gc.collect()
+        assert alive
+        assert not any(ref() is not None for ref in alive)
+
+    @pytest.mark.parametrize("then", ["the next fit", "fuse", "unfuse"])
+    def test_a_fit_after_one_that_was_cut_off(self, then: str) -> None:
+        learn, other = self.fuse(self.learner(), dropout=True), self.learner()
+        own = learn.model[1].output_dp
+        for one in (learn, other):
+            self.cut_off(one)
+        assert hooks_of(learn.model) > 0
+        if then != "the next fit":
+            self.fuse(learn, dropout=True) if then == "fuse" else self.unfuse(learn)
+            assert hooks_of(learn.model) == 0
+            assert learn.model[1].output_dp is own
+        learn.model.load_state_dict(other.model.state_dict())
+        for one in (learn, other):
+            self.begin_anew(one)
+        assert gap(self.trained(learn), self.trained(other)) < 1e-5
+        assert hooks_of(learn.model) == 0
+
+    def test_fuse_and_unfuse_swap_in_place(self) -> None:
+        learn = self.learner()
+        # with the arguments of the last call
+        assert self.fuse(self.fuse(learn, valid=lambda x: x < 0), dropout=True) is learn
+        now = self.regularizer(learn)
+        assert (type(now), now.alpha, now.beta) == (self.fused, ALPHA, BETA)
+        assert gap(self.trained(learn), self.stock_weights()) < 1e-5
+        now.alpha = 3.0
+        assert self.unfuse(self.unfuse(learn)) is learn
+        now = self.regularizer(learn)
+        assert (type(now), now.alpha, now.beta) == (self.stock, 3.0, BETA)
+        assert gap(self.trained(self.unfuse(self.fuse(self.learner()))), self.stock_weights()) == 0
+
+    def test_exports_load_without_fastreg(self) -> None:
+        learn = self.fuse(self.learner(), dropout=True)
+        self.trained(learn)
+        again = self.exported(learn)
+        now = self.regularizer(again)
+        assert (type(now), now.alpha, now.beta) == (self.stock, ALPHA, BETA)
+        assert type(again.model[1].output_dp).__name__ == "RNNDropout"
+        assert type(self.regularizer(learn)) is self.fused
+        assert hooks_of(again.model) == 0
+        tokens = torch.randint(2, VOCABULARY, (4, 6))
+        for one in (again.model, learn.model):
+            one.eval().reset()
+        assert torch.equal(again.model(tokens)[0], learn.model(tokens)[0])
+
+    def test_modules_by_their_paths_train_the_stock_weights(self) -> None:
+        expected, learn = self.trained(self.custom(alone=False)), self.fuse(self.custom(alone=True), **PATHS)
+        assert gap(self.trained(learn), expected) < 1e-5
+        assert hooks_of(learn.model) == 0
+        assert gap(self.trained(self.custom(True, False)), expected) > 1e-4
+
+    def test_an_axis_of_time_instead_of_a_layout(self) -> None:
+        by_axis, by_layout = {"time_dim": 2 if self.time else 0}, {"batch_first": self.time == 1}
+        weights = self.trained(self.fuse(self.custom(alone=True), rnn="frames", **by_axis))
+        assert gap(weights, self.trained(self.fuse(self.custom(alone=True), rnn="states", **by_layout))) < 1e-5
+        assert gap(weights, self.trained(self.fuse(self.custom(alone=True), **PATHS))) > 1e-4
+
+    @pytest.mark.parametrize("name", ["valid", "starts"])
+    def test_masks_of_the_batch(self, name: str) -> None:
+        masks: Any = {name: lambda x: (x % 3 != 0).transpose(0, self.time - 1)}  # (batch, time)
+        weights = self.trained(self.fuse(self.custom(alone=True), **masks, **PATHS))
+        assert gap(weights, self.trained(self.fuse(self.custom(alone=False), **masks))) < 1e-5
+        assert gap(weights, self.trained(self.custom(alone=False))) > 1e-4
+
+    def test_modules_in_evaluation_are_warned_of_once_in_a_fit(self) -> None:
+        learn, without = self.fuse(self.custom(alone=True), **PATHS), self.custom(True, False)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match=WITHOUT) as seen:
+                weights = self.trained(learn, self.at_batches(learn.model.rnn.eval))
+            assert sum("in evaluation" in str(x.message) for x in seen) == 1
+            assert gap(weights, self.trained(without, self.at_batches(without.model.rnn.eval))) == 0
+
+    def test_unfuse_leaves_a_model_that_returns_only_its_output_without_a_regularizer(self) -> None:
+        learn = self.fuse(self.custom(alone=True), **PATHS)
+        with pytest.warns(UserWarning, match="unfuse: this learner trains without AR and TAR now"):
+            self.unfuse(learn)
+        assert gap(self.trained(learn), self.trained(self.custom(True, False))) == 0
+
+    @pytest.mark.parametrize(
+        ("given", "options", "error", "message"),
+        [
+            (0, {}, TypeError, "learn: expected a Learner, got int"),
+            (
+                None,
+                {"rnn": "lstm"},
+                ValueError,
+                r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'",
+            ),
+            (None, {"rnn": nn.LSTM(2, 2)}, TypeError, "rnn: expected the attribute path .* got LSTM"),
+            (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
+            (None, {"beta": 3.0}, TypeError, "beta: expected no coefficient in fuse"),
+            (
+                None,
+                {"dropout": True, "output": len},
+                TypeError,
+                "rnn: expected the path .* output, .* describes, got N",
+            ),
+            (
+                None,
+                {"time_dim": 1},
+                TypeError,
+                "rnn: expected the path of the RNN that output, .* or time_dim describes",
+            ),
+            (None, {"dropout": ""}, TypeError, "dropout: expected the attribute path .* got an empty one"),
+        ],
+    )
+    def test_fuse_rejects_and_swaps_nothing(self, given: Any, options: Any, error: Any, message: str) -> None:
+        learn = self.learner()
+        parts = [*self.callbacks(learn), *learn.model.modules()]
+        with pytest.raises(error, match=message):
+            self.fuse(learn if given is None else given, **options)
+        assert all(a is b for a, b in zip([*self.callbacks(learn), *learn.model.modules()], parts, strict=True))
+        assert hooks_of(learn.model) == 0
+
+    def test_a_subclass_of_the_callback_is_not_swapped(self) -> None:
+        learn = self.learner()
+        subclassed(self.regularizer(learn))
+        with pytest.raises(ValueError, match=rf"the learner has no {self.fused.__name__} of fastai's own class; add"):
+            self.fuse(learn)

@@ -1,0 +1,138 @@
+"""The contract of the adapters for Lightning and Transformers; the test files of both run it in real trainers."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastreg import fused_ar_tar
+from tests import language_model as lm
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, criterion, tokens
+
+BATCHES = 6
+DATA = [{"input_ids": row} for row in tokens(BATCHES * BATCH, TIME)]
+
+
+class Net(lm.Model):
+    """Returns its loss in a dictionary; this contains the formula for the layers that are written out."""
+
+    def __init__(self, *written: str, masks: Any = None, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.second, self.frames = nn.GRU(HIDDEN, HIDDEN, batch_first=True), nn.Identity()
+        self.written, self.masks, self.checkpointed = written, masks or {}, checkpointed
+        self.terms: list[Tensor] = []
+
+    def run(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Return the decoded output, and raw, dropped and the axis of time of each layer."""
+        _, raw, dropped = self.activations(ids)
+        frames = self.frames(dropped.transpose(1, 2))  # (batch, hidden, time)
+        last, _ = self.second(frames.transpose(1, 2))
+        layers = {"rnn": (raw, dropped, 1), "second": (last, last, 1), "frames": (frames, frames, 2)}
+        return self.decoder(last), layers
+
+    def forward(self, input_ids: Tensor) -> Any:  # pyright: ignore
+        run = partial(checkpoint, self.run, use_reentrant=False) if self.checkpointed else self.run
+        decoded, layers = run(input_ids)  # pyright: ignore[reportGeneralTypeIssues]
+        loss = criterion(decoded, input_ids)
+        masks = {name: mask({"input_ids": input_ids}) for name, mask in self.masks.items()}
+        for raw, dropped, time_dim in [layers[name] for name in self.written]:
+            options: Any = {"time_dim": time_dim, "return_terms": True}
+            penalty, *terms = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks, **options)
+            self.terms.append(torch.stack(terms))
+            loss = loss + penalty
+        return {"loss": loss}
+
+
+def net(*written: str, **options: Any) -> Any:
+    return lm.seeded(lambda: Net(*written, **options))
+
+
+PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
+MASKS: dict[str, Any] = {
+    "valid": lambda batch: batch["input_ids"] != 3,
+    "starts": lambda batch: batch["input_ids"] == 2,
+}
+# the layers that are written out, the options of the model, of the adapter, and the number of accumulated batches
+CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
+    "one batch a step": (["rnn"], {}, PATHS, 1),
+    "the mean of accumulated batches": (["rnn"], {"masks": MASKS}, PATHS | MASKS, 4),
+    "checkpoints that ask for masks again": (["rnn"], {"masks": MASKS, "checkpointed": True}, PATHS | MASKS, 1),
+    "layers": (["rnn", "second"], {}, {"rnn": ["rnn", "second"], "dropout": ["dropout", None]}, 1),
+    "an axis of time": (["frames"], {}, {"rnn": "frames", "time_dim": 2}, 1),
+    "an output that is picked": (["second"], {}, {"rnn": "second", "output": lambda result: result[0]}, 1),
+}
+NOTES = hasattr(BaseException, "add_note")  # from Python 3.11 on
+REJECTED: list[tuple[dict[str, Any], type[Exception], str, str | None]] = [
+    ({"rnn": nn.LSTM(2, 2)}, TypeError, r"^rnn: expected the attribute path of a module, .* got LSTM$", None),
+    ({"rnn": None}, TypeError, r"^rnn: expected the attribute path .* got NoneType$", None),
+    ({"dropout": nn.Dropout()}, TypeError, r"^dropout: expected the attribute path .* got Dropout$", None),
+    ({"rnn": "lstm"}, ValueError, r"no such module at 'lstm'; children of the \w+: 'embedding', 'rnn', 'dr", None),
+    ({"rnn": "rnn.cell"}, ValueError, r"no such module at 'rnn\.cell'; children of the LSTM: none$", None),
+    ({"output": 1}, TypeError, r"^output: expected a callable or None, got int$", None),
+    ({"time_dim": "time"}, TypeError, r"^time_dim: expected an int.* got str", None),
+    ({"time_dim": 1, "batch_first": True}, ValueError, r"batch_first and time_dim", None),
+    ({"valid": lambda _: [1]}, TypeError, r"^valid: expected the callable to return a mask, .* got list$", None),
+    ({"starts": lambda _: torch.tensor(True)}, TypeError, r"^starts: .* got a tensor without axes$", None),
+    ({"valid": lambda batch: batch["mask"]}, KeyError, "mask", r"valid: fastreg called this function with \(\w+\)"),
+    ({"starts": lambda _: {}["starts"]}, KeyError, "starts", r"starts: fastreg called this function with \(\w+\)"),
+    ({"output": lambda x: x.raw}, AttributeError, "'raw'", r"output: fastreg called this function with \(tuple\)"),
+]
+
+
+class Contract:
+    """The tests that both adapters have to pass."""
+
+    logger: str  # which says what was taken for what
+
+    def fit(self, model: Net, options: dict[str, Any] | None = None, accumulated: int = 1) -> dict[str, float]:
+        """Train for an epoch, with the adapter if there are options for it, and return the last logs."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("case", CASES)
+    @lm.either
+    def test_trains_the_weights_of_the_formula(self, case: str) -> None:
+        written, of_model, options, accumulated = CASES[case]
+        model, formula, without = net(**of_model), net(*written, **of_model), net(**of_model)
+        logged = self.fit(model, options, accumulated)
+        self.fit(formula, None, accumulated)
+        self.fit(without, None, accumulated)
+        lm.assert_same_weights(model, formula)
+        lm.assert_other_weights(without, formula)
+        terms = torch.stack(formula.terms).view(BATCHES, len(written), 2).sum(1).mean(0)
+        torch.testing.assert_close(torch.tensor([logged["ar"], logged["tar"]]), terms)
+        assert lm.hooks_of(model) == 0
+
+    def test_modules_in_evaluation_are_warned_of_once_in_a_fit(self) -> None:
+        model, without = net(), net()
+        for one in (model, without):  # as a module does that keeps a frozen backbone in evaluation
+            one.rnn.eval().train = lambda mode=True, rnn=one.rnn: rnn
+        for _ in range(2):
+            self.fit(without)
+            with pytest.warns(
+                UserWarning, match="no penalty, because all named modules are in evaluation: 'rnn'; call"
+            ) as seen:
+                assert "ar" not in self.fit(model, PATHS)
+            assert sum("in evaluation" in str(x.message) for x in seen) == 1
+        lm.assert_same_weights(model, without, rtol=0, atol=0)
+
+    def test_the_log_says_once_in_a_fit_what_is_taken_for_what(self) -> None:
+        with lm.messages_of(self.logger) as messages:
+            self.fit(net(), PATHS)
+        (shown,) = [x for x in messages if "raw" in x]
+        assert "rnn (LSTM) -> dropout (Dropout): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask" in shown
+
+    @pytest.mark.parametrize(("options", "error", "message", "note"), REJECTED)
+    def test_errors_leave_the_model_as_it_was(self, options: Any, error: Any, message: str, note: Any) -> None:
+        model = net()
+        with pytest.raises(error, match=message) as raised:
+            self.fit(model, PATHS | options)
+        if note and NOTES:
+            (got,) = raised.value.__notes__
+            assert re.fullmatch(note, got)
+        assert lm.hooks_of(model) == 0
