@@ -36,7 +36,7 @@ def main(epochs: int) -> None:
             output_dir=folder,
             num_train_epochs=epochs,
             per_device_train_batch_size=8,
-            gradient_accumulation_steps=2,  # does not change the penalty
+            gradient_accumulation_steps=2,  # the penalty is the mean of both batches'
             learning_rate=1e-2,
             logging_steps=3,
             save_strategy="no",

@@ -304,7 +304,8 @@ class RNNRegularizer:
         if any(attachment.source.module is module for attachment in attachments_of(module)):
             raise RuntimeError(
                 f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
-                "its handle first. If the handle is lost, delete the regularizer that attached it, and so its hooks"
+                "its handle first. If an error in a notebook has lost it, whose traceback keeps the regularizer, restart "
+                "the kernel"
             )
         return Attachment(self, self._step, source)
 

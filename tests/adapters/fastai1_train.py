@@ -17,6 +17,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from operator import attrgetter
 from typing import Any
 from unittest import mock
 
@@ -172,7 +173,7 @@ class TestContract(Contract):
     stock, fused, time = Stock, RNNTrainer, TIME
     fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
     learner, trained = staticmethod(learner), staticmethod(trained)
-    at_batches = Batches
+    at_batches, callbacks = Batches, staticmethod(attrgetter("callbacks"))
 
     def custom(self, alone: bool, regularized: bool = True) -> Any:
         of = learner()  # whose batches are always the same

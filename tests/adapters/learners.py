@@ -46,44 +46,21 @@ class Contract:
     fused: Any  # the callback of fastreg
     fuse: Callable[..., Any]
     unfuse: Callable[..., Any]
-    stock_weights: Callable[..., Tensor]  # that fastai's own callback trains with given coefficients
     time = 1  # the axis of time
-
-    def learner(self, *coefficients: float) -> Any:
-        """Make a learner of a language model, always with the same weights."""
-        raise NotImplementedError
-
-    def custom(self, alone: bool, regularized: bool = True) -> Any:
-        """Make a learner of an `Alone`, or of one that returns its activations; it may have fastai's own callback."""
-        raise NotImplementedError
-
-    def trained(self, learn: Any, *callbacks: Any) -> Tensor:
-        """Train for an epoch, and return the weights."""
-        raise NotImplementedError
-
-    def at_batches(self, do: Callable[[], object]) -> Any:
-        """Return a callback that does something before each training batch."""
-        raise NotImplementedError
-
-    def cut_off(self, learn: Any) -> None:
-        """Let something end a fit that leaves hooks behind."""
-        raise NotImplementedError
-
-    def begin_anew(self, learn: Any) -> None:
-        """Make the optimizer anew, and check that nothing is left of a fit that was cut off."""
-        raise NotImplementedError
-
-    def exported(self, learn: Any) -> Any:
-        """Export a learner, and load it where fastreg cannot be imported."""
-        raise NotImplementedError
+    stock_weights: Callable[..., Tensor]  # that fastai's own callback trains with given coefficients
+    learner: Callable[[], Any]  # makes a learner of a language model, always with the same weights
+    custom: Callable[..., Any]  # makes one of an `Alone`, or of one that returns its activations; may be regularized
+    trained: Callable[..., Tensor]  # trains a learner for an epoch with more callbacks, and returns the weights
+    at_batches: Callable[..., Any]  # makes a callback that calls a function before each training batch
+    cut_off: Callable[..., None]  # lets something end a fit that leaves hooks behind
+    begin_anew: Callable[..., None]  # makes the optimizer anew, and checks that nothing is left
+    exported: Callable[..., Any]  # exports a learner, and loads it where fastreg cannot be imported
+    callbacks: Callable[..., list[Any]]
 
     def regularizer(self, learn: Any) -> Any:
         """Return the one regularizer of a learner."""
         (found,) = [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
         return found
-
-    def callbacks(self, learn: Any) -> list[Any]:
-        return learn.callbacks
 
     @pytest.mark.parametrize("dropout", [False, True])
     @pytest.mark.parametrize("coefficients", COEFFICIENTS)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ class TestContract(Contract):
 
     stock, fused = fa.RNNRegularizer, RNNRegularizer
     fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
-    learner = staticmethod(make)
+    learner, callbacks = staticmethod(make), staticmethod(attrgetter("cbs"))
 
     def custom(self, alone: bool, regularized: bool = True) -> Any:
         cbs = [] if alone else [fa.ModelResetter(), fa.RNNCallback()]
@@ -234,9 +235,6 @@ class TestContract(Contract):
 
     def at_batches(self, do: Callable[[], object]) -> Any:
         return on("before_batch", lambda _: do())
-
-    def callbacks(self, learn: Any) -> list[Any]:
-        return learn.cbs
 
     def cut_off(self, learn: Any) -> None:
         def stop(learn: Any) -> None:

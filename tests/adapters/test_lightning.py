@@ -166,7 +166,7 @@ class Manual(Module):
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
-        (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in the training_step"),
+        (Manual, {}, RuntimeError, r"automatic_optimization=False.*RNNRegularizer in its training_step"),
         (Module, {"log": 1}, TypeError, "log: expected True or False, got 1"),
     ],
 )
