@@ -187,7 +187,7 @@ def _module_at(model: nn.Module, kind: str, path: str) -> nn.Module:
         child = getattr(module, name, None)
         if not isinstance(child, nn.Module):
             children, at = ", ".join(repr(name) for name, _ in module.named_children()), type(module).__name__
-            found = f"{type(model).__name__} has no such module at {path!r}; children of the {at}: {children or 'none'}"
-            raise ValueError(f"{kind}: {found}")
+            words = f"{kind}: {type(model).__name__} has no such module at {path!r}"
+            raise ValueError(f"{words}; children of the {at}: {children or 'none'}")
         module = child
     return module

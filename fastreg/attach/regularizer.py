@@ -304,7 +304,7 @@ class RNNRegularizer:
         if any(attachment.source.module is module for attachment in attachments_of(module)):
             raise RuntimeError(
                 f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
-                "its handle first. If an error in a notebook has lost it, whose traceback keeps the regularizer, restart "
+                "its handle first. If an error in a notebook has lost it, the traceback keeps the regularizer: restart "
                 "the kernel"
             )
         return Attachment(self, self._step, source)
