@@ -156,7 +156,7 @@ class _RegularizedStep:
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.pl_module.automatic_optimization:
             raise RuntimeError(
-                "ActivationRegularization: the module has automatic_optimization=False, so its loss passes no callback: "
+                "ActivationRegularization: the module has automatic_optimization=False: the loss passes no callback; "
                 "use fastreg.RNNRegularizer in its training_step"
             )
         self.batch = batch
