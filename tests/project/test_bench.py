@@ -25,8 +25,6 @@ from tests.conftest import ROOT, gpu, more, python, skip_without
 
 skip_without("matplotlib", "pytest_benchmark")
 
-from pytest_benchmark.stats import Stats  # noqa: E402
-
 from bench import test_first  # noqa: E402
 from bench.measure import (  # noqa: E402
     benchmarks,
@@ -179,8 +177,7 @@ def test_the_figures_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets.LSTM, "forward", lambda *xs: threads.append(torch.get_num_threads()) or forward(*xs))
     before, one = torch.get_num_threads(), 3 * 5 * 8 * 4
     step, dropout = steps.LSTMStep((3, 6, 4)), cases.DropoutCase((3, 5, 8), torch.float32)
-    said: list[str] = []
-    of_step, of_dropout = (benchmarks.measure_peers(said.append, x, x.PEERS, False)[0] for x in (step, dropout))
+    of_step, of_dropout = (benchmarks.measure_peers(str, x, x.PEERS, False)[0] for x in (step, dropout))
     assert (tuple(of_step), tuple(of_dropout)) == (step.PEERS, dropout.PEERS)
     assert {*threads} == {1}
     assert torch.get_num_threads() == before
@@ -212,11 +209,10 @@ def rows_of(case: Any, peers: dict[str, dict[str, Any]], allocator: Any = machin
     """Return the rows that pytest-benchmark would have of the peers of a case, from their seconds and other figures."""
     group, rows = Group(case, allocator), []
     for peer, figures in benchmarks.paired(peers, case.OURS).items():
-        stats = Stats()
-        for seconds in figures.pop("seconds"):
-            stats.update(seconds)
-        about = {"group": str(group), "name": peer, "extra_info": group.info | figures}
-        rows.append(about | {"stats": stats.as_dict() | {"iterations": 1, "data": stats.data}})
+        rounds = figures.pop("seconds")
+        median, iqr = benchmarks.median_and_spread(rounds)
+        stats = dict.fromkeys(report.COLUMNS, 0) | {"rounds": len(rounds), "median": median, "iqr": iqr, "data": rounds}
+        rows.append({"group": str(group), "name": peer, "extra_info": group.info | figures, "stats": stats})
     return rows
 
 
@@ -423,31 +419,22 @@ def test_the_parts_of_the_first_minutes_fit() -> None:
     shares = {test.__name__: mark.args[0] for test in TESTS for mark in test.pytestmark if mark.name == "part"}
     assert {"test_" + part for part in fakegpu.PARTS} == {*shares} - {"test_sanitizers"}
     assert sum(shares.values()) - shares["test_sanitizers"] < 540
-    settings = [x for make in SETTINGS for x in make()]
+    settings = [*gpu_tasks.smoke_settings(), *gpu_tasks.order_settings(), *gpu_tasks.sweep_settings()]
     assert {x.short_run for x in gpu_tasks.smoke_settings()} == {16, 4}
     compiled = {x.dtype for x in gpu_tasks.compile_settings()}
     assert {x.dtype for x in settings} == compiled, "nothing else is compiled while something is measured"
     assert gpu_tests.TESTS[-1] == gpu_tests.LARGE
 
 
-SETTINGS = gpu_tasks.smoke_settings, gpu_tasks.order_settings, gpu_tasks.sweep_settings
-
-
-def test_a_step_in_autocast_scales_the_loss_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_autocast_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda way, **options: way)
     monkeypatch.setattr(nets, "LEARNING_RATE", 1.0)
-    step = steps.AutocastStep((3, 6, 4), words=9, hidden=5, layers=2)
-    scaled: list[float] = []
-    scale = torch.amp.GradScaler.scale
-    monkeypatch.setattr(torch.amp.GradScaler, "scale", lambda its, x: scaled.append(its.get_scale()) or scale(its, x))
-    losses = {}
+    step, losses = steps.AutocastStep((3, 6, 4), words=9, hidden=5, layers=2), {}
     for name, way in step.peers().items():
         torch.manual_seed(1)
-        sets = [step.inputs("cpu")]
-        call = step.call(way, sets)
+        call = step.call(way, [step.inputs("cpu")])
         torch.manual_seed(2)
         losses[name] = [call(i)[0].item() for i in range(3)]
-    assert min(scaled) > 1
     without = losses.pop(steps.WITHOUT)
     for name, got in losses.items():
         assert got == pytest.approx(losses["eager"], rel=2e-2), name
@@ -483,12 +470,8 @@ def test_what_is_added_to_a_step_is_a_median_of_pairs(tmp_path: Path) -> None:
     (row,) = re.findall(r"\| LSTM, \(4, 5, 6\) \| 200 \| (.*) \|\n", report.step_table(result))
     means, errors = zip(*(map(float, cell.split("±")) for cell in row.split(" | ")), strict=True)
     assert means == (20, 40, 20, 10)
-    spreads = [Stats() for _ in range(2)]
-    for stats, peer in zip(spreads, ("eager", "attach"), strict=True):
-        for x in added[peer]:
-            stats.update(1e3 * x)
-    want = [round(0.929 * stats.iqr / 5**0.5, 1) for stats in spreads]
-    assert errors == (0, want[0], 0, want[1])
+    formula, attach = (1e3 * benchmarks.median_and_spread(added[peer])[1] for peer in ("eager", "attach"))
+    assert errors == pytest.approx((0, 0.929 * formula / 5**0.5, 0, 0.929 * attach / 5**0.5), abs=0.06)
     assert report.added_table(result).endswith("| LSTM, (4, 5, 6) | 1.00x; 0.50x | -; - | 0.880x |\n")
     assert "| formula | hooks by hand | `attach` |\n" in report.step_table(result), "no column of a peer that it lacks"
     assert report.peak_table(result).endswith("| LSTM, (4, 5, 6) | 100 | +0% | +0% | +0% | +81% |\n")
