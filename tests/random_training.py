@@ -92,6 +92,7 @@ class Net(nn.Module):
     def through(self, i: int, event: str, *given: Any) -> Any:
         """Run a layer and its dropout."""
         layer, dropout = self.layers[i], self.dropouts[i]
+        vars(dropout)["is_straight"] = event != "a quantizer without gradients"
         if event == "the RNN checkpointed":
             layer = partial(checkpoint, layer, use_reentrant=False)
         raw, state = layer(*given)
@@ -99,7 +100,6 @@ class Net(nn.Module):
             return raw, state, raw
         if event == "the dropout twice":
             dropout(raw)
-        vars(dropout)["is_straight"] = event != "a quantizer without gradients"
         return raw, state, dropout(raw)
 
 
