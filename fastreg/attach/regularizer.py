@@ -199,9 +199,9 @@ class RNNRegularizer:
             loss: the training loss, a tensor of one element, which says which runs belong to this step.
 
         Returns:
-            The penalty, and its terms, which are detached, on the device of the loss; `None` if all attached modules
-                are in evaluation, because then there is nothing to add. Activations that `on_loss_begin` has captured
-                have a penalty in evaluation, too.
+            The penalty, and its terms, which are detached, on the device of the loss; `None` if there is nothing to
+                add, because all attached modules are in evaluation, or neither they nor the loss need a gradient.
+                Activations that `on_loss_begin` has captured have a penalty in evaluation, too.
 
         Raises:
             RuntimeError: as `on_backward_begin`.
@@ -259,8 +259,9 @@ class RNNRegularizer:
         layer counts. `on_backward_begin` adds the penalty of each run on which the loss depends, once, with the
         coefficients of that run's forward. A loss depends on a run through the output of the dropout, or through raw
         without a dropout, or through another tensor that the module returned, such as a state. If a module and its
-        inputs need no gradients, its latest run counts as a constant. Runs in evaluation, runs without gradients, and
-        recomputations of activation checkpointing do not count. The model may be compiled before or after.
+        inputs need no gradients, its latest run counts as a constant, for the next loss. Runs in evaluation, runs
+        without gradients, and recomputations of activation checkpointing do not count. The model may be compiled before
+        or after.
 
         The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
         place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
@@ -288,8 +289,9 @@ class RNNRegularizer:
             A handle whose `remove()` takes the hooks off. It is also a context manager that does this at its end.
 
         Raises:
-            TypeError: an argument has the wrong type; in a step, the module's output contains no raw, or a raw that no
-                view can replace, or the dropout returns no tensor, or a `FusedRNNDropout` gets packed data.
+            TypeError: an argument has the wrong type, or the dropout comes before the RNN; in a step, the module's
+                output contains no raw, or a raw that no view can replace, or a dictionary that refuses new items, or
+                the dropout returns no tensor, or a `FusedRNNDropout` gets packed data.
             ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
                 the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
                 a single time step.
