@@ -12,7 +12,7 @@ from fastreg.call.arguments import check_flags, check_mask, check_probability, c
 from fastreg.call.fold import Fold
 from fastreg.call.operation import Plan, compute
 from fastreg.call.penalty import by_formula, penalize
-from fastreg.call.problem import ARTAR, Call, Coefficient, Measured, Options, Unmeasured
+from fastreg.call.problem import ARTAR, Call, Coefficient, NoTerms, Options, WithTerms
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.view import Values, allocator, layout_of
 
@@ -23,27 +23,27 @@ BACKWARDS = 16  # backwards that a plan keeps: for layouts of dropped's gradient
 
 
 class DropChoices(TypedDict, total=False):
-    """Name the options that only this operation has for type checkers."""
+    """Name the options that only this operation has, for type checkers."""
 
     training: bool
     mask: Tensor | None
 
 
-class UnmeasuredDrop(DropChoices, Unmeasured):
+class DropNoTerms(DropChoices, NoTerms):
     """Name the options of a call that returns no terms."""
 
 
-class MeasuredDrop(DropChoices, Measured):
+class DropWithTerms(DropChoices, WithTerms):
     """Name the options of a call that returns its terms."""
 
 
 @overload
 def fused_dropout_ar_tar(
-    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[UnmeasuredDrop]
+    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[DropNoTerms]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def fused_dropout_ar_tar(
-    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[MeasuredDrop]
+    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[DropWithTerms]
 ) -> tuple[Tensor, ARTAR]: ...
 def fused_dropout_ar_tar(
     raw: Tensor,
@@ -166,6 +166,7 @@ class DropoutPlan(Plan):
         is_kept: as for `Plan`.
 
     Attributes:
+        row: the shape of a mask with one row for all time steps.
         fold: the fold of raw and of the mask.
         dropped: a function that allocates dropped.
         forward: the forward of the backend.
@@ -175,6 +176,8 @@ class DropoutPlan(Plan):
     def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
         raw, mask, *others = inputs
         super().__init__((raw, None), others, options, is_kept)
+        self.row = list(raw.shape)
+        self.row[self.terms[0].time_dim] = 1
         if isinstance(mask, Tensor):
             check_mask(mask, raw, self.row)
 
@@ -209,9 +212,7 @@ class DropoutPlan(Plan):
         sums = self.forward((*self.fold.readable((*tensors, None)), dropped, None, None), values)
         return (dropped, sums.penalty) if sums.terms is None else (dropped, sums.penalty, sums.terms), None
 
-    def differentiate(
-        self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any
-    ) -> Sequence[Any]:
+    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any) -> Any:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
         (arrived, grad), (raw, mask, *_) = upstream, saved
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None

@@ -27,7 +27,9 @@ from fastreg.call.reference import encoded
 from fastreg.call.torch_state import has_values, hooks_on_saved, is_deterministic, keepable, observed, plain
 from fastreg.kernels.view import Steps, Terms, Values
 
-SIZE = 8192  # plans of up to 7.5 KB: enough for thousands of pairs of a batch size and a number of time steps
+# Enough plans for thousands of pairs of a batch size and a number of time steps. A plan takes up to 7.5 KB. Each
+# further layer of a list takes up to 5 KB, or 0.4 KB if it is of the same kind as another one.
+SIZE = 8192
 
 
 def compute(
@@ -158,7 +160,7 @@ def _facts_of_other(x: Any) -> Sequence[Any]:
         is_dense = others and others[0] == (*shape[1:], 1)
         return ((PackedSequence, shape[1:] if is_dense else shape, *others),)
     if type(x) in (list, tuple):
-        return ((type(x), *facts_of(x)),)
+        return (type(x), len(x), *facts_of(x))
     undecorated = plain(x)
     if undecorated is x:
         raise NoKeyError
@@ -185,7 +187,6 @@ class Plan:
         terms: the terms of each layer's penalty; empty if no term reads anything.
         steps_of: a function of a call's arguments that checks the values of lengths, valid, starts or batch sizes, and
             returns the steps that count; `None` if all steps count.
-        row: the shape of a dropout mask with one row for all time steps.
         backend: the code that runs; `None` if the formula computes the calls.
         needs: for each tensor of a call, whether it needs a gradient.
         saves: for each tensor of a call, whether nodes save it.
@@ -197,7 +198,6 @@ class Plan:
 
     terms: Sequence[Terms] = ()
     steps_of: Callable[[Sequence[Any]], Steps] | None = None
-    row: Sequence[int] = ()
     backend: Any = None
     needs: Sequence[bool] = ()
     saves: Sequence[bool] = ()
@@ -212,8 +212,7 @@ class Plan:
             return
         one, layers = arguments.check_layers(raw, dropped, place)
         x, *_ = layers[0].values()
-        axis, self.row = place.axis() % x.dim() - x.dim(), list(x.shape)
-        self.row[axis] = 1
+        axis = place.axis() % x.dim() - x.dim()
         self.backend = backend_for(x.device) if is_kept else None
         given = {name: y for name, y in zip(arguments.SELECTORS, selectors, strict=True) if y is not None}
         if isinstance(one, PackedSequence):
@@ -255,9 +254,7 @@ class Plan:
         """Launch the forward; return the results, then the terms if they are wanted; and predictions for a backward."""
         raise NotImplementedError
 
-    def differentiate(
-        self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any
-    ) -> Sequence[Any]:
+    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any) -> Any:
         """Launch the backward; return a gradient, or `None`, for each tensor of the call.
 
         Args:

@@ -14,17 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.call.arguments import check_given
 from fastreg.call.fold import Fold
 from fastreg.call.operation import Plan, compute
-from fastreg.call.problem import (
-    ARTAR,
-    Call,
-    Coefficient,
-    Measured,
-    Options,
-    Unmeasured,
-    compute_dtype,
-    is_on,
-    layers_of,
-)
+from fastreg.call.problem import ARTAR, Call, Coefficient, NoTerms, Options, WithTerms, compute_dtype, is_on, layers_of
 from fastreg.call.reference import ar_tar
 from fastreg.call.torch_state import hooks_on_saved, plain
 from fastreg.kernels.view import Sums, Terms, Values, allocator, layout_of, nothing
@@ -38,11 +28,11 @@ Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, 
 
 @overload
 def fused_ar_tar(
-    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[Unmeasured]
+    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[NoTerms]
 ) -> Tensor: ...
 @overload
 def fused_ar_tar(
-    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[Measured]
+    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[WithTerms]
 ) -> ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
@@ -216,9 +206,7 @@ class PenaltyPlan(Plan):
             terms = sums.terms if terms is None else terms + sums.terms
         return penalty if terms is None else (penalty, terms), predictions
 
-    def differentiate(
-        self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any
-    ) -> Sequence[Any]:
+    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any) -> Any:
         """Launch the backward of each layer that has saved a tensor; return the gradients of raw and dropped."""
         (grad,), predictions = upstream, predictions or [NOTHING] * len(self.layers)
         if len(self.layers) == 1:

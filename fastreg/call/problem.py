@@ -60,13 +60,13 @@ class Choices(TypedDict, total=False):
     reduction: Literal["mean", "sum"]
 
 
-class Unmeasured(Choices, total=False):
+class NoTerms(Choices, total=False):
     """Name the options of a call that returns no terms."""
 
     return_terms: Literal[False]
 
 
-class Measured(Choices):
+class WithTerms(Choices):
     """Name the options of a call that returns its terms."""
 
     return_terms: Literal[True]

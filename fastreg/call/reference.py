@@ -53,7 +53,7 @@ def _weighted(total: Tensor, coefficient: Any, count: Any) -> Tensor:
     """
     wide = torch.float64 if has_float64(total.device) else total.dtype
     weight, count = (x.to(total.device, wide) if isinstance(x, Tensor) else x for x in (coefficient, count))
-    factor = weight / count
+    factor = weight * (1 / count)  # a number over a tensor would be rounded in another way than a tensor over it
     weighted = total * (factor.to(total.dtype) if isinstance(factor, Tensor) else factor)
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
