@@ -2,8 +2,8 @@
 
 It compacts the JSON of pytest-benchmark into bench/results/DEVICE.json, one file for each machine, without the rounds.
 From the latest machine it renders the speed of a call and a few training steps between the markers in README.md, and
-tables between the markers in docs/performance.md. No figure is typed: tests/project/test_bench.py fails when a page
-disagrees with a result. `pytest-benchmark compare` prints all rows of a result.
+tables between the markers in docs/performance.md. No figure is typed: tests/project/test_bench_report.py fails when a
+page disagrees with a result. `pytest-benchmark compare` prints all rows of a result.
 """
 
 from __future__ import annotations
