@@ -254,6 +254,12 @@ def test_values_are_checked_in_every_call() -> None:
             fused_ar_tar(**BASE[fused_ar_tar] | options)
 
 
+def test_marks_with_gaps_in_memory(device: str) -> None:
+    raw, valid = RAW.to(device), VALID.to(device)
+    got, want = (fused_ar_tar(raw, raw, 2.0, 1.0, valid=x) for x in (valid.t().contiguous().t(), valid))
+    assert torch.equal(got, want)
+
+
 def test_one_tensor_of_a_subclass_gets_one_gradient() -> None:
     skip_on_formula("cpu")
     x = numbers(8, 7, 900).requires_grad_().as_subclass(Decorated)
