@@ -568,8 +568,9 @@ class Play:
 
     def forget(self) -> None:
         """Make a backward of a loss without its penalty, as if `on_backward_begin` was forgotten."""
-        loss = self.loss() if self.calls else []
-        if loss:
+        if not self.candidates():
+            self.run("train")
+        if loss := self.loss():
             self.note("backward without the penalty")
             self.backward(loss, [total_of(loss, side) for side in (0, 1)], "plain", True)
 
@@ -628,6 +629,8 @@ class Play:
     def play(self, events: int = 14) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "attach|FusedRNNDropout|on_backward_begin")
+            for _ in range(3 * (self.draw.random() < 0.1)):
+                self.event(self.forget)
             for _ in range(events):
                 weights = {
                     self.run: 12 if self.single else 6,
