@@ -4,8 +4,8 @@
     TRITON_INTERPRET=1 python -m tests.mutants [FILTER [TESTS...]]    # the mutants of the Triton kernels
 
 The tests are the folders of the code's room, or TESTS, which are folders or files. They must pass on the code as it is.
-One process collects all of them and forks for each mutant, whose code the functions get there. A mutant elsewhere (in a
-constant, in C++), or one that has survived, is written into a copy of the checkout, whose modules are imported anew.
+This process collects them and forks for each mutant, whose code the functions get there. A mutant elsewhere (in a
+constant, in a kernel), or one that has survived, is written into a copy of the checkout, in which pytest runs anew.
 
 Triton's interpreter runs one program after the other, so faults that only a GPU shows (barriers, streams, caches) have
 no mutant here, nor have lines that no result depends on.
@@ -23,14 +23,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
-from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import NamedTuple
@@ -51,7 +50,7 @@ ROOMS = {
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 1800 if INTERPRET else 600  # seconds after which a mutant hangs: all of its tests take less
 MARKS = "not gpu and not more and not triton" + INTERPRET * " and not slow"
-OPTIONS = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
+OPTIONS = ["-x", "-q", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # else an old library would hide a mutant
 
 # file -> mutants: a function or class, the fault, a text that occurs there exactly once, and its replacement
@@ -643,16 +642,13 @@ class Mutant(NamedTuple):
 
     def swap(self) -> bool:
         """Give the functions of the imported module the mutant's code; return whether any has other code now."""
-        if not self.file.endswith(".py"):
+        text, mutated = (ROOT / self.file).read_text(), self.source()
+        if not self.file.endswith(".py") or f"@triton.jit\ndef {self.where}(" in text:  # compiled from the file
             return False
-        texts = (ROOT / self.file).read_text(), self.source()
-        before, after = (codes(compile(text, self.file, "exec", dont_inherit=True)) for text in texts)
-        if [x.co_name for x in before] != [x.co_name for x in after]:
+        before, after = (codes(compile(x, self.file, "exec", dont_inherit=True)) for x in (text, mutated))
+        if [(x.co_name, x.co_freevars) for x in before] != [(x.co_name, x.co_freevars) for x in after]:
             return False
-        lines = texts[0].splitlines()  # from which Triton compiles its kernels
-        kernels = {x for x in before if lines[x.co_firstlineno - 1].startswith("@triton.jit")}
-        pairs = [(old, new) for old, new in zip(before, after, strict=True) if old.co_freevars == new.co_freevars]
-        swaps = {old: new for old, new in pairs if old != new and old not in kernels}
+        swaps = {old: new for old, new in zip(before, after, strict=True) if old != new}
         functions = [x for x in gc.get_objects() if isinstance(x, FunctionType) and x.__code__ in swaps]
         for function in functions:
             function.__code__ = swaps[function.__code__]
@@ -660,7 +656,7 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [Mutant(file, *mutant) for file, mutants in CODE.items() for mutant in mutants]
-Result = tuple[Mutant | None, str]  # a mutant, or none for the code as it is, and the first test that failed, or ""
+Task = tuple[Mutant | None, tuple[str, ...]]  # a mutant, or none for the code as it is, and folders or files of tests
 
 
 def build(kernels: Path) -> None:
@@ -673,112 +669,93 @@ def build(kernels: Path) -> None:
     subprocess.run(["g++", *options, "cpu.cpp", "-o", "_cpu.abi3.so"], cwd=kernels, check=True)
 
 
-class Order:
-    """A plugin of pytest: the tests that have killed the most mutants run first, and slow ones last."""
+class Job:
+    """A process with a folder of its own, which runs the tests of a task."""
 
-    def __init__(self) -> None:
-        self.kills: Counter[str] = Counter()
+    def __init__(self, task: Task, test: Callable[[Task, Path], str]):
+        self.task, self.folder = task, tempfile.TemporaryDirectory()
+        self.process = FORK.Process(target=self.run, args=(test, Path(self.folder.name)))
+        self.process.start()
+
+    def run(self, test: Callable[[Task, Path], str], folder: Path) -> None:
+        """Write the first failure to the folder, and what the tests print."""
+        os.setsid()  # the processes that tests start end with this one
+        signal.alarm(LIMIT if self.task[0] else 10 * LIMIT)
+        for stream in (1, 2):
+            os.dup2(os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        if not INTERPRET:  # a search without end fills 4 GB; interpreted tests reserve more
+            resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
+        (folder / "outcome").write_text(test(self.task, folder))
+        os._exit(0)  # without waiting for threads of tests
+
+    def outcome(self) -> str:
+        """Return the first failure, or "" if all tests passed."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # pyright: ignore[reportArgumentType]
+        with self.folder as folder:
+            if Path(folder, "outcome").exists():
+                return Path(folder, "outcome").read_text()
+            if (status := self.process.exitcode or 0) < 0:
+                return signal.Signals(-status).name
+            raise RuntimeError(f"{self.task[0]}: {Path(folder, 'output').read_text()[-3000:]}")
+
+
+class Runner:
+    """A plugin of pytest that runs the tests it has collected on the code as it is, and then on each mutant."""
+
+    def __init__(self, tasks: list[Task], folders: list[str]) -> None:
+        self.tasks, self.folders, self.survived = tasks, folders, 0
+        self.kills: Counter[str] = Counter()  # of tests and of their files: those with the most run first
         self.failed = ""  # the first test that failed in this process
-
-    def place(self, item: pytest.Item) -> tuple[int, bool]:
-        return -self.kills[item.nodeid], item.get_closest_marker("slow") is not None
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=self.place)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.failed = self.failed or report.nodeid * report.failed
 
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.testsfailed:  # in imports: pytest goes on, and says so
+            return None
+        unmutated: list[Task] = [(None, (folder,)) for folder in self.folders]
+        for mutant, failed in (result for tasks in (unmutated, self.tasks) for result in self.run_all(tasks, session)):
+            if mutant is None and failed:
+                pytest.exit(f"the code as it is fails: {failed}", 1)
+            if mutant is not None:
+                self.kills.update([failed, failed.partition("::")[0]])
+                self.survived += not failed
+                print(f"{mutant!s:75} {f'killed by {failed}' if failed else 'SURVIVED'}", flush=True)
+        return True
 
-class Job:
-    """A process with a folder of its own, which runs the tests of a mutant, or of the code as it is."""
+    def run_all(self, tasks: Iterable[Task], session: pytest.Session) -> Iterator[tuple[Mutant | None, str]]:
+        """Run a job on each core at a time."""
+        waiting, running, test = iter(tasks), [], partial(self.test, session)
+        while running := [*running, *(Job(task, test) for task in islice(waiting, CORES - len(running)))]:
+            wait([job.process.sentinel for job in running])
+            for job in [x for x in running if x.process.exitcode is not None]:
+                running.remove(job)
+                yield job.task[0], job.outcome()
 
-    def __init__(self, mutant: Mutant | None, test: Callable[[Path], str]):
-        self.mutant, self.ends = mutant, time.monotonic() + (LIMIT if mutant else 10 * LIMIT)
-        self.folder = tempfile.TemporaryDirectory()
-        self.process = FORK.Process(target=self.run, args=(test, Path(self.folder.name)))
-        self.process.start()
-
-    def run(self, test: Callable[[Path], str], folder: Path) -> None:
-        """Write the first failure to the folder, or what the tests print if they cannot run."""
-        os.setsid()  # the processes that tests start end with this one
-        with (folder / "output").open("w") as output, redirect_stdout(output), redirect_stderr(output):
-            if not INTERPRET:  # a search without end fills 4 GB; interpreted tests reserve more
-                resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))
-            (folder / "outcome").write_text(test(folder))
-        os._exit(0)  # without waiting for threads of tests
-
-    def outcome(self) -> str:
-        """End the process, and return the first failure, or "" if all tests passed."""
-        status = self.process.exitcode
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # pyright: ignore[reportArgumentType]
-        self.process.join()
-        with self.folder as folder:
-            if Path(folder, "outcome").exists():
-                return Path(folder, "outcome").read_text()
-            if status is None or status < 0:
-                return "hanging" if status is None else f"a crash with signal {-status}"
-            raise RuntimeError(f"{self.mutant}: {Path(folder, 'output').read_text()[-3000:]}")
-
-
-def run_all(jobs: Iterable[tuple[Mutant | None, Callable[[Path], str]]], order: Order) -> Iterator[Result]:
-    """Run a job on each core at a time."""
-    waiting, running = iter(jobs), []
-    while running := [*running, *(Job(*job) for job in islice(waiting, CORES - len(running)))]:
-        wait([job.process.sentinel for job in running], timeout=5)
-        for job in [x for x in running if x.process.exitcode is not None or time.monotonic() > x.ends]:
-            running.remove(job)
-            order.kills[failed := job.outcome()] += 1
-            yield job.mutant, failed
-
-
-def run_tests(mutant: Mutant | None, sessions: Sequence[Sequence[str]], order: Order, folder: Path) -> str:
-    """Run the tests of some sessions of pytest, in a copy of the checkout with the mutant, until one fails."""
-    subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), folder], check=True)
-    os.chdir(folder)
-    sys.path[0] = str(folder)
-    del sys.modules["tests"]  # imported from the checkout
-    if mutant is not None:
-        Path(mutant.file).write_text(mutant.source())
-        if mutant.file.endswith((".cpp", ".h")):
-            build(folder / "kernels")
-    for tests in sessions:
-        status = pytest.main([*OPTIONS, *tests], [order])
-        if status == pytest.ExitCode.INTERRUPTED:
-            return "the import of a test"
-        if status != pytest.ExitCode.OK and not order.failed:
-            raise LookupError(f"no test runs in {tests}: pytest ends with {status!r}")
-        if order.failed:
-            return order.failed
-    return ""
-
-
-class Swap(Order):
-    """A plugin that runs the tests of a session in processes, for the code as it is and for each mutant."""
-
-    def __init__(self, tasks: Sequence[tuple[Mutant | None, Sequence[str]]], results: Connection) -> None:
-        super().__init__()
-        self.tasks, self.results = tasks, results
-
-    def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        for result in run_all([(task[0], partial(self.run, session, *task)) for task in self.tasks], self):
-            self.results.send(result)
-            if result[0] is None and result[1]:
-                break
-        return not session.testsfailed  # imports have failed: pytest goes on, and says so
-
-    def run(self, session: pytest.Session, mutant: Mutant | None, folders: Sequence[str], _: Path) -> str:
-        """Run the tests of some folders, one after the other, until one fails; none if the mutant cannot be swapped."""
-        items = [item for folder in folders for item in session.items if item.nodeid.startswith(folder)]
-        if mutant is not None and not mutant.swap():
-            return ""
-        items.sort(key=self.place)
-        for item, following in zip(items, [*items[1:], None], strict=True):
-            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            if self.failed:
-                break
-        return self.failed
+    def test(self, session: pytest.Session, task: Task, folder: Path) -> str:
+        """Return the first failure, with the mutant's code in the functions, or in a copy of the checkout."""
+        mutant, tests = task
+        items = [item for each in tests for item in session.items if item.nodeid.startswith(each)]
+        files = sorted({item.nodeid.partition("::")[0]: 0 for item in items}, key=lambda file: -self.kills[file])
+        if mutant is None or mutant.swap():
+            items.sort(key=lambda item: (-self.kills[item.nodeid], "slow" in item.keywords))
+            for item, following in zip(items, [*items[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+                if self.failed:
+                    return self.failed
+        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), folder], check=True)
+        if mutant is not None:
+            (folder / mutant.file).write_text(mutant.source())
+            if mutant.file.endswith((".cpp", ".h")):
+                build(folder / "kernels")
+        command = [sys.executable, "-m", "pytest", *OPTIONS, *files]
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        if done.returncode < 0:
+            return signal.Signals(-done.returncode).name
+        if done.returncode > pytest.ExitCode.INTERRUPTED:
+            raise RuntimeError(done.stdout)
+        return re.findall(r"(?m)^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout)[0] if done.returncode else ""
 
 
 def main(chosen: str = "", *tests: str) -> str:
@@ -786,36 +763,17 @@ def main(chosen: str = "", *tests: str) -> str:
     if not any(chosen in str(mutant) for mutant in MUTANTS):
         return f"no mutant has {chosen!r} in its line"
     mutants = [x for x in MUTANTS if chosen in str(x) and x.interpreted == INTERPRET]
-    began, survived = time.monotonic(), 0
+    began = time.monotonic()
     print(f"{len(mutants)} mutants, {'with' if INTERPRET else 'without'} Triton's interpreter", flush=True)
     for mutant in mutants:
         mutant.source()  # which fails where the list is stale
     os.environ["OMP_NUM_THREADS"] = "1"
-    import_module("torch._dynamo")  # slow to import, and not tested: imported once, before the forks
-    left = {mutant: tests or mutant.tests for mutant in mutants}
-    folders = [*dict.fromkeys(folder for each in left.values() for folder in each)]
-    reader, writer = FORK.Pipe(duplex=False)
-    swap = Swap([*((None, [folder]) for folder in folders), *left.items()], writer)
-    job = Job(None, partial(run_tests, None, [folders], swap))
-    writer.close()
-    with suppress(EOFError):
-        while True:
-            mutant, failed = reader.recv()
-            if mutant is not None and failed:
-                del left[mutant]
-                print(f"{mutant!s:75} killed by {failed}", flush=True)
-            elif failed:
-                return f"the code as it is fails: {failed}"
-    job.process.join()
-    if failed := job.outcome():
-        return f"the code as it is fails: {failed}"
-    order = Order()
-    jobs = [(mutant, partial(run_tests, mutant, [[x] for x in each], order)) for mutant, each in left.items()]
-    for mutant, failed in run_all(jobs, order):
-        survived += not failed
-        print(f"{mutant!s:75} {f'killed by {failed}' if failed else 'SURVIVED'}", flush=True)
+    tasks: list[Task] = [(mutant, tests or mutant.tests) for mutant in mutants]
+    folders = [*dict.fromkeys(folder for _, each in tasks for folder in each)]
+    runner = Runner(tasks, folders)
+    status = pytest.main([*OPTIONS, *folders], [runner])
     print(f"{time.monotonic() - began:.0f} s", flush=True)
-    return f"{survived} survived" if survived else ""
+    return f"pytest ends with {status!r}" if status else f"{runner.survived} survived" if runner.survived else ""
 
 
 if __name__ == "__main__":
