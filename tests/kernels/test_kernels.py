@@ -26,8 +26,8 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def leaves(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    raw, dropped = torch.randn(2, *shape, dtype=dtype, device=device).unbind()
+def leaves(device: str, *shape: int) -> tuple[Tensor, Tensor]:
+    raw, dropped = torch.randn(2, *shape, device=device).unbind()
     return raw.requires_grad_(), dropped.requires_grad_()
 
 
@@ -47,13 +47,16 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
             launched.clear()
 
 
-@pytest.mark.parametrize("programs", [2, 5])
-def test_programs_share_the_items(programs: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "PROGRAMS", programs)
-    check_penalty(*leaves(device, 2, 40, 600), 2.0, 1.0)
+@pytest.mark.parametrize(("setting", "value"), [("PROGRAMS", 2), ("PROGRAMS", 5), ("LARGE", 0)])
+def test_few_programs_share_the_items_and_indices_have_64_bits(
+    setting: str, value: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, setting, value)
     check_penalty(*leaves(device, 4, 3, 400), 2.0, 1.0, batch_first=False)
-    raw, mask = leaves(device, 2, 40, 600)
-    check_dropout(raw, mask.detach(), 2.0, 1.0)
+    check_penalty(*leaves(device, 5, 1, 1), 2.0, 1.0, batch_first=False)
+    raw, dropped = leaves(device, 2, 40, 600)
+    check_penalty(raw, dropped, 2.0, 1.0)
+    check_dropout(raw, dropped.detach(), 2.0, 1.0)
 
 
 def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,20 +67,15 @@ def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pyt
     check_penalty(*leaves(device, 1, time, 1), 2.0, 1.0)
 
 
-def items_of(shape: tuple[int, int, int]) -> int:
-    _, time, hidden = shape
-    operand = Operand(torch.bfloat16, time * hidden, hidden)
-    return tiling.Tiling(View(*shape, Operands(*[operand] * 4)), torch.float32).numbers[-1]
-
-
 def test_runs_are_shorter_where_programs_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = (64, 70, 400), (128, 512, 1024)
-    monkeypatch.setattr(tiling, "SHORT_RUN", 16)
-    before = [items_of(shape) for shape in shapes]
-    monkeypatch.setattr(tiling, "SHORT_RUN", 4)
-    few, many = (items_of(shape) / items for shape, items in zip(shapes, before, strict=True))
-    assert few > 2
-    assert many == 1
+    few, many = [], []
+    for longest in (16, 4):
+        monkeypatch.setattr(tiling, "SHORT_RUN", longest)
+        for items, (outer, time, hidden) in ((few, (64, 70, 400)), (many, (128, 512, 1024))):
+            operands = Operands(*[Operand(torch.bfloat16, time * hidden, hidden)] * 4)
+            items.append(tiling.Tiling(View(outer, time, hidden, operands), torch.float32).numbers[-1])
+    assert few[1] > 2 * few[0]
+    assert many[1] == many[0]
     check_penalty(*leaves(device, 2, 33, 4), 2.0, 1.0)
 
 
@@ -89,12 +87,6 @@ def test_sums_over_long_times_do_not_drift(device: str, monkeypatch: pytest.Monk
     got = fused_ar_tar(raw, raw, 1.0, 1.0, return_terms=True)
     want = truth(raw.double(), raw.double(), 1.0, 1.0)
     torch.testing.assert_close([x.double() for x in got], list(want), rtol=1e-6, atol=0)
-
-
-def test_indices_in_64_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "LARGE", 0)
-    check_penalty(*leaves(device, 3, 20, 41), 2.0, 1.0)
-    check_penalty(*leaves(device, 5, 1, 1), 2.0, 1.0, batch_first=False)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2**30), (2**15, 2**10, 2**5), (1, 2**30, 1), (2, 2**29 - 1, 1)])

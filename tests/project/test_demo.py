@@ -18,16 +18,6 @@ from bench.study.report import Run, Study
 pytestmark = pytest.mark.main
 
 
-def tables(output: str) -> dict[tuple[float, float], list[list[float]]]:
-    """Return the numbers of every training by its coefficients, without the seconds, which differ in each run."""
-    _, rows = output.split(demo.HEADER)
-    found: dict[tuple[float, float], list[list[float]]] = {}
-    for line in re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ .*$", rows, re.MULTILINE):
-        alpha, beta, *row, _ = map(float, line.split())
-        found.setdefault((alpha, beta), []).append(row)
-    return found
-
-
 def test_trains_end_to_end(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -37,8 +27,9 @@ def test_trains_end_to_end(
     with timing.threads(1):
         demo.main([*files, "--device", "cpu", "--epochs", "3", "--alpha", "2", "--beta", "1"])
     output = capsys.readouterr().out
-    found = tables(output)
-    regularized, plain = found[2, 1], found[0, 0]
+    lines = re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ .*$", output.split(demo.HEADER)[1], re.MULTILINE)
+    rows = [[float(x) for x in line.split()] for line in lines]
+    regularized, plain = ([row[2:] for row in rows if row[:2] == pair] for pair in ([2, 1], [0, 0]))
     for table in regularized, plain:
         epochs, losses, perplexities, *_ = zip(*table, strict=True)
         assert epochs == (1, 2, 3)
