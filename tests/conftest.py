@@ -82,24 +82,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("; ".join(f"{count:,} cases need {need}" for need, count in LEFT_OUT.items()))
 
 
-@cache
-def names_of_functions(package: Any) -> list[str]:
-    """List the functions of Triton's language in a package, or in a class."""
-    return [name for name, _ in inspect.getmembers(package, import_module("triton.language.core").is_builtin)]
-
-
 def pytest_configure() -> None:
     """Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
 
     Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
     """
     if INTERPRETED:
-
-        def functions_of(package: Any) -> list[tuple[str, Any]]:
-            return [(name, getattr(package, name)) for name in names_of_functions(package)]  # which it replaces
-
-        interpreter: Any = import_module("triton.runtime.interpreter")
-        interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": functions_of})
+        interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language.core")
+        names = cache(lambda package: [name for name, _ in inspect.getmembers(package, language.is_builtin)])
+        current = {"getmembers": lambda package: [(x, getattr(package, x)) for x in names(package)]}  # replaced by then
+        interpreter.inspect = SimpleNamespace(**vars(inspect) | current)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with torch.autocast("cpu", torch.bfloat16):
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))

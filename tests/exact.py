@@ -75,16 +75,10 @@ def rounding(x: Tensor) -> float:
 def assert_terms(got: Any, want: ARTAR, *dtypes: torch.dtype, count: int = 0) -> Tensor:
     """Check a penalty and its measured terms, given the dtypes of the activations; return the penalty.
 
-    A few units are allowed, and in float64 more of them for sums of many elements, which the formulas round as often as
-    the kernels do. A chain of n additions rounds its k-th partial sum, about k / n of the total, by up to half a unit.
-    Such a rounding has a variance of (k / n)**2 / 12 square units, and all of them together of n / 36. Two standard
-    deviations, of a sum that no vector shortens, are sqrt(n) / 3 units.
-
-    Args:
-        got: the result of a call.
-        want: the formulas.
-        dtypes: the dtypes of the activations.
-        count: the number of elements in the largest sum.
+    A few units are allowed, and in float64 more of them for sums of up to `count` elements, which the formulas round as
+    often as the kernels do. A chain of n additions rounds its k-th partial sum, about k / n of the total, by up to half
+    a unit. Such a rounding has a variance of (k / n)**2 / 12 square units, and all of them together of n / 36. Two
+    standard deviations, of a sum that no vector shortens, are sqrt(n) / 3 units.
     """
     units = 8 + (math.sqrt(count) / 3 if DOUBLE in dtypes else 0)
     results = got if isinstance(got, ARTAR) else (got,)

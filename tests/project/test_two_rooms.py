@@ -102,11 +102,10 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.M
         trained.append(Job(weights, seed, distractor, steps))
         return weights
 
-    def success(model: Weights, distractor: bool) -> tuple[float, float]:
-        return 0.5, 0.5 - model.beta / 100 - model.variance / 10 if model.beta else 0.1 + model.variance / 10
-
     monkeypatch.setattr(example, "train", train)
-    monkeypatch.setattr(example, "success", success)
+    monkeypatch.setattr(
+        example, "success", lambda model, _: (0.5, 0.1 + model.variance / 10 if model.beta == 0 else 0.5)
+    )
     file, before = tmp_path / "rooms.jsonl", ""
     with pytest.raises(KeyboardInterrupt):
         two_rooms.run_all(file)
@@ -117,10 +116,6 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.M
     runs = two_rooms.load(file)
     assert [run.job for run in runs] == trained
     assert len({*trained}) == len(trained) == 80 + 24 + 8 * 2 + 3 * 10 * 3
-    settings = two_rooms.chosen(runs)
-    assert [*settings.values()] == [Weights(0.03, 0.03, 0.0), Weights(0.03, 0.03, 1.0), Weights(1.0, 0.03, 0.0)]
-    assert two_rooms.page(runs).count("\n| 0.03, ") == 4 + 4  # in the grid, and of the best with TAR
-    assert "\n| 1, 0.03, 0 | 0.350 ± 0.000 |" in two_rooms.page(runs)
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
