@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from hashlib import sha256
+from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -50,7 +51,7 @@ ROOMS = {
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 LIMIT = 1800 if INTERPRET else 600  # seconds after which a mutant hangs: all of its tests take less
 MARKS = "not gpu and not more and not triton" + INTERPRET * " and not slow"
-OPTIONS = ["-x", "-q", "-s", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
+OPTIONS = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-k", CHOSEN, "-m", MARKS]
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # else an old library would hide a mutant
 
 # file -> mutants: a function or class, the fault, a text that occurs there exactly once, and its replacement
@@ -751,10 +752,11 @@ def main(chosen: str = "", *tests: str) -> str:
     for mutant in mutants:
         mutant.source()  # which fails where the list is stale
     os.environ["OMP_NUM_THREADS"] = "1"
+    import_module("torch._dynamo")  # slow to import, and not tested: imported once, before the forks
     tasks: list[Task] = [(mutant, tests or mutant.tests) for mutant in mutants]
     folders = [*dict.fromkeys(folder for _, each in tasks for folder in each)]
     runner = Runner(tasks, folders)
-    status = pytest.main([*OPTIONS, *folders], [runner])
+    status = pytest.main([*OPTIONS, "-s", *folders], [runner])
     print(f"{time.monotonic() - began:.0f} s", flush=True)
     return f"pytest ends with {status!r}" if status else f"{runner.survived} survived" if runner.survived else ""
 
