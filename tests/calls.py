@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +17,16 @@ from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from tests.samples import DOUBLE, FLOAT
 
 Call = Callable[[Tensor, Tensor], Any]
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(9).isnan().all()  # PyTorch fills new memory in this mode
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 class Nothing(TorchDispatchMode):
@@ -46,10 +57,14 @@ def module_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0,
     return out, *taken
 
 
+def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
+    """Take the first rows of a tensor, of any number of axes, for packed ones."""
+    return PackedSequence(x.flatten(0, -2)[: sum(sizes)], torch.tensor(sizes))
+
+
 def packed_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> Tensor:
-    """Pack the first 7 rows, as sequences of 3, 2 and 2 time steps."""
-    sizes = torch.tensor([3, 3, 1])
-    return fused_ar_tar(*(PackedSequence(x.flatten(0, 1)[:7], sizes) for x in (raw, dropped)), alpha, beta)
+    """Take the first 7 rows for sequences of 3, 2 and 2 time steps."""
+    return fused_ar_tar(packed(raw, [3, 3, 1]), packed(dropped, [3, 3, 1]), alpha, beta)
 
 
 # Each takes raw and dropped, (3, time, 8), and coefficients, and gives tensors, those without a gradient last.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import re
 import warnings
 from collections.abc import Callable
@@ -36,12 +35,6 @@ def bare(take: bool = False, forwards: int = 1, **options: Any) -> FusedRNNDropo
     return dropout
 
 
-def loaded(module: nn.Module) -> Any:
-    torch.save(module, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def captures(*activations: Tensor, reg: Any = None, between: Callable[[RNNRegularizer], Any] = lambda _: None) -> None:
     """Capture activations one after the other, without `on_backward_begin`."""
     reg = reg or lm.regularizer()
@@ -61,7 +54,6 @@ def states_as_activations(**options: Any) -> None:
 
 WRITE = r"Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)"
 NO_PENALTY = r"FusedRNNDropout: there is no penalty, .* FusedRNNDropout\(p, "
-REPLICA = "FusedRNNDropout: DataParallel .* Use DistributedDataParallel"
 STEPS = rf"raw\[0\]: expected .* got \({BATCH}, {HIDDEN}\)\. .* torch\.stack\(states, 1\)"
 DISCARDED = r"on_loss_begin: the last capture is discarded, .* on_backward_begin\(loss\) .* clear\(\)"
 NO_LAYOUT = rf"batch_first: .* got None: raw is \(2, {BATCH}, {HIDDEN}\), .* not its states h and c"
@@ -72,7 +64,6 @@ MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
     "one coefficient": (lambda: RNNRegularizer(2.0), TypeError, rf"RNNRegularizer: .* 'beta'\. {WRITE}"),  # pyright: ignore
     "a dropout without coefficients": (lambda: bare(True), RuntimeError, rf"{NO_PENALTY}alpha=2\.0, .*attach\(rnn"),
     "its second step": (lambda: bare(forwards=2), UserWarning, rf"{NO_PENALTY}.* write FusedRNNDropout\(p, 0, 0\)"),
-    "its replica": (lambda: FusedRNNDropout(0.3)._replicate_for_data_parallel()(RAW), RuntimeError, REPLICA),  # pyright: ignore
     "a list of time steps": (lambda: fused_ar_tar([*RAW.unbind(1)], [*RAW.unbind(1)], ALPHA, BETA), ValueError, STEPS),
     "a second capture": (lambda: captures(own(), own()), UserWarning, DISCARDED),
     "a second capture, the first with a gradient": (lambda: captures(own(), RAW), UserWarning, DISCARDED),
@@ -155,7 +146,7 @@ def test_what_is_right_is_silent(right: Mistake) -> None:
 )
 def test_a_warning_comes_once_for_each_object_and_again_for_its_copy(mistake: Any, made: Any, message: str) -> None:
     again(mistake, one := made())
-    for duplicate in (copy.deepcopy, loaded):
+    for duplicate in (copy.deepcopy, lm.pickled):
         twin = duplicate(one)
         with pytest.warns(UserWarning, match=message):
             mistake(twin)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import Call, calls, everything, leaves
+from tests.calls import Call, calls, deterministic, everything, leaves
 from tests.conftest import by_triton, memory_of, skip_on_formula
 from tests.exact import check_penalty, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
@@ -26,16 +25,6 @@ pytestmark = pytest.mark.numbers
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_values_and_gradients(sample: Sample, device: str, poison: None) -> None:
     check_penalty(*sample.leaves(device), sample.alpha, sample.beta, **sample.options)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(9).isnan().all()  # PyTorch fills new memory in this mode
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @calls()

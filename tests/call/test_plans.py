@@ -19,29 +19,18 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.testing import assert_close
 
 from bench.offline.stand_in import h100
-from fastreg import ARTAR, FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import PLANS, TRITON
 from fastreg.kernels import streams
 from fastreg.kernels.streams import Expected
-from tests.calls import flat
+from tests.calls import CALLS, Call, deterministic, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import compiled, memory_of, skip_on_formula
-from tests.exact import assert_gradient, assert_terms, exact, gradients_of, truth
+from tests.exact import exact, truth
 from tests.samples import Decorated, transposed
 
-BATCH, TIME, HIDDEN = 3, 5, 8
-
-
-def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
-    return PackedSequence(x.reshape(-1, HIDDEN)[: sum(sizes)], torch.tensor(sizes))
-
-
-RAW, DROPPED = (numbers(BATCH, TIME, HIDDEN, seed=seed) for seed in (0, 1))
-MASK = numbers(BATCH, 1, HIDDEN, seed=2)
-LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), *(numbers(BATCH, TIME, seed=seed) > 0 for seed in (3, 4))
+RAW, DROPPED = (x.detach() for x in leaves())
+MASK = mask_for(RAW)
+LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), marks_for(RAW), marks_for(RAW).roll(1, 1)
 PACKED, MORE_SEQUENCES, MORE_STEPS, ONE_ROW, GAPS = (
     {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)}
     for sizes in ([3, 2, 2], [4, 2, 1], [3, 2, 1, 1], [1], [3, 2, 2])
@@ -107,7 +96,7 @@ BASE = {
     fused_ar_tar: {"raw": RAW, "dropped": DROPPED, "alpha": 2.0, "beta": 1.0},
     fused_dropout_ar_tar: {"raw": RAW, "p": 0.5, "alpha": 2.0, "beta": 1.0},
 }
-CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
+PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     **{f"penalty, {name}": (fused_ar_tar, {}, change) for name, change in PENALTY.items()},
     **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
     "valid, a subclass": (fused_ar_tar, {"valid": VALID}, {"valid": VALID.as_subclass(Decorated)}),
@@ -134,11 +123,10 @@ def fresh(x: Any, frozen: bool, leaves: dict[int, Tensor]) -> Any:
     return leaves.setdefault(id(x), x.detach().requires_grad_(not frozen))
 
 
-def formula(rows: Sequence[Tensor], sizes: list[int]) -> ARTAR:
+def formula(rows: Sequence[Tensor], sizes: list[int]) -> Tensor:
     """Compute the penalty of packed rows in float64."""
-    lengths = torch.tensor([sum(i < size for size in sizes) for i in range(sizes[0])])
-    raw, dropped = (pad_packed_sequence(PackedSequence(x, torch.tensor(sizes)), batch_first=True)[0] for x in rows)
-    return truth(raw, dropped, 2.0, 1.0, lengths=lengths)
+    (raw, lengths), (dropped, _) = (pad_packed_sequence(packed(x, sizes), batch_first=True) for x in rows)
+    return truth(raw, dropped, 2.0, 1.0, lengths=lengths).penalty
 
 
 def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
@@ -185,9 +173,9 @@ def work_of(call: Callable[[], Any]) -> int:
 ONE_PLAN = {"alpha", "beta", "p", "a subclass", "sequences", "time steps", "rows"}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PAIRS)
 def test_two_calls_that_differ_in_one_fact(name: str) -> None:
-    function, first, change = CASES[name]
+    function, first, change = PAIRS[name]
     calls = BASE[function] | first, BASE[function] | change
     alone = []
     for options in calls:
@@ -203,36 +191,28 @@ def test_two_calls_that_differ_in_one_fact(name: str) -> None:
             assert outcome(function, calls[i]) == alone[i]
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("mode", [nullcontext, deterministic])
 @pytest.mark.parametrize("hidden", [1, 8, 64])
-def test_packed_rows_of_any_number_have_one_plan(hidden: int, deterministic: bool, device: str) -> None:
+def test_packed_rows_of_any_number_have_one_plan(hidden: int, mode: Any, device: str) -> None:
     """Their backwards come in another order than their forwards."""
     skip_on_formula(device)
-    PLANS.clear()
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        calls = []
+    calls = []
+    with mode():
         for sizes in ([1], [3, 2, 2], [1, 1, 1, 1], [40, 33, 2], [2], [3, 2, 2]):
-            leaves = [numbers(sum(sizes), hidden, seed=seed).to(device).requires_grad_() for seed in range(2)]
-            pair = [PackedSequence(x, torch.tensor(sizes)) for x in leaves]
-            calls.append((leaves, sizes, fused_ar_tar(pair[0], pair[1], 2.0, 1.0)))
+            pair = [torch.randn(sum(sizes), hidden, device=device, requires_grad=True) for _ in range(2)]
+            calls.append((pair, sizes, fused_ar_tar(*(packed(x, sizes) for x in pair), 2.0, 1.0)))
             assert len(PLANS) == 1
-        for leaves, sizes, got in reversed(calls):
-            exactly = [exact(x) for x in leaves]
-            want = formula(exactly, sizes)
-            assert_terms(got, want, torch.float32)
-            for gradient, x in zip(torch.autograd.grad(got, leaves), exactly, strict=True):
-                parts = gradients_of(want, (2.0, 1.0), x)
-                assert_gradient(gradient, sum(parts), sum(part.abs().max() for part in parts))
-    finally:
-        torch.use_deterministic_algorithms(False)
+        for pair, sizes, got in reversed(calls):
+            doubles = [exact(x) for x in pair]
+            want = formula(doubles, sizes)
+            assert_close(got, want, check_dtype=False)
+            assert_close(torch.autograd.grad(got, pair), torch.autograd.grad(want, doubles), check_dtype=False)
 
 
 def test_a_node_of_packed_rows_knows_how_many_it_has_saved() -> None:
     """A plan serves all numbers of rows, and the kernels read as many as the offsets say."""
     skip_on_formula("cpu")
-    raw = numbers(7, HIDDEN).requires_grad_()
-    penalty = fused_ar_tar(None, PackedSequence(raw * 1, torch.tensor([3, 2, 2])), 2.0, 0.0)
+    penalty = fused_ar_tar(None, packed(leaves()[0] * 1, [3, 2, 2]), 2.0, 0.0)
     saved = penalty.grad_fn.saved_tensors[1]
     saved.data = saved.data[:3]
     with pytest.raises(RuntimeError, match=r"got \[3, 8\] but expected shape compatible with \[7, 8\]"):
@@ -254,15 +234,9 @@ def test_values_are_checked_in_every_call() -> None:
             fused_ar_tar(**BASE[fused_ar_tar] | options)
 
 
-def test_marks_with_gaps_in_memory(device: str) -> None:
-    raw, valid = RAW.to(device), VALID.to(device)
-    got, want = (fused_ar_tar(raw, raw, 2.0, 1.0, valid=x) for x in (valid.t().contiguous().t(), valid))
-    assert torch.equal(got, want)
-
-
 def test_one_tensor_of_a_subclass_gets_one_gradient() -> None:
     skip_on_formula("cpu")
-    x = numbers(8, 7, 900).requires_grad_().as_subclass(Decorated)
+    x = torch.randn(8, 7, 900, requires_grad=True).as_subclass(Decorated)
     for raw in (x, [x], (x,)):
         assert memory_of(lambda raw=raw: fused_ar_tar(raw, raw, 2.0, 1.0), "cpu")[0] < 1.5 * x.nbytes
 
@@ -284,8 +258,8 @@ def test_coefficients_that_change_cost_nothing(device: str) -> None:
 
 
 def test_plans_hold_no_tensors_of_the_caller() -> None:
-    raw, lengths, valid = numbers(BATCH, TIME, HIDDEN).requires_grad_(), LENGTHS.clone(), VALID.clone()
-    alpha, mask = torch.tensor(2.0), MASK.clone()
+    (raw, _), alpha = leaves(), torch.tensor(2.0)
+    lengths, valid, mask = LENGTHS.clone(), VALID.clone(), MASK.clone()
     fused_ar_tar(raw, raw, alpha, 1.0, lengths=lengths).backward()
     fused_ar_tar([raw, raw], [raw, raw], 2.0, 1.0, valid=valid).backward()
     sum(x.sum() for x in fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)).backward()
@@ -306,12 +280,6 @@ def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pyte
                     fused_ar_tar([RAW], [DROPPED], 2.0, 1.0)
 
 
-def test_an_option_without_a_hash_is_an_error_of_the_checks() -> None:
-    for options in ({"time_dim": [1]}, {"reduction": ["mean"]}, {"return_terms": {}}):
-        with pytest.raises((TypeError, ValueError), match=f"{next(iter(options))}: expected"):
-            fused_ar_tar(RAW, DROPPED, 2.0, 1.0, **options)
-
-
 def state_of(x: Any) -> Any:
     """Describe an object of fastreg by the identities of its attributes, and theirs, without the backend's own."""
     if not type(x).__module__.startswith("fastreg.") or ".kernels." in type(x).__module__ or isinstance(x, tuple):
@@ -319,10 +287,10 @@ def state_of(x: Any) -> Any:
     return {name: state_of(y) for name, y in vars(x).items()}
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "inference" not in name])
+@pytest.mark.parametrize("name", [name for name in PAIRS if "inference" not in name])
 def test_a_plan_is_complete_when_it_is_kept(name: str) -> None:
     """Threads share plans."""
-    function, first, change = CASES[name]
+    function, first, change = PAIRS[name]
     PLANS.clear()
     torch.manual_seed(0)
     outcome(function, BASE[function] | first | change)
@@ -332,28 +300,10 @@ def test_a_plan_is_complete_when_it_is_kept(name: str) -> None:
     assert {key: state_of(plan) for key, plan in PLANS.items()} == before
 
 
-@compiled  # Triton's interpreter would take minutes
 @pytest.mark.usefixtures("quick_collections")
-def test_the_memory_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastreg.call.operation.SIZE", 512)
-    PLANS.clear()
-
-    def objects_after(times: range) -> int:
-        for time in times:
-            fused_ar_tar(torch.empty(1, time, 1), None, 0.0, 1.0)
-        gc.collect()
-        return len(gc.get_objects())
-
-    full = objects_after(range(2, 514))
-    assert len(PLANS) == 512
-    for last in range(700, 1400, 100):  # more kinds of calls than are remembered
-        assert objects_after(range(last - 100, last)) < full + 300
-
-
 def test_a_full_memory_drops_many_old_plans_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop over somewhat more kinds of calls than it holds finds most of their plans."""
     monkeypatch.setattr("fastreg.call.operation.SIZE", 64)
-    PLANS.clear()
 
     def misses(times: range) -> list[int]:
         missed = []
@@ -361,44 +311,46 @@ def test_a_full_memory_drops_many_old_plans_at_once(monkeypatch: pytest.MonkeyPa
             before = {*PLANS}
             fused_ar_tar(torch.empty(1, time, 1), None, 0.0, 1.0)
             missed += [time] if {*PLANS} - before else []
+        gc.collect()
         return missed
 
     assert misses(range(2, 66)) == [*range(2, 66)]
-    newest = [*PLANS][32:]
+    newest, objects = [*PLANS][32:], len(gc.get_objects())
     misses(range(66, 67))
     assert len(PLANS) == 49
     assert {*newest} <= {*PLANS}
     misses(range(2, 72))
     assert len(misses(range(2, 72))) < 35
+    assert len(misses(range(100, 800))) == 700
+    assert len(gc.get_objects()) < objects + 300
+
+
+# A call, and how many bytes of the host's memory its plan may take
+ON_HOST: dict[str, tuple[Call, int]] = {
+    "plain": (CALLS["pair"], 7500),
+    "lengths": (CALLS["lengths"], 7500),
+    "dropout": (lambda r, _: fused_dropout_ar_tar(r, 0.5, 2.0, 1.0), 7500),
+    "24 layers": (lambda r, d: fused_ar_tar([r] * 24, [d] * 24, 2.0, 1.0), 15_000),
+}
 
 
 @compiled
-@pytest.mark.parametrize("name", ["plain", "lengths", "dropout", "24 layers"])
+@pytest.mark.parametrize(("call", "limit"), ON_HOST.values(), ids=ON_HOST)
 @pytest.mark.parametrize("backend", ["cpu", "stand-in for a GPU"])
-def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None:
+def test_a_plan_takes_little_memory_of_the_host(call: Call, limit: int, backend: str) -> None:
     skip_on_formula("cpu")
     if backend != "cpu" and TRITON is None:
         pytest.skip("needs Triton")
-
-    def call(time: int) -> None:
-        raw, dropped = (torch.ones(2, time, 8, requires_grad=True) for _ in range(2))
-        if name == "dropout":
-            torch.autograd.backward(fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0), (torch.ones_like(raw), torch.ones(())))
-        else:
-            lengths = torch.tensor([1, 2]) if name == "lengths" else None
-            layers = 24 if name == "24 layers" else 1
-            fused_ar_tar([raw] * layers, [dropped] * layers, 2.0, 1.0, lengths=lengths).backward()
-
     with nullcontext() if backend == "cpu" else h100():
-        call(3)
+        total(call(*leaves(3))).backward()
         PLANS.clear()
         gc.collect()
         tracemalloc.start()
         try:
             for time in range(4, 104):
-                call(time)
+                total(call(*leaves(time))).backward()
             gc.collect()
-            assert tracemalloc.get_traced_memory()[0] < (15_000 if name == "24 layers" else 7500) * 100
+            assert tracemalloc.get_traced_memory()[0] < limit * 100
         finally:
             tracemalloc.stop()
 
@@ -430,11 +382,10 @@ def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_
 
 def test_batched_upstream_gradients_take_the_formula() -> None:
     """Their wrappers have no memory that kernels could read."""
-    raw, dropped = (numbers(BATCH, TIME, HIDDEN, seed=seed).requires_grad_() for seed in range(2))
-    penalty = fused_ar_tar(raw, dropped, 2.0, 1.0)
-    upstream = torch.tensor([1.0, 3.0])
-    batched = torch.autograd.grad(penalty, (raw, dropped), upstream, retain_graph=True, is_grads_batched=True)
-    for i in range(2):
-        for gradient, want in zip(batched, torch.autograd.grad(penalty * upstream[i], (raw, dropped)), strict=True):
-            assert_close(gradient[i], want)
-        penalty = fused_ar_tar(raw, dropped, 2.0, 1.0)
+    penalty = fused_ar_tar(*(xs := leaves()), 2.0, 1.0)
+
+    def gradients(upstream: Tensor, batched: bool = False) -> Any:
+        return torch.autograd.grad(penalty, xs, upstream, retain_graph=True, is_grads_batched=batched)
+
+    both = torch.tensor([1.0, 3.0])
+    assert_close(gradients(both, True), tuple(map(torch.stack, zip(*map(gradients, both), strict=True))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -142,29 +143,33 @@ def test_hooks_and_checkpoints_keep_no_gradients(device: str) -> None:
 
 def laid_out_anew(x: Tensor) -> Tensor:
     """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
-    shape = [*x.shape[::-1], 2]
-    return x.new_empty(shape)[..., 0].permute(*reversed(range(x.dim()))).copy_(x)
+    return x.new_empty([*x.shape[::-1], 2])[..., 0].permute([*reversed(range(x.dim()))]).copy_(x)
 
 
-def without_the_last(x: Tensor) -> Tensor:
-    return x[:-1] if x.dim() else x
+# What a hook makes of a saved tensor, and the errors if all steps count and if not; "" if the formula takes over
+CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
+    "another layout": (laid_out_anew, "", ""),
+    "other floats": (lambda x: x.double() if x.is_floating_point() else x, "", ""),
+    "a row less": (lambda x: x[:-1] if x.dim() else x, "shape", "not enough values"),
+    "a count less": (lambda x: x if x.is_floating_point() else x[:-1], "", "not enough values"),
+    "counts as floats": (lambda x: x if x.is_floating_point() else x.float(), "", "not implemented"),
+}
+COUNTED = {"all steps": {}, "lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": torch.ones(3, 7) > 0}}
 
 
-def wider(x: Tensor) -> Tensor:
-    return x.double() if x.is_floating_point() else x
-
-
-@pytest.mark.parametrize("change", [laid_out_anew, wider, without_the_last])
-@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([7, 0, 3])}], ids=["whole", "lengths"])
-def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str) -> None:
-    """The formula computes the backward of tensors with another layout or dtype; autograd refuses another shape."""
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("options", COUNTED.values(), ids=COUNTED)
+@pytest.mark.parametrize("of", [float, torch.tensor], ids=["numbers", "tensors"])
+def test_hooks_that_change_saved_tensors(of: Any, options: Any, name: str, device: str) -> None:
+    """Also coefficients, and what says which time steps count, are saved tensors."""
     skip_on_formula(device)
-    raw, dropped = leaves(7, device=device)
+    (raw, dropped), coefficients = leaves(7, device=device), (of(2.0), of(1.0))
     mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
+    change, *errors = CHANGES[name]
 
     def both() -> list[Tensor]:
-        out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, **options)
-        return [fused_ar_tar(raw, dropped, 2.0, 1.0, **options), out.sum() + penalty]
+        out, penalty = fused_dropout_ar_tar(raw, 0.4, *coefficients, mask=mask, **options)
+        return [fused_ar_tar(raw, dropped, *coefficients, **options), out.sum() + penalty]
 
     def gradients(x: Tensor) -> Any:
         return torch.autograd.grad(x, [raw, dropped], allow_unused=True, materialize_grads=True)
@@ -173,8 +178,8 @@ def test_hooks_that_change_saved_tensors(options: Any, change: Any, device: str)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
         graphs = both()
     for graph, expected in zip(graphs, want, strict=True):
-        if change is without_the_last:
-            with pytest.raises((RuntimeError, ValueError), match=r"shape|not enough values"):
+        if error := errors[bool(options)]:
+            with pytest.raises((RuntimeError, ValueError), match=error):
                 gradients(graph)
         else:
             torch.testing.assert_close(gradients(graph), expected)

@@ -50,6 +50,16 @@ def steps_for(name: str, time: int, batch: int = 3) -> Tensor:
     return lengths if "lengths" in name else torch.arange(time) < lengths[:, None]
 
 
+def with_steps(call: Any, steps: Tensor) -> Call:
+    return lambda r, d: call(r, d, steps)
+
+
+def check(call: Call, plain: Call, time: int = 5, batch: int = 3, **tolerance: float) -> None:
+    """Check the results and the gradients of a call against the plain one."""
+    got, want = (everything(f, leaves(time, batch=batch)) for f in (call, plain))
+    assert_close(got, want, **tolerance)
+
+
 def block_of(call: Call, r: Tensor, d: Tensor) -> Tensor:
     return total(call(r.tanh() @ torch.eye(8), d.tanh()))
 
@@ -103,11 +113,7 @@ class TestCompile:
         for batch, time in shapes:
             steps = steps_for(name, time, batch)
             with torch._inductor.config.patch(fallback_random=True):  # otherwise it draws by another generator
-                got, want = (
-                    everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(time, batch=batch))
-                    for call in (compiled, ALL_CALLS[name])
-                )
-            assert_close(got, want)
+                check(with_steps(compiled, steps), with_steps(ALL_CALLS[name], steps), time, batch)
         assert counter.frame_count == count
 
     def test_its_graph_has_the_operators_of_the_formula_by_hand(self) -> None:
@@ -124,17 +130,13 @@ class TestCompile:
 
     @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
     def test_a_step_in_one_graph(self, step: Call) -> None:
-        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is STEPS["autocast"] else {}
-        assert_close(everything(compiled, leaves()), everything(step, leaves()), **tolerance)
+        check(torch.compile(step, fullgraph=True, backend="aot_eager"), step, **tolerance)
 
     def test_a_module_whose_penalty_is_taken_outside(self) -> None:
         module = FusedRNNDropout(0.4, 2.0, 1.0)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        assert_close(
-            everything(lambda r, _: (compiled(r), module.take()), leaves()),
-            everything(lambda r, _: (module(r), module.take()), leaves()),
-        )
+        check(lambda r, _: (compiled(r), module.take()), lambda r, _: (module(r), module.take()))
         module.eval()
         x = leaves()[0]
         assert compiled(x) is x
@@ -152,11 +154,7 @@ class TestCompile:
         program = export(Module(), (*leaves(), steps_for(name, 5)), dynamic_shapes=shapes, strict=strict)
         for count in (2, 5, 70):
             steps = steps_for(name, count)
-            got, want = (
-                everything(lambda r, d, call=call, steps=steps: call(r, d, steps), leaves(count))
-                for call in (program.module(), ALL_CALLS[name])
-            )
-            assert_close(got, want)
+            check(with_steps(program.module(), steps), with_steps(ALL_CALLS[name], steps), count)
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
     @pytest.mark.parametrize("trace", TRACERS.values(), ids=TRACERS)
@@ -164,7 +162,7 @@ class TestCompile:
     def test_a_trace_runs_for_other_lengths(self, call: Call, trace: Callable[[Call], Call]) -> None:
         traced = trace(call)
         for time in (9, 1):
-            assert_close(everything(traced, leaves(time)), everything(call, leaves(time)))
+            check(traced, call, time)
         assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
 
     def test_coefficients_may_change(self) -> None:
@@ -187,8 +185,7 @@ class TestCompile:
         alpha, beta = torch.ones(2).unbind()
         for value in (2.0, 0.5, 0.0):
             alpha.fill_(value)
-            got, want = (everything(functools.partial(f, alpha, beta), leaves()) for f in (compiled, call))
-            assert_close(got, want)
+            check(functools.partial(compiled, alpha, beta), functools.partial(call, alpha, beta))
         assert counter.frame_count == 1
 
     def test_lengths_on_the_cpu_for_a_gpu(self) -> None:
