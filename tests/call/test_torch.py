@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.backends import cpu_tensors_by
 from tests.calls import CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, mask_for, total
 from tests.conftest import more, skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
@@ -266,12 +268,14 @@ class TestSubclasses:
         for got in (fake, everything(call, leaves(device="meta"))):
             assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in everything(call, leaves())]
 
-    def test_a_decorated_tensor_gives_plain_results(self) -> None:
+    @pytest.mark.parametrize("way", [nullcontext, functools.partial(cpu_tensors_by, None)], ids=["kernels", "formula"])
+    def test_a_decorated_tensor_gives_plain_results(self, way: Any) -> None:
         raw = leaves()[0]
         x = raw.as_subclass(Decorated)
-        results = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
-        for mask in (None, mask_for(raw).as_subclass(Decorated)):
-            results += fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask, return_terms=True)
+        with way():
+            results: list[Any] = [fused_ar_tar(x, x, 2.0, 1.0), fused_ar_tar(nn.Parameter(raw), raw, 2.0, 1.0)]
+            for mask in (None, mask_for(raw).as_subclass(Decorated)):
+                results += fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask, return_terms=True)
         assert all(type(x) is Tensor for x in flat(results))
 
 
