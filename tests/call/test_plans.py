@@ -169,6 +169,13 @@ def work_of(call: Callable[[], Any]) -> int:
     return count
 
 
+def state_of(x: Any) -> Any:
+    """Describe an object of fastreg by the identities of its attributes, and theirs, without the backend's own."""
+    if not type(x).__module__.startswith("fastreg.") or ".kernels." in type(x).__module__ or isinstance(x, tuple):
+        return [state_of(y) for y in x] if type(x) is list else id(x)
+    return {name: state_of(y) for name, y in vars(x).items()}
+
+
 # Values are no part of a key.
 ONE_PLAN = {"alpha", "beta", "p", "a subclass", "sequences", "time steps", "rows"}
 
@@ -187,8 +194,11 @@ def test_two_calls_that_differ_in_one_fact(name: str) -> None:
         assert (other < known + 50) == (name.partition(", ")[2] in ONE_PLAN)
     for order in ((0, 1), (1, 0)):
         PLANS.clear()
-        for i in (*order, *order):
-            assert outcome(function, calls[i]) == alone[i]
+        states = []
+        for _ in range(2):
+            assert [outcome(function, calls[i]) for i in order] == [alone[i] for i in order]
+            states.append({key: state_of(plan) for key, plan in PLANS.items()})
+        assert states[0] == states[1]  # threads share plans, which are complete when they are kept
 
 
 @pytest.mark.parametrize("mode", [nullcontext, deterministic])
@@ -278,26 +288,6 @@ def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pyte
                 patched.setattr(f"fastreg.call.operation.{name}", fails)
                 with pytest.raises(error, match="ours"):
                     fused_ar_tar([RAW], [DROPPED], 2.0, 1.0)
-
-
-def state_of(x: Any) -> Any:
-    """Describe an object of fastreg by the identities of its attributes, and theirs, without the backend's own."""
-    if not type(x).__module__.startswith("fastreg.") or ".kernels." in type(x).__module__ or isinstance(x, tuple):
-        return [state_of(y) for y in x] if type(x) is list else id(x)
-    return {name: state_of(y) for name, y in vars(x).items()}
-
-
-@pytest.mark.parametrize("name", [name for name in PAIRS if "inference" not in name])
-def test_a_plan_is_complete_when_it_is_kept(name: str) -> None:
-    """Threads share plans."""
-    function, first, change = PAIRS[name]
-    PLANS.clear()
-    torch.manual_seed(0)
-    outcome(function, BASE[function] | first | change)
-    before = {key: state_of(plan) for key, plan in PLANS.items()}
-    for _ in range(2):
-        outcome(function, BASE[function] | first | change)
-    assert {key: state_of(plan) for key, plan in PLANS.items()} == before
 
 
 @pytest.mark.usefixtures("quick_collections")
