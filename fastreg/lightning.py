@@ -109,10 +109,6 @@ class ActivationRegularization(Callback):
         self._terms = torch.zeros(3, device=pl_module.device)
         self.regularizer.on_epoch_begin(pl_module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Let go of the batch, which the backward needs if checkpointing runs the forward, and so `valid`, again."""
-        pl_module.training_step.batch = None
-
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         # Each process takes part, also one that has added no penalty, as the others wait for it.
@@ -156,10 +152,10 @@ class _RegularizedStep:
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.pl_module.automatic_optimization:
             raise RuntimeError(
-                "ActivationRegularization: the module has automatic_optimization=False: the loss passes no callback; "
-                "use fastreg.RNNRegularizer in its training_step"
+                "ActivationRegularization: the module has automatic_optimization=False, so its loss never passes a "
+                "callback; use fastreg.RNNRegularizer in its training_step"
             )
-        self.batch = batch
+        self.batch = batch  # also for the backward: checkpointing runs the forward, and so `valid`, again
         output = self.step(batch, *args, **kwargs)
         for callback in self.callbacks:
             output = callback.after_step(output)

@@ -494,7 +494,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fastreg/lightning.py": [
         ("ActivationRegularization", "the batch gone before its backward", "lambda: [step.batch]", "lambda: [None]"),
-        ("ActivationRegularization", "the batch kept", "pl_module.training_step.batch = None", "pass"),
         ("ActivationRegularization", "warned in one fit only", "self.paths.is_warned = False", "pass"),
         ("ActivationRegularization", "no warning", "self.paths.warn_of_evaluation(", "str("),
         ("ActivationRegularization", "no penalty", "total = loss + terms.penalty", "total = loss"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections import UserDict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.conftest import more, skip_without
 
@@ -20,141 +21,110 @@ import lightning.pytorch as pl  # noqa: E402
 
 from fastreg.lightning import ActivationRegularization  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.trainers import DATA, Contract, Net  # noqa: E402
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, assert_same_weights, criterion, tokens  # noqa: E402
+from tests.adapters.trainers import DATA, PATHS, Contract, Net  # noqa: E402
+from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights  # noqa: E402
 
 # Lightning and its imports warn.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
-BOTH = (ALPHA, BETA)
 
 
-class Module(pl.LightningModule):
-    """A language model that knows nothing of fastreg, unless it has the formula, with coefficients for each layer."""
+class Module(Net, pl.LightningModule):
+    """Trains itself; `result` is what its step returns."""
 
-    def __init__(self, *coefficients: tuple[float, float]) -> None:
-        super().__init__()
-        self.net, self.coefficients = lm.Model(), coefficients
-        self.resets, self.terms = 0, []
+    resets = 0
 
     def reset(self) -> None:
         self.resets += 1
 
-    def result(self, loss: Tensor) -> Any:
+    def result(self, loss: Tensor, _index: int) -> Any:
         return loss
 
-    def run(self, batch: Tensor) -> Any:
-        """Return the loss, and raw and dropped of each layer."""
-        decoded, raw, dropped = self.net.activations(batch)
-        return criterion(decoded, batch), [(raw, dropped)]
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        outputs = self(**batch)
+        self.log("train_loss", outputs["plain"], on_step=False, on_epoch=True, batch_size=1)
+        return self.result(outputs["loss"], batch_idx)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        loss, layers = self.run(batch)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1)
-        pairs = [(raw.float(), dropped.float()) for raw, dropped in layers]
-        terms = [torch.stack([dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()]) for raw, dropped in pairs]
-        self.terms += [x.detach() for x in terms]
-        for term, coefficients in zip(terms, self.coefficients, strict=False):
-            loss = loss + (term * torch.tensor(coefficients)).sum()
-        return self.result(loss)
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.run(batch[:1])
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(**batch)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def callback(alpha: float = ALPHA, beta: float = BETA, **options: Any) -> ActivationRegularization:
-    named: dict[str, Any] = {"rnn": "net.rnn", "dropout": "net.dropout"}
-    return ActivationRegularization(alpha, beta, **(named | options))
+def callback(**options: Any) -> ActivationRegularization:
+    return ActivationRegularization(ALPHA, BETA, **(PATHS | options))
 
 
-def fit(module: Any, *callbacks: Any, validate: bool = False, data: Any = None, **options: Any) -> Any:
+def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
     """Train for an epoch of six batches, and return the logged metrics; also validate in the fit."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
-    data = data or torch.utils.data.DataLoader(tokens(6 * BATCH, TIME), batch_size=BATCH)  # pyright: ignore
+    data: Any = torch.utils.data.DataLoader(DATA, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
     trainer.fit(module, data, data if validate else None)
+    assert_left_alone(module)
     return trainer.callback_metrics
 
 
-def made(kind: Any = Module, *coefficients: tuple[float, float]) -> Any:
-    return lm.seeded(lambda: kind(*coefficients))
+def made(*written: str, kind: Any = Module) -> Any:
+    return lm.seeded(partial(kind, *written))
 
 
-def check_weights(kind: Any, *callbacks: Any, coefficients: Any = (BOTH,), **options: Any) -> Any:
-    """Check that a module is trained as the same module with the formula written out, and return the metrics."""
-    module, written_out = made(kind), made(kind, *coefficients)
-    logged = fit(module, *callbacks, **options)
-    fit(written_out, **options)
-    assert_same_weights(module, written_out)
-    assert_left_alone(module)
-    return logged
+def fit_both(*callbacks: Any, kind: Any = Module, written: Any = ("rnn",), **options: Any) -> tuple[Any, Any, Any, Any]:
+    """Fit a module with callbacks, and the same module with the formula; return both, and what each has logged."""
+    module, formula = made(kind=kind), made(*written, kind=kind)
+    return module, formula, fit(module, *callbacks, **options), fit(formula, **options)
 
 
 def assert_left_alone(module: Any) -> None:
-    assert "training_step" not in vars(module)
-    assert not any(x._forward_hooks for x in module.modules())
+    assert not type(vars(module).get("training_step")).__module__.startswith("fastreg")
+    assert lm.hooks_of(module) == 0
 
 
 class TestContract(Contract):
-    """The module has the layers of the model as its own, so that the paths are the same."""
+    logger, kind, adapter = "lightning.pytorch", Module, ActivationRegularization
+    example = 'ActivationRegularization(2.0, 1.0, rnn="lstm")'
 
-    logger = "lightning.pytorch"
-
-    def fit(self, model: Net, options: Any = None, accumulated: int = 1) -> dict[str, float]:
-        class Step(pl.LightningModule):
-            def training_step(self, batch: Any) -> Tensor:
-                return model(**batch)["loss"]
-
-            configure_optimizers = Module.configure_optimizers
-
-        module, callbacks = Step(), [] if options is None else [ActivationRegularization(*BOTH, **options)]
-        for name, child in model.named_children():
-            module.add_module(name, child)
-        loader = torch.utils.data.DataLoader(DATA, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
-        return fit(module, *callbacks, data=loader, accumulate_grad_batches=accumulated)
+    def fit(self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
+        callbacks = [] if options is None else [callback(**({"dropout": None} | options))]
+        return [fit(model, *callbacks, accumulate_grad_batches=accumulated) for _ in range(fits)][-1]
 
 
 @pytest.mark.processor
 @lm.either
 def test_bfloat16_with_accumulation_and_clipping() -> None:
     options: Any = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
-    module, written_out = made(), made(Module, BOTH)
-    fit(module, callback(), **options)
-    fit(written_out, **options)
-    assert_same_weights(module, written_out, **lm.tolerance_of_bfloat16(written_out, made()))
+    module, formula, *_ = fit_both(callback(), **options)
+    assert_same_weights(module, formula, **lm.tolerance_of_bfloat16(formula, made()))
 
 
-def test_steps_that_return_a_dict_and_steps_that_are_skipped() -> None:
+def test_steps_that_return_a_mapping_and_steps_that_are_skipped() -> None:
     class EveryOther(Module):
-        def result(self, loss: Tensor) -> Any:
-            return UserDict(loss=loss, more=1) if len(self.terms) % 2 else None
+        def result(self, loss: Tensor, index: int) -> Any:
+            return None if index % 2 else UserDict(loss=loss, more=1)
 
     def look(_trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
-        seen.append(outputs and outputs.get("more"))
+        seen.append(bool(outputs and outputs.get("more")))
 
-    seen: list[Any] = []
-    check_weights(EveryOther, callback(), pl.callbacks.LambdaCallback(on_train_batch_end=look))
-    assert [bool(x) for x in seen] == [True, False] * 3
+    seen: list[bool] = []
+    assert_same_weights(
+        *fit_both(callback(), pl.callbacks.LambdaCallback(on_train_batch_end=look), kind=EveryOther)[:2]
+    )
+    assert seen == [True, False] * 3
 
 
 def test_logs_the_means_of_the_terms_over_an_epoch() -> None:
-    module = made()
-    logged, want = fit(module, callback(), max_epochs=2), fit(made(Module, BOTH), max_epochs=2)
-    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(module.terms[6:]).mean(0))
-    torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # logged before the formula is added
+    _, formula, logged, want = fit_both(callback(), max_epochs=2)
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(formula.terms[6:]).mean(0))
+    torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # without the penalty
     assert not {"ar", "tar"} & fit(made(), callback(log=False)).keys()
 
 
-def test_the_module_is_left_as_it_was_and_may_be_fitted_again() -> None:
+def test_a_module_may_be_fitted_again_and_is_reset() -> None:
     module, one = made(), callback()
-    for _ in range(2):
-        fit(module, one, validate=True)
-        assert_left_alone(module)
-    copy.deepcopy(one)
+    for again in (False, True):
+        fit(module, copy.deepcopy(one) if again else one, validate=True)
     assert module.resets == 2 * (1 + 1 + 1)  # epochs of training, and of validation before and after
 
 
@@ -171,22 +141,24 @@ class Manual(Module):
     ],
 )
 def test_errors_leave_the_module_as_it_was(kind: Any, options: Any, error: type[Exception], message: str) -> None:
-    module = made(kind)
+    module = made(kind=kind)
     with pytest.raises(error, match=message):
         fit(module, callback(**options))
     assert_left_alone(module)
 
 
-def test_coefficients_are_required() -> None:
-    written = r'Write, for example, ActivationRegularization\(2\.0, 1\.0, rnn="lstm"\)'
-    for given in ({}, {"alpha": 2.0}):
-        with pytest.raises(TypeError, match=written):
-            ActivationRegularization(rnn="net.rnn", **given)  # pyright: ignore[reportCallIssue]
+class Failing(Module):
+    """Fails in a step; the callbacks after `Untold` are not told of it by Lightning."""
+
+    fails = True
+
+    def result(self, loss: Tensor, index: int) -> Any:
+        if self.fails and index == 2:
+            raise KeyError("in a step")
+        return loss
 
 
-class Broken(pl.Callback):
-    """Fails when it is told of an error, so that Lightning does not tell the callbacks behind it."""
-
+class Untold(pl.Callback):
     def on_exception(self, *_: Any) -> None:
         raise ArithmeticError("told of an error")
 
@@ -194,38 +166,33 @@ class Broken(pl.Callback):
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
     """The next fit has the same callback or a new one, and finds no trace of the wrapper that was left."""
-
-    class Once(Module):
-        def result(self, loss: Tensor) -> Any:
-            if len(self.terms) == 2:
-                raise KeyError("in a step")
-            return loss
-
-    module, written_out, one = made(Once), made(Module, BOTH), callback()
+    module, formula, one = made(kind=Failing), made("rnn"), callback()
     with pytest.raises(ArithmeticError):
-        fit(module, Broken(), one)
+        fit(module, Untold(), one)
     assert lm.hooks_of(module) > 0
-    module.load_state_dict(written_out.state_dict())
+    module.load_state_dict(formula.state_dict())
     module.zero_grad()
+    module.fails = False
     logged = fit(module, callback() if anew else one)
-    fit(written_out)
-    assert_same_weights(module, written_out)
-    assert_left_alone(module)
-    torch.testing.assert_close(logged["ar"], torch.stack(written_out.terms).mean(0)[0])
+    fit(formula)
+    assert_same_weights(module, formula)
+    torch.testing.assert_close(logged["ar"], torch.stack(formula.terms).mean(0)[0])
 
 
 class Uneven(Module):
     """Has its RNN in evaluation in the second process in the second epoch; writes the terms of each epoch to a file."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
+    folder: Path
 
     def on_fit_start(self) -> None:
         torch.set_num_threads(1)  # after a fork, OpenMP hangs with more
 
     def on_train_epoch_start(self) -> None:
-        self.net.rnn.train(self.global_rank + self.current_epoch < 2)
+        self.rnn.train(self.global_rank + self.current_epoch < 2)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        now = self.trainer.callbacks[0].regularizer  # pyright: ignore[reportAttributeAccessIssue]
+        self.terms.append(torch.stack([now.ar, now.tar]))
 
     def on_train_epoch_end(self) -> None:
         logged = [self.trainer.callback_metrics[term] for term in ("ar", "tar")]
@@ -239,7 +206,9 @@ def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
     # A fork spares imports of half a minute; with a GPU, torch refuses a backward in a forked process.
     method = "spawn" if torch.cuda.is_available() else "fork"
     options: Any = {"process_group_backend": "gloo", "start_method": method, "timeout": timedelta(seconds=60)}
-    fit(Uneven(tmp_path), callback(), max_epochs=2, strategy=pl.strategies.DDPStrategy(**options), devices=2)
+    module = made(kind=Uneven)
+    module.folder = tmp_path
+    fit(module, callback(), max_epochs=2, strategy=pl.strategies.DDPStrategy(**options), devices=2)
     for epoch, regularized in enumerate(([0, 1], [0])):
         saved = [torch.load(tmp_path / f"{epoch}{rank}") for rank in range(2)]
         want = torch.cat([saved[rank][0] for rank in regularized]).mean(0)
@@ -247,26 +216,10 @@ def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
             torch.testing.assert_close(torch.stack(logged), want)
 
 
-class Two(Module):
-    """Has two RNNs, and a dropout between them."""
-
-    def __init__(self, *coefficients: tuple[float, float]) -> None:
-        super().__init__(*coefficients)
-        self.second = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
-
-    def run(self, batch: Tensor) -> Any:
-        _, raw, dropped = self.net.activations(batch)
-        last, _ = self.second(dropped)
-        return criterion(self.net.decoder(last), batch), [(raw, dropped), (last, last)]
-
-
-def test_two_rnns_of_one_callback_or_of_two() -> None:
-    check_weights(Two, callback(rnn=["net.rnn", "second"], dropout=["net.dropout", None]), coefficients=(BOTH, BOTH))
-    module, written_out = made(Two), made(Two, (0.0, 3.0), (0.0, 5.0))
-    logged = fit(module, callback(0.0, 3.0), callback(0.0, 5.0, rnn="second", dropout=None))
-    torch.testing.assert_close(logged["tar"], torch.stack(module.terms).mean(0)[1])
-    fit(written_out)
-    assert_same_weights(module, written_out)
+def test_two_callbacks_add_their_penalties_and_log_the_mean() -> None:
+    module, formula, logged, _ = fit_both(callback(), callback(rnn="second", dropout=None), written=("rnn", "second"))
+    assert_same_weights(module, formula)
+    torch.testing.assert_close(torch.stack([logged["ar"], logged["tar"]]), torch.stack(formula.terms).mean(0))
 
 
 def test_a_copy_made_while_training_has_its_own_step() -> None:
@@ -279,21 +232,22 @@ def test_a_copy_made_while_training_has_its_own_step() -> None:
 
     copies: list[Any] = []
     fit(made(), callback(), pl.callbacks.LambdaCallback(on_train_batch_end=copy_it))
-    one, same = copies[-1], copy.deepcopy(copies[-1])
-    fit(one)  # without the penalty
-    lm.assert_other_weights(one, same)
+    plain = made()
+    plain.load_state_dict(copies[-1].state_dict())
+    fit(copies[-1])
+    fit(plain)
+    assert_same_weights(copies[-1], plain)
 
 
 class Late(Module):
     """Makes its RNN when the fit begins; its step has no index."""
 
     def configure_model(self) -> None:
-        self.net.late = lm.gru()
-        self.net.rnn = self.net.late
+        self.rnn = self.late = lm.gru()
 
-    def training_step(self, batch: Tensor) -> Any:  # pyright: ignore
+    def training_step(self, batch: Any) -> Any:  # pyright: ignore
         return super().training_step(batch, 0)
 
 
 def test_a_module_that_is_made_late() -> None:
-    check_weights(Late, callback(rnn="net.late"))
+    assert_same_weights(*fit_both(callback(rnn="late"), kind=Late)[:2])

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,6 +178,8 @@ class TestContract(Contract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
     logger = "transformers"
+    adapter = partial(RegularizedTrainer, nn.Identity())
+    example = 'RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")'
 
     @pytest.fixture(autouse=True)
     def default_verbosity(self) -> Iterator[None]:
@@ -184,12 +187,13 @@ class TestContract(Contract):
         yield
         transformers.logging.set_verbosity_error()
 
-    def fit(self, model: Net, options: Any = None, accumulated: int = 1) -> dict[str, float]:
+    def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
         steps: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
         kind, given = (transformers.Trainer, {}) if options is None else (RegularizedTrainer, COEFFICIENTS | options)
         args = arguments(per_device_train_batch_size=BATCH, **steps)
         trainer = kind(model=model, args=args, train_dataset=DATA, **given)  # pyright: ignore[reportArgumentType]
-        trainer.train()
+        for _ in range(fits):
+            trainer.train()
         return trainer.state.log_history[0]
 
 
@@ -330,10 +334,3 @@ def test_a_backward_that_another_wrapper_has_set_stays() -> None:
     trainer.train()
     assert vars(trainer.accelerator)["backward"] is own
     assert own.call_count == trainer.state.global_step
-
-
-def test_coefficients_and_a_path_are_required() -> None:
-    written = r"Write, for example, RegularizedTrainer\(model, args, alpha=2\.0, beta=1\.0, rnn="
-    for given in ({"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}):
-        with pytest.raises(TypeError, match=written):
-            RegularizedTrainer(LanguageModel(), arguments(), **given)  # pyright: ignore[reportCallIssue]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -39,18 +40,14 @@ class Net(lm.Model):
     def forward(self, input_ids: Tensor) -> Any:  # pyright: ignore
         run = partial(checkpoint, self.run, use_reentrant=False) if self.checkpointed else self.run
         decoded, layers = run(input_ids)  # pyright: ignore[reportGeneralTypeIssues]
-        loss = criterion(decoded, input_ids)
+        loss = plain = criterion(decoded, input_ids)
         masks = {name: mask({"input_ids": input_ids}) for name, mask in self.masks.items()}
         for raw, dropped, time_dim in [layers[name] for name in self.written]:
             options: Any = {"time_dim": time_dim, "return_terms": True}
             penalty, *terms = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks, **options)
             self.terms.append(torch.stack(terms))
             loss = loss + penalty
-        return {"loss": loss}
-
-
-def net(*written: str, **options: Any) -> Any:
-    return lm.seeded(lambda: Net(*written, **options))
+        return {"loss": loss, "plain": plain.detach()}
 
 
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
@@ -89,16 +86,22 @@ class Contract:
     """The tests that both adapters have to pass."""
 
     logger: str  # which says what was taken for what
+    kind: Any = Net
+    adapter: Callable[..., Any]  # makes the adapter without a model
+    example: str  # of a call, in the error for one without coefficients
 
-    def fit(self, model: Net, options: dict[str, Any] | None = None, accumulated: int = 1) -> dict[str, float]:
-        """Train for an epoch, with the adapter if there are options for it, and return the last logs."""
+    def net(self, *written: str, **options: Any) -> Any:
+        return lm.seeded(partial(self.kind, *written, **options))
+
+    def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
+        """Train for an epoch in each fit, with one adapter if there are options for it, and return the last logs."""
         raise NotImplementedError
 
     @pytest.mark.parametrize("case", CASES)
     @lm.either
     def test_trains_the_weights_of_the_formula(self, case: str) -> None:
         written, of_model, options, accumulated = CASES[case]
-        model, formula, without = net(**of_model), net(*written, **of_model), net(**of_model)
+        model, formula, without = self.net(**of_model), self.net(*written, **of_model), self.net(**of_model)
         logged = self.fit(model, options, accumulated)
         self.fit(formula, None, accumulated)
         self.fit(without, None, accumulated)
@@ -109,30 +112,33 @@ class Contract:
         assert lm.hooks_of(model) == 0
 
     def test_modules_in_evaluation_are_warned_of_once_in_a_fit(self) -> None:
-        model, without = net(), net()
+        model, without = self.net(), self.net()  # each is trained twice
         for one in (model, without):  # as a module does that keeps a frozen backbone in evaluation
             one.rnn.eval().train = lambda mode=True, rnn=one.rnn: rnn
-        for _ in range(2):
-            self.fit(without)
-            with pytest.warns(
-                UserWarning, match="no penalty, because all named modules are in evaluation: 'rnn'; call"
-            ) as seen:
-                assert "ar" not in self.fit(model, PATHS)
-            assert sum("in evaluation" in str(x.message) for x in seen) == 1
+        words = "no penalty, because all named modules are in evaluation: 'rnn'; call"
+        with pytest.warns(UserWarning, match=words) as seen:
+            assert "ar" not in self.fit(model, PATHS, fits=2)
+        assert sum(words in str(x.message) for x in seen) == 2
+        self.fit(without, fits=2)
         lm.assert_same_weights(model, without, rtol=0, atol=0)
 
     def test_the_log_says_once_in_a_fit_what_is_taken_for_what(self) -> None:
         with lm.messages_of(self.logger) as messages:
-            self.fit(net(), PATHS)
+            self.fit(self.net(), PATHS)
         (shown,) = [x for x in messages if "raw" in x]
         assert "rnn (LSTM) -> dropout (Dropout): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask" in shown
 
     @pytest.mark.parametrize(("options", "error", "message", "note"), REJECTED)
     def test_errors_leave_the_model_as_it_was(self, options: Any, error: Any, message: str, note: Any) -> None:
-        model = net()
+        model = self.net()
         with pytest.raises(error, match=message) as raised:
             self.fit(model, PATHS | options)
         if note and NOTES:
             (got,) = raised.value.__notes__
             assert re.fullmatch(note, got)
         assert lm.hooks_of(model) == 0
+
+    @pytest.mark.parametrize("given", [{"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}])
+    def test_coefficients_and_a_path_are_required(self, given: dict[str, Any]) -> None:
+        with pytest.raises(TypeError, match=re.escape(f"Write, for example, {self.example}")):
+            self.adapter(**given)
