@@ -72,9 +72,7 @@ class Paths:
         check_callable("output", self.output)
         check_time(self.batch_first, self.time_dim)
         if not self.pairs and (self.output, self.batch_first, self.time_dim) != (None, None, None):
-            raise TypeError(
-                "rnn: expected the path of the RNN that output, batch_first or time_dim describes, got None"
-            )
+            raise TypeError("rnn: expected a path, as output, batch_first and time_dim are for named modules, got None")
 
     def attach(
         self,
@@ -167,7 +165,7 @@ def paths_of_learner(rnn: object, dropout: object, fused: dict[str, Any], masks:
     Raises:
         TypeError, ValueError: as `pairs_of` and `Paths`.
     """
-    if rnn is None and dropout in (None, False, True):
+    if rnn is None and (dropout is None or isinstance(dropout, bool)):
         return replace(Paths((), masks, **options), **(fused if dropout else {}))
     return Paths(pairs_of(rnn, None if dropout is False else dropout), masks, **options)
 
@@ -175,9 +173,7 @@ def paths_of_learner(rnn: object, dropout: object, fused: dict[str, Any], masks:
 def check_no_coefficients(options: Collection[str]) -> None:
     """Check that `fuse` of an adapter gets no coefficients, because the learner's own callback has them."""
     for name in {"alpha", "beta"}.intersection(options):
-        raise TypeError(
-            f"{name}: expected no coefficient in fuse, which keeps that of the learner's callback; set it there"
-        )
+        raise TypeError(f"{name}: expected no coefficient in fuse; set that of the learner's callback instead")
 
 
 def _module_at(model: nn.Module, kind: str, path: str) -> nn.Module:

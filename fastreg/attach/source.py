@@ -196,9 +196,8 @@ def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
         add_note, notes = getattr(error, "add_note", None), getattr(error, "__notes__", ())  # from Python 3.11 on
         # An adapter has already called the same function with the batch, and then the error has a note.
         if add_note is not None and not any(note.startswith(f"{name}: ") for note in notes):
-            got = [
-                f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in (*args, *kwargs.values())
-            ]
+            given = (*args, *kwargs.values())
+            got = [f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in given]
             add_note(f"{name}: fastreg called this function with ({', '.join(got)})")
         raise
 

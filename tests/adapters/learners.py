@@ -20,6 +20,16 @@ COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 WITHOUT = "a training step has no penalty, because all named modules are in evaluation: 'rnn'; call"
 
+REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    (0, {}, TypeError, "learn: expected a Learner, got int"),
+    (None, {"rnn": "lstm"}, ValueError, r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'"),
+    (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
+    (None, {"beta": 3.0}, TypeError, "beta: expected no coefficient in fuse"),
+    (None, {"dropout": True, "output": len}, TypeError, "rnn: expected a path, as output, .* modules, got N"),
+    (None, {"time_dim": 1}, TypeError, "rnn: expected a path, as output, .* and time_dim are"),
+    (None, {"dropout": 1}, TypeError, "dropout: expected the attribute path .* got int"),
+]
+
 
 class Alone(Model):
     """A language model that returns only its output, and has no `reset()`."""
@@ -178,34 +188,7 @@ class Contract:
             self.unfuse(learn)
         assert gap(self.trained(learn), self.trained(self.custom(True, False))) == 0
 
-    @pytest.mark.parametrize(
-        ("given", "options", "error", "message"),
-        [
-            (0, {}, TypeError, "learn: expected a Learner, got int"),
-            (
-                None,
-                {"rnn": "lstm"},
-                ValueError,
-                r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'",
-            ),
-            (None, {"rnn": nn.LSTM(2, 2)}, TypeError, "rnn: expected the attribute path .* got LSTM"),
-            (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
-            (None, {"beta": 3.0}, TypeError, "beta: expected no coefficient in fuse"),
-            (
-                None,
-                {"dropout": True, "output": len},
-                TypeError,
-                "rnn: expected the path .* output, .* describes, got N",
-            ),
-            (
-                None,
-                {"time_dim": 1},
-                TypeError,
-                "rnn: expected the path of the RNN that output, .* or time_dim describes",
-            ),
-            (None, {"dropout": ""}, TypeError, "dropout: expected the attribute path .* got an empty one"),
-        ],
-    )
+    @pytest.mark.parametrize(("given", "options", "error", "message"), REJECTED)
     def test_fuse_rejects_and_swaps_nothing(self, given: Any, options: Any, error: Any, message: str) -> None:
         learn = self.learner()
         parts = [*self.callbacks(learn), *learn.model.modules()]

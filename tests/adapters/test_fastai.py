@@ -18,7 +18,7 @@ from bench.measure.timing import threads
 from fastreg import fused_ar_tar
 from tests.adapters.learners import ALPHA, BETA, PATHS, Alone, Contract, subclassed
 from tests.conftest import skip_without, without
-from tests.language_model import VOCABULARY, gap, hooks_of
+from tests.language_model import VOCABULARY, Triple, gap, hooks_of
 
 skip_without("fastai")
 
@@ -38,14 +38,6 @@ def one_thread_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)  # where learners write
     with threads(1):
         yield
-
-
-class Together(Alone):
-    """The same model as fastai's callbacks want it."""
-
-    forward = Alone.activations  # pyright: ignore[reportAssignmentType]
-
-    def reset(self) -> None: ...
 
 
 class Ids(list):
@@ -114,7 +106,6 @@ def spy(seen: list[dict[str, Any]]) -> Any:
 
 
 SETTINGS: dict[str, Callable[[], list[Any]]] = {
-    "plain": list,
     "accumulation and clip": lambda: [fa.GradientClip(0.1), fa.GradientAccumulation(16)],
     "bf16": lambda: [fa.MixedPrecision("bf16")],
     "fp16": lambda: [fa.MixedPrecision("fp16", init_scale=256.0)],
@@ -186,7 +177,7 @@ def test_terms_are_columns_of_every_log() -> None:
     rows = [(torch.full((6,), i % VOCABULARY), torch.full((6,), i % VOCABULARY)) for i in range(10)]
     dls, seen = fa.DataLoaders(fa.DataLoader(rows, bs=8), fa.DataLoader(rows, bs=8)), []
     cbs = [*rnn_cbs(ALPHA, BETA), spy(seen), fa.CSVLogger()]
-    learn = fa.Learner(dls, Together(), fa.CrossEntropyLossFlat(), cbs=cbs, metrics=fa.accuracy)
+    learn = fa.Learner(dls, Triple(), fa.CrossEntropyLossFlat(), cbs=cbs, metrics=fa.accuracy)
     trained(learn, 2)
     head, *log = [line.split(",") for line in Path("history.csv").read_text().split()]
     assert learn.recorder.metric_names == head
@@ -228,7 +219,7 @@ class TestContract(Contract):
 
     def custom(self, alone: bool, regularized: bool = True) -> Any:
         cbs = [] if alone else [fa.ModelResetter(), fa.RNNCallback()]
-        return of(Alone if alone else Together, *cbs, *[fa.RNNRegularizer(ALPHA, BETA)] * regularized)
+        return of(Alone if alone else Triple, *cbs, *[fa.RNNRegularizer(ALPHA, BETA)] * regularized)
 
     def trained(self, learn: Any, *callbacks: Any) -> Tensor:
         return trained(learn, cbs=callbacks)
@@ -260,7 +251,7 @@ class TestContract(Contract):
 
 @pytest.mark.parametrize("paths", [{}, PATHS])
 def test_a_copy_of_a_learner_regularizes_alike(paths: dict[str, Any]) -> None:
-    learn = fuse(of(Alone if paths else Together, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
+    learn = fuse(of(Alone if paths else Triple, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
     learn.rnn_regularizer.bptt = 20
     copied = copy.deepcopy(learn)
     now = copied.rnn_regularizer
@@ -306,7 +297,7 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
             with learn.removed_cbs(found):
                 learn.get_preds(inner=True, reorder=False, act=fa.noop)
 
-    learn, other = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Together, *fa.rnn_cbs(ALPHA, BETA))
+    learn, other = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Triple, *fa.rnn_cbs(ALPHA, BETA))
     assert gap(*(trained(one, 2, cbs=on("after_validate", fetch)) for one in (learn, other))) < 1e-5
     assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
@@ -327,6 +318,7 @@ ALONE = r"\(decoded, raw, dropped\) from the Alone, and one RNNCallback to captu
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
     (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),
+    (vars, run(fa.RNNCallback(), RNNRegularizer(**PATHS)), TypeError, ALONE),
     (lambda x: x.add_cb(RNNRegularizer()), lambda x: x.fit(1), ValueError, "RNNRegularizer: the learner has another"),
     (vars, of_two_learners, RuntimeError, "another learner has this callback, too"),
 ]

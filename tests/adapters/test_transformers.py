@@ -77,26 +77,21 @@ def labelled(batch: Any) -> Tensor:
 class Formula(transformers.Trainer):
     """Adds the penalty in `compute_loss`, and keeps the loss without it and the terms: one batch an optimizer step."""
 
-    def __init__(self, *args: Any, rnn: Any, dropout: Any = None, valid: Any = labelled, **options: Any) -> None:
-        self.masks: dict[str, Any] = {"valid": valid, "starts": options.pop("starts", None)}
+    def __init__(self, *args: Any, rnn: str, valid: Any = labelled, **options: Any) -> None:
         super().__init__(*args, **options)
-        paths = [(path, dropout or path) for path in ([rnn] if isinstance(rnn, str) else rnn)]
-        model = self.model.get_base_model() if isinstance(self.model, Wrapper) else self.model
-        self.layers = [[model.get_submodule(path) for path in pair] for pair in paths]
-        self.terms, self.losses, self.outputs = [], [], {}
-        for module in {module for layer in self.layers for module in layer}:
-            module.register_forward_hook(lambda module, _, got: self.outputs.update({module: got}))
+        self.valid, self.terms, self.losses, self.raw = valid or (lambda _: None), [], [], []
+        model: Any = self.model.get_base_model() if isinstance(self.model, Wrapper) else self.model
+        model.get_submodule(rnn).register_forward_hook(lambda _, __, output: self.raw.append(output))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        masks = {name: None if function is None else function(inputs) for name, function in self.masks.items()}
+        valid = self.valid(inputs)  # a model may take the labels out
         loss = super().compute_loss(model, inputs, *args, **options)
         self.losses.append(loss.detach())
-        for layer in self.layers:
-            raw, dropped = [x[0] if isinstance(x, tuple) else x for x in map(self.outputs.get, layer)]
-            penalty, *terms = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks, return_terms=True)
-            self.terms.append(torch.stack(terms))
-            loss = loss + penalty
-        return loss
+        raw = self.raw.pop()
+        raw = raw[0] if isinstance(raw, tuple) else raw
+        penalty, *terms = fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid, return_terms=True)
+        self.terms.append(torch.stack(terms))
+        return loss + penalty
 
 
 def examples(count: int = EXAMPLES) -> list[dict[str, Tensor]]:
@@ -167,7 +162,6 @@ CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs":
 SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
     "mamba2": (mamba2, {}, {}),
     "mask": (xlstm, {}, {"valid": labelled}),  # the forward has no attention_mask, so the Trainer removes it
-    "accumulation": (mamba2, IN_PARTS, {"valid": None}),
     "accumulation of a loss per token": (LanguageModel, IN_PARTS, {"compute_loss_func": per_item, "valid": None}),
     "checkpointing": (mamba, CHECKPOINTED, {"rnn": mamba.rnn + ".mixer.in_proj"}),
     "peft": (Wrapper, {}, {"rnn": "inside"}),

@@ -68,6 +68,7 @@ NOTES = hasattr(BaseException, "add_note")  # from Python 3.11 on
 REJECTED: list[tuple[dict[str, Any], type[Exception], str, str | None]] = [
     ({"rnn": nn.LSTM(2, 2)}, TypeError, r"^rnn: expected the attribute path of a module, .* got LSTM$", None),
     ({"rnn": None}, TypeError, r"^rnn: expected the attribute path .* got NoneType$", None),
+    ({"dropout": ""}, TypeError, r"^dropout: expected the attribute path .* got an empty one$", None),
     ({"dropout": nn.Dropout()}, TypeError, r"^dropout: expected the attribute path .* got Dropout$", None),
     ({"rnn": "lstm"}, ValueError, r"no such module at 'lstm'; children of the \w+: 'embedding', 'rnn', 'dr", None),
     ({"rnn": "rnn.cell"}, ValueError, r"no such module at 'rnn\.cell'; children of the LSTM: none$", None),

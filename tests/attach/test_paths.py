@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from fastreg.attach.paths import Paths, Swap, pairs_of
+from fastreg.attach.paths import Paths, Swap, pairs_of, paths_of_learner
 from fastreg.attach.source import Masks
 from tests.language_model import ALPHA, BETA, HIDDEN, TIME, Model, formula, gru, inputs, penalty_of, regularizer
 
@@ -60,9 +61,10 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         (lambda: pairs_of("rnn", True), "dropout: expected the attribute path of .*, or a list of paths, got bool"),
         (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
         (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
-        (lambda: Paths(output=len), "rnn: expected the path of the RNN that output, .* describes, got None"),
-        (lambda: Paths(batch_first=True), "rnn: expected .* batch_first or time_dim describes, got None"),
-        (lambda: Paths(time_dim=1), "rnn: expected .* batch_first or time_dim describes, got None"),
+        (lambda: paths_of_learner("rnn", "", {}, Masks()), "dropout: expected the attribute path .* got an empty one"),
+        (lambda: Paths(output=len), "rnn: expected a path, as output, .* are for named modules, got None"),
+        (lambda: Paths(batch_first=True), "rnn: expected a path, .* batch_first and time_dim are"),
+        (lambda: Paths(time_dim=1), "rnn: expected a path, .* batch_first and time_dim are"),
         (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
@@ -99,12 +101,22 @@ def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(gru(), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1)
-    paths = Paths([("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))])
+    fused = {"pairs": [("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))]}
+    paths = paths_of_learner(None, True, fused, Masks())
     with paths.attach(regularizer(), model, list):
         assert type(model[1].output_dp) is FusedRNNDropout
         model.eval()
     assert model[1].output_dp is own
     assert not own.training
+
+
+def test_modules_in_evaluation_are_warned_of_once() -> None:
+    paths = Paths([("encoder.rnn", None)])
+    with pytest.warns(UserWarning, match="^Adapter: .* no penalty, .* in evaluation: 'encoder.rnn'; call"):
+        paths.warn_of_evaluation("Adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths.warn_of_evaluation("Adapter")
 
 
 @pytest.mark.parametrize(("name", "got"), [("valid", r"Tensor\[2, 5\], dict"), ("output", "tuple")])
