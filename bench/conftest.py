@@ -20,7 +20,7 @@ from bench.measure.lines import append
 from bench.measure.worker import NOT_REACHED, Lost, Worker
 
 QUIET = {"KINETO_LOG_LEVEL": "99"}  # PyTorch's profiler prints a line whenever it starts or stops
-LEAST_SECONDS = 2  # with which a task begins
+LEAST_SECONDS = 2  # a task begins only if so many are left
 on_gpu = benchmarks.DEVICE == "cuda"
 collect_ignore = [] if on_gpu else ["test_first.py"]
 
@@ -119,6 +119,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = Session(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes what it has after an interrupt
+    # After an interrupt pytest-benchmark may have got no rounds; its warning, an error here, would lose the summary.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -4,8 +4,8 @@
 #     bash bench/on_gpu.sh first [COMMIT]    nine minutes: values, headline benchmarks, constants, races, profile and tests
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, the most wanted first, and the report
-# COMMIT says what the checkout is where git cannot. $LIMIT is the seconds of `first` (540), or after which `test` and `bench`
-# begin nothing more (450). $OUT, by default bench/results/first for `first` and .benchmarks for the others, gets a line for each
+# COMMIT names the commit where git cannot. Nothing more begins after $LIMIT seconds (540 for `first`, 450 for `test` and
+# `bench`). $OUT, by default bench/results/first for `first` and .benchmarks for the others, gets a line for each
 # finding as it comes: of `first` in DEVICE.jsonl, beside which the tables go to DEVICE.md; of the others in test.jsonl and
 # bench.jsonl. `bench` puts its result into bench/results, too. bench/on_gpu.ipynb runs `first` in a notebook.
 set -uo pipefail
@@ -27,7 +27,7 @@ esac
 mkdir -p "$out"
 lines=$out/$what.jsonl
 [ "$what" != first ] || lines=$out/${device}l
-# What begins by then ends in time. If not, SIGTERM ends it, and what there is is written.
+# What has begun by then should end in the spare seconds. If not, SIGTERM ends pytest, which writes the results it has.
 timeout --kill-after=20 $((limit + spare)) "$python" -m pytest -v -p no:cacheprovider --tb=line "${tests[@]}" \
   "--seconds=$limit" "--lines=$lines" 2>&1 | tee "$out/$what.log"
 status=${PIPESTATUS[0]}

@@ -173,8 +173,8 @@ def parts_of(case: cases.PenaltyCase, way: cases.Peer, sets: list[tuple[torch.Te
         """Measure backwards of forwards that expect an upstream gradient of 1."""
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            torch.autograd.grad(way(*sets[0]), leaves_of(sets[0]), torch.ones((), device=DEVICE))
-            ready = iter([(way(*inputs), leaves_of(inputs)) for inputs in (sets[0], *sets)])
+            torch.autograd.grad(way(*sets[0]), cases.leaves_of(sets[0]), torch.ones((), device=DEVICE))
+            ready = iter([(way(*inputs), cases.leaves_of(inputs)) for inputs in (sets[0], *sets)])
             slope = torch.full((), upstream, device=DEVICE)
         return timing.graph_seconds(lambda _: torch.autograd.grad(*next(ready), slope), numbers, stream)
 
@@ -188,8 +188,3 @@ def parts_of(case: cases.PenaltyCase, way: cases.Peer, sets: list[tuple[torch.Te
         }
     except RuntimeError as error:
         return {"no_parts": reason(error)}
-
-
-def leaves_of(inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """Return the inputs that need gradients, each once."""
-    return list(dict.fromkeys(x for x in inputs if x.requires_grad))

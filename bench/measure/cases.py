@@ -115,7 +115,7 @@ class PenaltyCase:
         """Return a function that makes one call: the forward with its graph, or forward and backward."""
         if self.kind == FORWARD:
             return lambda i: self.forward(peer, sets[i % len(sets)])
-        leaves = [list(dict.fromkeys(x for x in inputs if x.requires_grad)) for inputs in sets]
+        leaves = list(map(leaves_of, sets))
         penalty = peer(*sets[0]).detach()
         # The backward would make an upstream gradient of 1 in each call.
         upstream = itertools.cycle([torch.full_like(penalty, x) for x in (1, 1 + (self.kind == CHANGING))])
@@ -237,6 +237,11 @@ class ChangesCase(PenaltyCase):
 
 
 Case = PenaltyCase | Step
+
+
+def leaves_of(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return the inputs that need gradients, each once."""
+    return list(dict.fromkeys(x for x in inputs if x.requires_grad))
 
 
 def all_cases(device: str, allocator: str | None = KEPT) -> list[Case]:

@@ -72,7 +72,7 @@ def order_settings() -> Iterator[Setting]:
 
 
 def sweep_settings() -> Iterator[Setting]:
-    """List the settings to measure: shorter runs where programs are few, and whole waves of programs where many."""
+    """List the settings to measure: shorter runs where programs are few, and whole waves where programs are many."""
     for shapes, runs, programs in ((SMALL, (16, 8, 4), (1024,)), (LARGE, (16,), (1024, 792, 528))):
         for shape, dtype, *values in itertools.product(shapes, DTYPES, runs, programs):
             yield Setting(dtype, shape, *values)

@@ -66,7 +66,7 @@ def source() -> str:
 def commit_facts() -> dict[str, Any]:
     """Return the hash of the checkout's commit, whether code differs from it, and the version and digest of the source.
 
-    Where there is no git to tell, the hash is in the environment's COMMIT, or `unknown`.
+    Without git the hash is the value of the environment variable COMMIT, or `unknown`.
     """
     git = "git", "-C", str(ROOT)
     (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -79,7 +79,6 @@ def commit_facts() -> dict[str, Any]:
     return facts | {"id": named.stdout.strip(), "dirty": changed.returncode != 0}
 
 
-def commit() -> str:
-    """Name the commit of the checkout, and whether code differs from it."""
-    facts = commit_facts()
+def commit_name(facts: dict[str, Any]) -> str:
+    """Name a commit, and say whether the code differed from it."""
     return facts["id"][:10] + " with changes" * facts["dirty"]

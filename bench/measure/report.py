@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.measure.cases import BOTH
-from bench.measure.machine import ALLOCATORS, DEFAULT, KEPT, ROOT, file_name
+from bench.measure.machine import ALLOCATORS, DEFAULT, KEPT, ROOT, commit_name, file_name
 from bench.measure.steps import BY_HAND, COMPILED, STEP, WITHOUT
 
 RESULTS = ROOT / "bench" / "results"
@@ -62,7 +62,7 @@ NEEDED = {  # pass -> the peers of a case that a table shows
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
 
-class Measured(NamedTuple):
+class Figure(NamedTuple):
     """A median and its standard error."""
 
     median: float
@@ -73,7 +73,7 @@ class Measured(NamedTuple):
         """Whether the median can be told from 0."""
         return abs(self.median) > 2 * self.error
 
-    def over(self, other: Measured) -> str:
+    def over(self, other: Figure) -> str:
         """Render the ratio of two figures, if both can be told from 0."""
         return f"{self.median / other.median:.2f}x" if self.is_clear and other.is_clear else "-"
 
@@ -98,10 +98,10 @@ class Case:
         extra = [self.info["layout"]] * (self.info["layout"] != "batch first")
         return ", ".join([shape, self.info["dtype"], *extra, *["raw is dropped"] * self.info.get("same", False)])
 
-    def figure(self, peer: str, key: str) -> Measured:
+    def figure(self, peer: str, key: str) -> Figure:
         """Return a figure of a peer, whose row has it as a median and a spread."""
         median, spread = self.peers[peer][key]
-        return Measured(median, ERROR * spread / math.sqrt(self.peers[peer]["rounds"]))
+        return Figure(median, ERROR * spread / math.sqrt(self.peers[peer]["rounds"]))
 
 
 @dataclass
@@ -177,8 +177,7 @@ def where(result: Result) -> str:
         parts += [f"Triton {machine['triton']}", f"a copy moves {machine['copy_bandwidth'] / 1e12:.2f} TB/s"]
     else:
         parts += [f"{machine['threads']} threads"]
-    changes = " with changes" if commit.get("dirty") else ""
-    return f"{machine['device']}: {', '.join(parts)}, commit {commit['id'][:10]}{changes}, source {commit['source']}"
+    return f"{machine['device']}: {', '.join(parts)}, commit {commit_name(commit)}, source {commit['source']}"
 
 
 def caveats(result: Result) -> str:
@@ -209,7 +208,7 @@ def call_table(result: Result, labels: Iterable[str] = ()) -> str:
     return table(rows)
 
 
-def measured(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
+def peers_of(result: Result, peers: Iterable[str] = STEP_PEERS) -> list[str]:
     """Return the peers that at least one training step of a result was measured with."""
     return [peer for peer in peers if any(peer in case.peers for case in result.of(STEP))]
 
@@ -232,7 +231,7 @@ def peak_cells(case: Case, peers: Sequence[str]) -> list[str]:
 
 def step_table(result: Result, labels: Iterable[str] = ()) -> str:
     """Render the time of training steps, and the time that each way of adding the penalty adds."""
-    peers = measured(result)
+    peers = peers_of(result)
     rows = [["ms; (batch, time, hidden)", *(STEP_PEERS[peer] for peer in peers)]]
     rows += [[case.label, *step_cells(case, peers)] for case in result.of(STEP, labels)]
     return table(rows)
@@ -240,7 +239,7 @@ def step_table(result: Result, labels: Iterable[str] = ()) -> str:
 
 def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
     """Render the peak memory of training steps, and the memory that each way of adding the penalty adds."""
-    peers = measured(result)
+    peers = peers_of(result)
     head = ["peak memory of a step", "without, MB", *(STEP_PEERS[peer] for peer in peers[1:])]
     cases = [case for case in result.of(STEP, labels) if PEAK in case.peers[WITHOUT]]
     return table([head, *([case.label, *peak_cells(case, peers)] for case in cases)])
@@ -248,7 +247,7 @@ def peak_table(result: Result, labels: Iterable[str] = ()) -> str:
 
 def added_table(result: Result) -> str:
     """Render the time that fastreg adds over the formula's, and whole steps with `attach` over the formula's."""
-    ours = measured(result, CALLING)
+    ours = peers_of(result, CALLING)
     rows = [["added, over compiled; formula", *(STEP_PEERS[peer] for peer in ours), "step, `attach` / formula"]]
     for case in result.of(STEP):
         others = [case.figure(peer, ADDED) for peer in PEERS]
@@ -354,7 +353,7 @@ def headline(results: list[Result]) -> str:
     parts = []
     for result in latest(results):
         first, *_ = result.parts()
-        peers = [peer for peer in measured(first) if peer != BY_HAND]
+        peers = [peer for peer in peers_of(first) if peer != BY_HAND]
         rows = [["batch x time x hidden", *(STEP_PEERS[peer] for peer in peers)]]
         rows += [[f"{HEADLINE[case.label]}: ms", *step_cells(case, peers)] for case in first.of(STEP, HEADLINE)]
         peaks = [case for case in first.of(STEP, [CHEAP]) if PEAK in case.peers[WITHOUT]]

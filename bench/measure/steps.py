@@ -91,8 +91,7 @@ class Step:
     """A training step of a model; `shape` is that of raw, (batch, time, hidden)."""
 
     PEERS: ClassVar[tuple[str, ...]] = (
-        *(WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND),
-        *("attach", "FusedRNNDropout"),
+        *(WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND, "attach", "FusedRNNDropout"),
     )
     OURS: ClassVar[str] = "attach"  # the peer that the others are compared with
     PASS: ClassVar[str] = STEP
@@ -255,7 +254,7 @@ class AutocastStep(AWDLSTMStep):
 class MambaStep(Step):
     """A step of a Mamba, which has no dropout behind its block that could be fused."""
 
-    PEERS: ClassVar = (WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND, "attach")
+    PEERS: ClassVar = Step.PEERS[:-1]
     MODEL: ClassVar = "Hugging Face Mamba"
 
     def net(self, dropout: Callable[[], nn.Module]) -> Net:

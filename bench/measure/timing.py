@@ -34,7 +34,7 @@ def synchronize(device: str) -> None:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads of the CPU inside of the block."""
+    """Set the number of threads that PyTorch uses on the CPU inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -102,9 +102,8 @@ def held_bytes(forward: Callable[[], tuple[Tensor, ...]], device: str) -> int:
     forward()
     gc.collect()  # now, so that nothing else is freed during the call
     if device == "cpu":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            results = forward()
-        held = sum(allocations(profiled))
+        results, allocated = allocations(forward)
+        held = sum(allocated)
     else:
         before = torch.cuda.memory_allocated()
         results = forward()
@@ -187,10 +186,8 @@ def peak_bytes(call: Call, device: str) -> int | None:
     """
     call(0)
     if device == "cpu":
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            results = call(0)
-        held = list(itertools.accumulate(allocations(profiled)))
-        return max(held) - sum(x.nbytes for x in results) if held else None
+        results, allocated = allocations(lambda: call(0))
+        return max(itertools.accumulate(allocated)) - sum(x.nbytes for x in results) if allocated else None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -199,10 +196,13 @@ def peak_bytes(call: Call, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
-def allocations(profiled: Any) -> list[int]:
-    """Yield the bytes of each allocation in order; a negative number was freed."""
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+def allocations(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Return the results of a call, and the bytes that each allocation on the CPU adds in order, negative if freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        results = call()
+    profiler: Any = profiled.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    return results, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @functools.cache

@@ -34,17 +34,18 @@ TURN = 0.75e-6  # seconds of one turn of the loop, which waits for the loads tha
 
 
 class Resident(NamedTuple):
-    """Say how many programs fit on a multiprocessor, in a forward that writes gradients and in a backward."""
+    """The programs that fit on a multiprocessor, in a forward that writes gradients and in a backward."""
 
     forward: int
     backward: int
 
 
 class Times(NamedTuple):
-    """Hold predictions: seconds of a forward, of a backward whose prediction held, and of one that computes again.
+    """Predicted seconds of a forward, of a backward that finds its gradients written, and of one that computes them.
 
-    share     of a copy's bandwidth, that forward and predicted backward reach together
-    programs  the number of programs of a launch
+    Attributes:
+        share: the share of a copy's bandwidth that forward and predicted backward reach together.
+        programs: the number of programs of a launch.
     """
 
     forward: float

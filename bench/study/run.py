@@ -126,7 +126,7 @@ def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
 
 def train_all(jobs: list[Job], file: Path, workers: int) -> None:
     """Train in processes of one thread each, append each result to `file`, and print how much time is left."""
-    commit, start = machine.commit(), time.monotonic()
+    commit, start = machine.commit_name(machine.commit_facts()), time.monotonic()
     # Workers are not forked: GNU OpenMP hangs in the forks of a process that has used it.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
     with pool:
