@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import torch
 
@@ -21,27 +22,19 @@ def hang(*_: Any) -> None:
     ctypes.PyDLL(None).sleep(999)
 
 
-def fail(*_: Any) -> None:
-    raise ValueError("no\nsuch")
-
-
 def interrupt(*_: Any) -> None:
     """Ask pytest to end, as a machine does that is taken away."""
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(999)
 
 
-def after(calls: int, failure: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a call of the penalty that fails later."""
-    left = iter(range(calls))
-    return lambda raw, dropped: raw.sum() + dropped.sum() if next(left, None) is not None else failure()
-
-
-FAILURES: dict[str, Callable[..., Any]] = {
+CALLS = itertools.count()
+FAILURES: dict[str, Any] = {
     "aborts": lambda *_: os.abort(),
     "hangs": hang,
-    "raises": fail,
-    "aborts in a turn": after(4, os.abort),
+    "raises": Mock(side_effect=ValueError("no\nsuch")),
+    "is too large": Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
+    "aborts in a turn": lambda raw, dropped: raw.sum() + dropped.sum() if next(CALLS) < 10 else os.abort(),
     "interrupts": interrupt,
 }
 
