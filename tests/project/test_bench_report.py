@@ -148,8 +148,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovid
 @more
 def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     """Their text shows them, without the time that pytest takes to collect all tests on a GPU."""
-    collected = re.findall(r"^tests/(.*\.py)::", python("-c", COLLECT).stdout, re.MULTILINE)
-    assert {*gpu_tests.TESTS} == {*collected}
+    assert {*gpu_tests.TESTS} == {*re.findall(r"^tests/(.*\.py)::", python("-c", COLLECT).stdout, re.MULTILINE)}
 
 
 @more
