@@ -20,6 +20,10 @@ ALPHA, BETA = 2.0, 1.0
 VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_seed(0)) < 0.6
 
 
+PLAIN, FUSED = nn.Dropout, FusedRNNDropout
+each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["none", "plain", "fused"])
+
+
 def either(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test with a plain dropout, and with a dropout that forms the penalty."""
     return pytest.mark.usefixtures("either_dropout")(test)  # of tests/conftest.py
@@ -78,6 +82,20 @@ class Locked(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         row = raw.narrow(int(self.batch_first), 0, 1)
         return raw * torch.empty_like(row).bernoulli_(1 - self.p).div_(1 - self.p) if self.training else raw
+
+
+class Quantizer(nn.Module):
+    """Round activations as a vector quantizer does, and pass their gradient on, unless `is_straight` is false."""
+
+    is_straight = True
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw + (raw.round() - raw).detach() if self.is_straight else raw.detach().round()
+
+
+def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
+    """Double raw or dropped, as a forward hook."""
+    return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
 
 
 class Model(nn.Module):

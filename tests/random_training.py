@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from fastreg.attach.step import OUTCOMES
-from tests.language_model import Elementwise, Locked, Loop, Wrapper
+from tests.language_model import Elementwise, Locked, Loop, Quantizer, Wrapper, doubled
 from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
@@ -48,15 +48,6 @@ VALID, STARTS = (torch.rand(2, BATCH, 8, generator=random_bits) < torch.tensor([
 # Events of a forward in one of the layers, and their frequencies. The last events need an attached dropout.
 EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
 EVENTS |= {"the dropout left out": 1, "the dropout twice": 1, "a quantizer without gradients": 4}
-
-
-class Quantizer(nn.Module):
-    """Round activations as a vector quantizer does, and pass their gradient on, unless `is_straight` is false."""
-
-    is_straight = True
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return raw + (raw.round() - raw).detach() if self.is_straight else raw.detach().round()
 
 
 class Net(nn.Module):
@@ -672,11 +663,6 @@ TWICE = "attach: the attached {} got the same output of the {} twice, and AR is 
 
 
 QUANTIZED = "attach: no loss can find the penalty, as the output of the attached {} needs no gradient; {}"
-
-
-def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
-    """Double raw or dropped, as a hook on a module."""
-    return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
 
 
 def pattern(message: str) -> str:

@@ -44,7 +44,7 @@ def test_an_import_only_goes_down(file: Path) -> None:
         "from fastreg import fused_ar_tar",
         "import fastreg",
         "def call():\n    import fastreg.lightning",
-        "if TYPE_CHECKING:\n    from fastreg.attach import ledger",
+        "if TYPE_CHECKING:\n    from fastreg.attach import step",
     ],
 )
 def test_an_import_that_goes_up_is_found(code: str) -> None:
