@@ -159,8 +159,11 @@ class ByHand:
 
     def refused(self, runs: Sequence[Run]) -> str:
         """Return the message about a run whose penalty no loss finds, or an empty string."""
-        is_on = self.play.coefficients[1] or self.play.identity is not self.play.coefficients
-        return QUANTIZED * any([run.terms and run.frozen and run.raw.requires_grad and is_on for run in runs])
+        return QUANTIZED * any([x.terms and x.frozen and x.raw.requires_grad and self.has_tar() for x in runs])
+
+    def has_tar(self) -> bool:
+        """Return whether beta is not 0 for certain, as a tensor may be."""
+        return self.play.coefficients[1] > 0 or self.play.identity is not self.play.coefficients
 
     def measured(self, run: Run, dropped: Tensor) -> Tensor:
         """Form AR and TAR of a run by the formula, and return dropped, marked."""
@@ -221,9 +224,7 @@ class ByHand:
         counted = [*found, *constants]
         if any(run.identity != self.play.identity for run in found):
             case = "a coefficient changed"
-        elif max(self.single(found).values(), default=0) > 3 and (
-            self.play.coefficients[1] or self.play.identity is not self.play.coefficients
-        ):
+        elif max(self.single(found).values(), default=0) > 3 and self.has_tar():
             case = "four runs over one step"
         return case, counted
 
@@ -234,9 +235,8 @@ class ByHand:
     def warnings_of(self, counted: Sequence[Run]) -> list[str]:
         """Return the cases that are warned of at a loss, each once."""
         two = "several runs over one step"
-        cases = {
-            (module, two) for module, count in self.single([x for x in counted if not x.frozen]).items() if count > 1
-        }
+        counts = self.single([run for run in counted if not run.frozen])
+        cases = {(module, two) for module, count in counts.items() if count > 1}
         idle = [x for x in self.dropouts if x not in self.called] + [None] * self.play.has_idle
         cases |= {(module, "a module was never called") for module in idle}
         new = cases - self.noted
@@ -244,12 +244,7 @@ class ByHand:
         return [case for _, case in new]
 
     def passed(self, loss: Tensor, has_penalty: bool) -> list[str]:
-        """Follow a backward of a loss that accumulates gradients; return the case that is warned of.
-
-        Args:
-            loss: the loss.
-            has_penalty: whether a penalty gets a gradient that could be lost.
-        """
+        """Follow a backward, in which a penalty may get a gradient; return the cases that are warned of."""
         if self.backwards is not None:
             self.backwards += any(run.can_be_lost() for run in self.reached(loss))
             is_lost = self.backwards > 1 and not has_penalty
@@ -393,12 +388,7 @@ class Play:
 
     @contextmanager
     def announced(self, message: str, cases: Sequence[str] = ()) -> Iterator[None]:
-        """Check that the block raises the error that the documentation announces, or gives the warnings of these cases.
-
-        Args:
-            message: the message of the error; empty for none.
-            cases: the cases that are warned of.
-        """
+        """Check that the block raises the error with a message, or none, and gives the warnings of some cases."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.filterwarnings("always", "attach|FusedRNNDropout|on_backward_begin")
             try:
@@ -623,15 +613,9 @@ class Play:
             for _ in range(3 * (self.draw.random() < 0.1)):
                 self.event(self.forget)
             for _ in range(events):
-                weights = {
-                    self.run: 12 if self.single else 6,
-                    self.regularize: 6,
-                    self.train_step: 2,
-                    self.evaluate: 1,
-                    self.clear: 0.3,
-                }
-                weights |= {self.change_coefficients: 1, self.forget: 3, self.attack: 0.5}
-                weights |= {self.two_losses: 1 if self.frozen else 0.3}
+                weights: dict[Any, float] = {self.run: 12 if self.single else 6, self.regularize: 6}
+                weights |= {self.train_step: 2, self.evaluate: 1, self.clear: 0.3, self.change_coefficients: 1}
+                weights |= {self.forget: 3, self.attack: 0.5, self.two_losses: 1 if self.frozen else 0.3}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])
             self.event(self.clear)
             self.event(self.regularize)

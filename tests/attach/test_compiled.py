@@ -51,16 +51,6 @@ def test_ten_models_of_a_class_that_was_compiled_before(before: str, kind: Any, 
                 lm.check_gradients(model, model.reg.on_backward_begin(made.loss), penalized(made.loss, made))
 
 
-def test_a_model_that_was_compiled_and_run_before_it_is_attached() -> None:
-    for _ in range(3):
-        model: Any = lm.seeded(lambda: lm.Model(lm.Elementwise))
-        run: Any = torch.compile(model, backend="eager")
-        run(lm.tokens())
-        reg = lm.attached(model)
-        loss = lm.criterion(run(lm.tokens()), lm.tokens())
-        assert reg.on_backward_begin(loss) > loss
-
-
 def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
     model, counter = lm.seeded(lambda: lm.Model(lm.Elementwise)), CompileCounterWithBackend("aot_eager")
     reg, run, compilations = lm.attached(model), torch.compile(model, backend=counter), []

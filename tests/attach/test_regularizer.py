@@ -93,8 +93,8 @@ IN_DOUBT = [(BATCH, TIME, size) for size in [(TIME, 2), (TIME, 2, BATCH), (TIME,
 @pytest.mark.parametrize(("batch", "time", "size"), CLEAR + IN_DOUBT, ids=str)
 def test_a_layout_that_decoded_leaves_in_doubt_has_to_be_stated(batch: int, time: int, size: Any) -> None:
     raw, decoded, reg = torch.randn(batch, time, HIDDEN), torch.zeros(size), lm.regularizer()
-    in_doubt = (batch, time, size) in IN_DOUBT
-    for layout in ({}, {"batch_first": True}, {"batch_first": False}):
+    in_doubt, layouts = (batch, time, size) in IN_DOUBT, list[Any]([{}, {"batch_first": True}, {"batch_first": False}])
+    for layout in layouts:
         message = r"batch_first: expected True or False, as raw is .* and decoded .*, got None"
         with nullcontext() if layout or not in_doubt else pytest.raises(ValueError, match=message):
             reg.on_loss_begin((decoded, raw, raw), **layout)
