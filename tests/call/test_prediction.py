@@ -151,8 +151,8 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "another layout": (laid_out_anew, "", ""),
     "other floats": (lambda x: x.double() if x.is_floating_point() else x, "", ""),
     "a row less": (lambda x: x[:-1] if x.dim() else x, "shape", "not enough values"),
-    "a count less": (lambda x: x if x.is_floating_point() else x[:-1], "", "not enough values"),
-    "counts as floats": (lambda x: x if x.is_floating_point() else x.float(), "", "not implemented"),
+    "a count or bit less": (lambda x: x if x.is_floating_point() else x[:-1], "", "not enough values"),
+    "counts and bits as floats": (lambda x: x if x.is_floating_point() else x.float(), "", "not implemented"),
 }
 COUNTED = {"all steps": {}, "lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": torch.ones(3, 7) > 0}}
 
@@ -163,7 +163,9 @@ COUNTED = {"all steps": {}, "lengths": {"lengths": torch.tensor([7, 0, 3])}, "va
 def test_hooks_that_change_saved_tensors(of: Any, options: Any, name: str, device: str) -> None:
     """Also coefficients, and what says which time steps count, are saved tensors."""
     skip_on_formula(device)
-    (raw, dropped), coefficients = leaves(7, device=device), (of(2.0), of(1.0))
+    raw, dropped = leaves(7, device=device)
+    with torch.device(device):
+        coefficients = of(2.0), of(1.0)
     mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
     change, *errors = CHANGES[name]
 
