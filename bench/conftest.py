@@ -26,7 +26,7 @@ collect_ignore = [] if on_gpu else ["test_first.py"]
 
 
 class Session:
-    """What all tests share: workers, the lines, and the figures of the group that was measured last."""
+    """Hold the state that all tests share: workers, the lines, and the figures of the latest group."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -118,7 +118,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SESSION] = Session(config)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes what it has after an interrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes its results after an interrupt
     # After an interrupt pytest-benchmark may have got no rounds; its warning, an error here, would lose the summary.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
@@ -142,7 +142,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Write the line of a test that has ended: its benchmark, what it found, or why that is missing."""
+    """Write the line of a test that has ended: its benchmark, its findings, or the reason why they are missing."""
     report: Any = yield
     if call.when == "teardown" or (call.when == "setup" and call.excinfo is None):
         return report
@@ -173,13 +173,13 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 @pytest.fixture
 def tell(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """Record what a test finds."""
+    """Record the findings of a test."""
     return lambda found: request.node.user_properties.extend(found.items()) or found
 
 
 @pytest.fixture
 def do(session: Session, tell: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """Do a task in a worker, and record what it finds."""
+    """Do a task in a worker, and record its findings."""
     return lambda task, *arguments, limit: tell(session.do(request.node, None, task, *arguments, limit=limit))
 
 

@@ -23,7 +23,7 @@ Do = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def compiled() -> None:
-    """Compile what the tasks call for Triton's cache on disk, several kernels at a time."""
+    """Compile the kernels of the tasks into Triton's cache on disk, several at a time."""
 
     def one(setting: gpu_tasks.Setting) -> None:
         worker = Worker()

@@ -49,7 +49,7 @@ class OutputDropout(FusedRNNDropout):
 
 # The callback that has attached to the modules of a model last, by the id of the model
 LAST: WeakValueDictionary[int, RNNRegularizer] = WeakValueDictionary()
-# What a language model is attached by while its last dropout is fused
+# The arguments of `Paths` for a language model whose last dropout is fused
 FUSED: dict[str, Any] = {"pairs": [("0", Swap("1.output_dp", RNNDropout, OutputDropout))], "batch_first": True}
 
 

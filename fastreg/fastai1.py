@@ -52,7 +52,7 @@ def last_raw(result: Any) -> Tensor:
     return result[0][-1]
 
 
-# What a language model is attached by while its last dropout is fused
+# The arguments of `Paths` for a language model whose last dropout is fused
 SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATCH_FIRST, ar_of="raw"))
 FUSED: dict[str, Any] = {"pairs": [("0", SWAP)], "output": last_raw, "batch_first": BATCH_FIRST}
 

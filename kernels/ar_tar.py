@@ -111,11 +111,11 @@ def ar_tar_kernel(
     Steps and changes that do not count are in no sum. Their only gradient is the one that arrives.
 
     A forward has a penalty, and does not know the upstream gradient yet. If it writes gradients, it writes them for the
-    expected upstream gradient, which the last backward of its plan has left. Each program stores what it expected. In
-    the backward the program with the same number has the same items. It returns if the upstream gradient has the bits
-    that it expected, and otherwise writes its gradients again. So no gradient depends on the prediction. The programs
-    of a launch may even expect different values, if a backward on another stream writes its upstream gradient
-    meanwhile. A wrong prediction only costs time.
+    expected upstream gradient, which the last backward of its plan has left. Each program stores the value that it
+    expected. In the backward the program with the same number has the same items. It returns if the upstream gradient
+    has the bits that it expected, and otherwise writes its gradients again. So no gradient depends on the prediction.
+    The programs of a launch may even expect different values, if a backward on another stream writes its upstream
+    gradient meanwhile. A wrong prediction only costs time.
 
     ticket                  (1,) int32, a counter for `is_last`; None in a backward, like penalty
     raw, dropped            (outer, time, inner), or None if no part of this call reads it; a forward that has a mask
@@ -318,7 +318,7 @@ class Backward:
     Args:
         view: the view of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients. If the
             forward predicts gradients, this must be the forward's view, because a program must have the same items.
-        terms: the terms of the forward; none of them has a gradient if the penalty has no upstream gradient.
+        terms: the terms of the forward; no term has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
         expected: the `expected` of the forward; None if it never predicts gradients.
     """

@@ -43,7 +43,7 @@ def steps_kernel(
     valid     (sequences, time) bool, true at time steps that count; None if all count
     starts    (sequences, time) bool, true at steps into which no change counts; or None
     bits      (sequences, time) uint8 out: bit 0 is set if the step counts, bit 1 if the change into it counts
-    counts    (2,) int64 out: the numbers of such steps and changes
+    counts    (2,) int64 out: the number of steps that count, and of changes that count
     partials  (2, programs) int64: the counts of each program
     total     number of steps of all sequences
     time      number of steps of a sequence

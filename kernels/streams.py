@@ -40,7 +40,7 @@ class Tickets:
     def drawn(self, device: torch.device) -> Tensor:
         """Return a counter for one captured launch, because replays of a graph may run beside any other launch.
 
-        If none is left, the captured graph sets a counter of its own to 0 in each replay.
+        If none is left, the captured graph sets its own counter to 0 in each replay.
         """
         with self._lock:
             free = self._filled_to(1, device)

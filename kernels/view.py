@@ -159,7 +159,7 @@ class Steps(NamedTuple):
 
     bits     (outer, time) uint8 on the device of the activations: bit 0 is set if the time step counts, bit 1 if the
              change into it counts; None for packed rows
-    counts   (2,) int64 on the same device: the numbers of such steps and changes; None if the sums are not divided
+    counts   (2,) int64 on the same device: how many steps and changes count; None if the sums are not divided
     offsets  (1 + time,) int64 on the CPU, for packed rows: where each time step begins, and how many rows there are
     """
 

@@ -16,7 +16,7 @@ PARTS = {*CHECKS, "headline", "sweep", "device", "files"}
 
 
 def problems(lines: Path) -> list[str]:
-    """List what is not as it should be in the lines of a rehearsal."""
+    """List the faults in the lines of a rehearsal."""
     found, page = first.findings(lines), lines.with_suffix(".md")
     seconds = first.seconds(found)
     wrong = [f"{part} {task}: no record" for (part, task), line in found.items() if not line]

@@ -39,7 +39,7 @@ def reason(error: Exception) -> str:
 
 
 def measure_peers(say: Say, case: cases.Case, peers: Collection[str], once: bool) -> tuple[Measured, Missing]:
-    """Measure those of the peers whose first call works; a training step runs on one thread.
+    """Measure the peers whose first call works; a training step runs on one thread.
 
     Args:
         say: gets the name of each peer before it is called, so that after a crash the others can be measured.
@@ -92,7 +92,7 @@ def measure_peers(say: Say, case: cases.Case, peers: Collection[str], once: bool
 def paired(measured: Measured, ours: str) -> Measured:
     """Add the figures that compare peers round by round, where the other peer is measured as well.
 
-    `against` is the median of a peer's time over that of `ours`. The others are pairs of median and spread (the
+    `against` is the median of a peer's time over the time of `ours`. The others are pairs of median and spread (the
     interquartile range): `added_seconds` is the difference of a training step to the one without the penalty, and
     `over_formula` the time of `ours` over the formula's.
     """

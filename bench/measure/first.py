@@ -51,7 +51,7 @@ def page(lines: Path) -> str:
 
 
 def table(part: str, found: Found) -> str:
-    """Render a row for each task of a part, with what it found, or why it is lost."""
+    """Render a row for each task of a part, with its findings, or the reason why it is lost."""
     rows = {task: line for (of, task), line in found.items() if of == part}
     rows = {task: line.get("found") or {"lost": line.get("lost", NOT_REACHED)} for task, line in rows.items()}
     columns = list(dict.fromkeys(key for facts in rows.values() for key in facts if key not in HIDDEN))

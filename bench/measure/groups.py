@@ -9,7 +9,7 @@ import pytest
 from bench.measure import cases, machine
 from bench.measure.benchmarks import DEVICE
 
-# A GPU's memory has an allocator of its own; a CPU's cases are measured with each setting of the system's.
+# PyTorch's allocator serves a GPU; a CPU's cases are measured with each setting of the system's.
 ALLOCATORS: dict[str | None, dict[str, str]] = {None: {}} if DEVICE == "cuda" else {**machine.ALLOCATORS}
 
 

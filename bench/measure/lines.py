@@ -35,7 +35,7 @@ def records(file: Path) -> list[dict[str, Any]]:
 
 
 def session(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what pytest-benchmark would have written, with the peers that are missing."""
+    """Return the JSON that pytest-benchmark would have written, with the missing peers."""
     first, *ended = found
     return {
         "machine_info": first["machine_info"],

@@ -58,7 +58,7 @@ NEEDED = {  # pass -> the peers of a case that a table shows
     STEP: {WITHOUT, *PEERS, "attach"},
     COMPILED: {WITHOUT, "eager", "fused_ar_tar"},
 }
-# What a compact result keeps of the statistics of pytest-benchmark: the columns of its tables.
+# A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
 
@@ -119,7 +119,7 @@ class Result:
         return "copy_bandwidth" in self.machine
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass that have the peers that tables need; or those of `labels`, in that order."""
+        """Return the cases of one pass that have all peers of a table, or the cases of `labels`, in that order."""
         cases = {x.label: x for x in self.cases if x.info["pass"] == kind and NEEDED[kind] <= {*x.peers}}
         return [cases[label] for label in labels or cases if label in cases]
 

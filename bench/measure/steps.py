@@ -88,7 +88,7 @@ def by_dropout(net: Net) -> Add:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of a model; `shape` is that of raw, (batch, time, hidden)."""
+    """A training step of a model; `shape` is the shape of raw, (batch, time, hidden)."""
 
     PEERS: ClassVar[tuple[str, ...]] = (
         *(WITHOUT, "eager", "compiled", "fused_ar_tar", BY_HAND, "attach", "FusedRNNDropout"),

@@ -45,8 +45,8 @@ class Worker:
         """Return `task(say, *arguments)`.
 
         Args:
-            task: a function of a module, which tells the worker by `say` what it is about to do.
-            *arguments: what it takes beside that.
+            task: a function of a module, which announces each next action by `say`.
+            *arguments: the other arguments of the task.
             limit: the seconds that it may take, beside the start of the process.
 
         Raises:
@@ -102,7 +102,7 @@ class Worker:
 
 
 def serve(pipe: Connection, words: int) -> None:
-    """Do the tasks that come through a pipe until it is closed; what they say goes to a file, which costs no time."""
+    """Do the tasks that come through a pipe until it is closed; their words go to a file, which costs no time."""
 
     def say(word: str) -> None:
         os.pwrite(words, word.encode()[:LONGEST].ljust(LONGEST, b"\0"), 0)

@@ -1,4 +1,4 @@
-"""Checks of what a model returned to `RNNRegularizer.on_loss_begin`."""
+"""Checks of the model's output that `RNNRegularizer.on_loss_begin` gets."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Masks:
 
         Raises:
             TypeError: a function has returned neither a tensor with axes nor `None`.
-            Exception: what a function has raised.
+            Exception: a function has raised it.
         """
         functions = {"valid": self.valid, "starts": self.starts}
         masks = {name: None if f is None else call(name, f, *args, **kwargs) for name, f in functions.items()}

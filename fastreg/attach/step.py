@@ -57,7 +57,7 @@ OUTCOMES = {
     "penalty had a gradient: call loss = regularizer.on_backward_begin(loss), and then loss.backward()",
 }
 WARNINGS = "several runs over one step", "a module was never called", "no penalty got a gradient"
-NO_CALL, NO_GRADIENTS, FROZEN, RUN = range(4)  # what a call in training was, from the least to the most
+NO_CALL, NO_GRADIENTS, FROZEN, RUN = range(4)  # kinds of calls in training, in the order of their weight for a loss
 
 
 class Site:
@@ -67,8 +67,8 @@ class Site:
         names: the names of the types of the module and of its dropout, for messages.
         paths: their paths in the model, where an adapter has found them there.
         say: a function that is called once with the `repr()` of the site, at the first loss; `None` to say nothing.
-        shown: what the first run has taken for what, in words.
-        notes: what has happened to the module once, such as a warning; a later site of the module has the same notes.
+        shown: the axes and the masks of the first run, in words.
+        notes: events that count once for the module, such as a warning; a later site of the module has the same notes.
         waiting: how many runs wait for their dropout.
         most: the most that a call in training has been since a loss last took a penalty.
         constant: the penalty and its terms of the latest run, if that is frozen and no loss has taken it.
@@ -174,7 +174,7 @@ class Step:
         site.notes.add("called")
         if torch.is_grad_enabled():
             return True
-        if current() == -1:  # what runs in a backward belongs to a loss that has passed
+        if current() == -1:  # a call in a backward belongs to an earlier loss
             site.most = max(site.most, NO_GRADIENTS)
         return False
 
@@ -265,7 +265,7 @@ class Step:
         return "the loss depends on no run" if may_be_lost else "nothing needs a gradient"
 
     def _check(self, counted: Sequence[Run], given: Sequence[Coefficient]) -> None:
-        """Report what is wrong with the runs that count for a loss."""
+        """Report errors and warnings of the runs that count for a loss."""
         stamps = stamps_of(given)
         for run in counted:
             if run.stamps != stamps:

@@ -243,7 +243,7 @@ class Plan:
         raise NotImplementedError
 
     def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
-        """Compute a call in plain PyTorch; return its results, of which the last is an `ARTAR`."""
+        """Compute a call in plain PyTorch; return its results. The last one is an `ARTAR`."""
         raise NotImplementedError
 
     def prepare(self, tensors: Sequence[Any], values: Values) -> None:
@@ -261,7 +261,7 @@ class Plan:
             upstream: the upstream gradients of the results; some may be `None`.
             saved: the tensors of the call, `None` for those that are not saved; maybe others behind them.
             values: the values of the call.
-            predictions: those of the forward; `None` in a second backward, or if there are none.
+            predictions: the predictions of the forward; `None` in a second backward, or if the forward made none.
         """
         raise NotImplementedError
 
@@ -425,7 +425,7 @@ def differentiate_formula(plan: Plan, upstream: Sequence[Any], saved: Sequence[A
     again, dtype = torch.is_grad_enabled(), plan.terms[0].dtype
     tensors = [*zip(saved, plan.needs, strict=False)]
     with torch.enable_grad():
-        # Each input is an alias of its own, because one tensor may be raw of two layers.
+        # Each input gets its own alias, because one tensor may be raw of two layers.
         inputs = [
             (x if x.requires_grad else x.detach().requires_grad_()).to(dtype).view_as(x) if need else x
             for x, need in tensors
