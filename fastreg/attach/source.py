@@ -54,9 +54,9 @@ class Masks:
             TypeError: a function has returned neither a tensor with axes nor `None`.
             Exception: a function has raised it.
         """
-        functions = {"valid": self.valid, "starts": self.starts}
-        masks = {name: None if f is None else call(name, f, *args, **kwargs) for name, f in functions.items()}
-        for name, mask in masks.items():
+        masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts}
+        for name, function in masks.items():
+            mask = masks[name] = None if function is None else call(name, function, *args, **kwargs)
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 0):
                 got = "a tensor without axes" if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"{name}: expected the callable to return a mask, (batch, time), or None, got {got}")
