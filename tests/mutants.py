@@ -632,7 +632,7 @@ class Mutant(NamedTuple):
         if [(x.co_name, x.co_freevars) for x in before] != [(x.co_name, x.co_freevars) for x in after]:
             return False
         swaps = {old: new for old, new in zip(before, after, strict=True) if old != new}
-        functions = [x for x in gc.get_objects() if isinstance(x, FunctionType) and x.__code__ in swaps]
+        functions = [x for x in gc.get_objects() if type(x) is FunctionType and x.__code__ in swaps]
         for function in functions:
             function.__code__ = swaps[function.__code__]
         return functions != []
