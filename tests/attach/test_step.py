@@ -71,6 +71,23 @@ def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, 
         assert (len(messages) == 1) == (_ == 0)  # the frozen module was not called yet
 
 
+def test_a_call_without_gradients_in_a_backward_belongs_to_no_later_loss(frozen: nn.GRU) -> None:
+    model, x = Attached(nn.GRU), lm.inputs().requires_grad_()
+    model.reg.attach(frozen)
+
+    def region(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            model.rnn(x)
+        return x.sin()
+
+    frozen(lm.inputs())
+    loss = model(x).loss + checkpoint(region, x, use_reentrant=False).sum()  # pyright: ignore
+    model.reg.on_backward_begin(loss).backward()
+    beside = constant(frozen, lm.inputs())
+    loss = model.head(beside.raw).sum()
+    lm.check_gradients(model, model.reg.on_backward_begin(loss), penalized(loss, beside))
+
+
 # Runs over one time step
 
 
