@@ -209,7 +209,7 @@ class Step:
         """
         site = run.site
         if is_frozen:
-            site.most, site.constant, run.is_held = max(site.most, FROZEN), terms, False
+            site.most, site.constant = max(site.most, FROZEN), terms
         else:
             site.most, site.constant, run.terms = RUN, None, terms
             run.can_be_lost = self.backwards is not None and terms.penalty.requires_grad and any(map(is_on, given))

@@ -88,6 +88,31 @@ def test_a_call_without_gradients_in_a_backward_belongs_to_no_later_loss(frozen:
     lm.check_gradients(model, model.reg.on_backward_begin(loss), penalized(loss, beside))
 
 
+def test_a_later_loss_of_a_trained_module_is_refused_beside_a_frozen_one(frozen: nn.GRU) -> None:
+    model = Attached(nn.GRU)
+    model.reg.attach(frozen)
+    frozen(lm.inputs())
+    run = model(lm.inputs())
+    model.reg.on_backward_begin(run.loss)
+    with pytest.raises(RuntimeError, match="the loss depends on no run of the attached GRU"):
+        model.reg.on_backward_begin(run.loss.sin())
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_penalty_without_a_gradient_is_added_and_never_warned_of(enabled: bool, frozen: nn.GRU) -> None:
+    reg, dropout = RNNRegularizer(0.0, lm.BETA), nn.Linear(HIDDEN, HIDDEN)
+    reg.attach(frozen if enabled else frozen.requires_grad_(), dropout)
+    for _ in range(3):
+        raws = [frozen(lm.inputs())[0] for _ in range(2)]
+        loss = torch.stack([dropout(raw).sum() for raw in raws]).sum()
+        with torch.set_grad_enabled(enabled):
+            total, messages = warned(partial(reg.on_backward_begin, loss))
+        want = loss + torch.stack([lm.formula(raw, raw, 1, alpha=0.0) for raw in raws]).sum()
+        torch.testing.assert_close(total, want)
+        if enabled:
+            assert not [*messages, *warned(total.backward)[1]]
+
+
 # Runs over one time step
 
 
@@ -265,8 +290,10 @@ def test_runs_of_others_stay_when_a_handle_is_removed(dropout: Any) -> None:
     lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
 
 
+@pytest.mark.filterwarnings("ignore:attach. the attached LSTM was never called")
 def test_a_handle_says_once_what_was_taken_for_what() -> None:
     rnn, reg, said = lm.gru(), lm.regularizer(), []
+    reg.attach(nn.LSTM(HIDDEN, HIDDEN)).say = said.append  # has nothing to say, as it never runs
     for step in range(3):
         with reg.attach(rnn) as handle:
             handle.paths, handle.say = ("encoder.gru", None), said.append
