@@ -40,11 +40,12 @@ except ImportError as error:
 __all__ = ["RNNTrainer", "fuse", "unfuse"]
 
 BATCH_FIRST = tuple(map(int, __version__.split(".")[:3])) >= (1, 0, 38)  # batches and activations
+DICTS = hasattr(CallbackHandler, "_call_and_update")  # from 1.0.47 on events take dicts, before that the value itself
 
 
 def answer(name: str, value: Any) -> Any:
-    """Return a new value of an argument as an event takes it: in a dict from 1.0.47 on, before that by itself."""
-    return {name: value} if hasattr(CallbackHandler, "_call_and_update") else value
+    """Return a new value of an argument in the form in which an event of fastai takes it."""
+    return {name: value} if DICTS else value
 
 
 def last_raw(result: Any) -> Tensor:
