@@ -38,7 +38,7 @@ help:
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
 	@echo "             tables of the README and docs: twelve minutes on two idle cores (python -m pytest bench for some)"
 	@echo "make test-fakegpu DIR=...   rehearse the first minutes on a GPU, on a stand-in for one: see bench/NOTES.md"
-	@echo "make lint    check style and types"
+	@echo "make lint    check style, types and imports"
 	@echo "make docs    build the documentation site in build/site, and check its links"
 	@echo "make wheel   build the wheel in dist/, for all versions of Python (.ci/wheel PYTHON... tests it)"
 	@echo "make sdist   build the source distribution in dist/, and run some of its tests in it"
@@ -121,6 +121,7 @@ lint: .venv/lint
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
+	.venv/bin/lint-imports --no-cache
 	$(PYTEST) -q tests/project/test_typing.py
 
 # The site has the layout of the checkout, so that each relative link works in both.
