@@ -69,14 +69,10 @@ def figures(binary: Any) -> list[str]:
     The figures are registers, spilled bytes, loads of 16 bytes in the inner loop, its instructions for each byte that a
     thread moves, the programs that fit on a multiprocessor, and their bytes in flight over the number in Little's law.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(binary.asm["cubin"])
-        command = [CUOBJDUMP, "-res-usage", "-sass", cubin]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    text = usage_of(binary, "-sass")
     registers = int(re.findall(r"REG:(\d+)", text)[0])
     spilled = sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", text))
-    loop = inner_loop(text)
+    loop = max(inner_loops(text), key=lambda loop: sum(width_of(line) for line in loop if "LDG" in line))  # the walk
     wide = sum("LDG" in line and ".128" in line for line in loop)
     loads, stores = ([width_of(line) for line in loop if name in line] for name in ("LDG", "STG"))
     resident = min(MOST_THREADS // tiling.THREADS, REGISTERS // (-(-registers // 8) * 8 * tiling.THREADS))
@@ -93,21 +89,25 @@ def width_of(line: str) -> int:
     return {"128": 16, "64": 8, "U16": 2, "U8": 1}[found[1]] if found else 4
 
 
-def inner_loop(sass: str) -> list[str]:
-    """Find the walk: of the loops that contain no other loop, the one that loads the most bytes.
+def usage_of(binary: Any, *options: str) -> str:
+    """Return registers and memory of a thread from cuobjdump; with `-sass` the instructions, too, which takes long."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(binary.asm["cubin"])
+        command = [CUOBJDUMP, "-res-usage", *options, cubin]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def inner_loops(sass: str) -> list[list[str]]:
+    """Return the instructions of each loop that contains no other loop.
 
     A loop begins at the target of a branch backward, and ends with that branch.
     """
     code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^/;]+);", sass)]
-    loops = []
-    for at, text in code:
-        branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
-        if branch and (target := int(branch[1], 16)) < at:
-            loop = [line for where, line in code if target <= where <= at]
-            loops.append((target, at, loop))
-    spans = [(target, at) for target, at, _ in loops]
-    inner = [loop for x, y, loop in loops if not any(x <= a and b <= y for a, b in spans if (a, b) != (x, y))]
-    return max(inner, key=lambda loop: sum(width_of(line) for line in loop if "LDG" in line))
+    jumps = [(at, int(to[1], 16)) for at, text in code if (to := re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text))]
+    loops = [(to, at) for at, to in jumps if to < at]
+    inner = [(x, y) for x, y in loops if not any(x <= a and b <= y for a, b in loops if (a, b) != (x, y))]
+    return [[text for at, text in code if x <= at <= y] for x, y in inner]
 
 
 def model(fits: dict[tuple[int, str, str], int]) -> Iterator[list[str]]:

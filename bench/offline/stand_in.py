@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 
 @contextmanager
-def active(driver: Any) -> Iterator[None]:
-    """Let Triton use a driver inside of the block. Triton's `reset_active` fails without a GPU's driver."""
+def active(driver: Any, *kernels: Any) -> Iterator[None]:
+    """Let the Triton kernels take CPU tensors inside of the block, by a driver; `kernels` are compiled anew for it."""
     from triton.runtime import driver as chosen
 
-    before = vars(chosen).copy()
+    from fastreg.call.backends import TRITON, cpu_tensors_by
+
+    before, caches = vars(chosen).copy(), [kernel.device_caches for kernel in kernels]
     chosen.set_active(driver)
     try:
-        yield
+        for kernel in kernels:
+            kernel.device_caches = defaultdict(kernel.create_binder)
+        with cpu_tensors_by(TRITON):
+            yield
     finally:
-        vars(chosen).update(before)
+        for kernel, cache in zip(kernels, caches, strict=True):
+            kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it
+            kernel.device_caches = cache
+        vars(chosen).update(before)  # Triton's `reset_active` fails without a GPU's driver
 
 
-@contextmanager
-def h100() -> Iterator[None]:
+def h100() -> AbstractContextManager[None]:
     """Let the Triton kernels take CPU tensors, compiled for an H100, with a driver whose launches do nothing."""
     from triton.backends.compiler import GPUTarget
 
-    from fastreg.call.backends import PLANS, TRITON, cpu_tensors_by
-
-    with active(StandInDriver(GPUTarget("cuda", 90, 32))), cpu_tensors_by(TRITON):
-        yield
-    PLANS.clear()
+    return active(StandInDriver(GPUTarget("cuda", 90, 32)))
 
 
 class StandInDriver:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import gc
 import re
-import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice, product
 from pathlib import Path
@@ -25,7 +23,7 @@ from bench.offline import registers
 from bench.offline.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.__main__ import launches
-from fastreg.call.backends import CPP, PLANS, TRITON, cpu_tensors_by
+from fastreg.call.backends import CPP, PLANS
 from tests.conftest import more, python, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -82,13 +80,8 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("TRITON_HIP_LLD_PATH", str(linker))
     chosen = GPUTarget(*TARGETS[request.param])
     monkeypatch.setattr(tiling, "WARPS", tiling.THREADS // chosen.warp_size)
-    for kernel in ALL_KERNELS:
-        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-    with active(StandInDriver(chosen)), cpu_tensors_by(TRITON):
+    with active(StandInDriver(chosen), *ALL_KERNELS):
         yield chosen
-        PLANS.clear()
-        for kernel in ALL_KERNELS:
-            kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it
 
 
 def compiled(masked: bool, **constants: bool) -> list[Any]:
@@ -131,8 +124,8 @@ def train(
 RAGGED = ("packed", "marked")  # lengths take the code of marks: see test_a_varying_batch_compiles_once
 
 
-def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int, wide_stores: int) -> None:
-    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary, folder)
+def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores: int) -> None:
+    count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary)
     assert count[0] == wide_loads
     assert count[1] - count[0] <= other_loads
     assert count[2] == wide_stores
@@ -158,7 +151,7 @@ def assert_accesses(binary: Any, folder: Path, wide_loads: int, other_loads: int
     indirect=["target"],
     ids=str,
 )
-def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tmp_path: Path) -> None:
+def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str) -> None:
     """Marks and offsets of packed rows add their own loads, and change no other load."""
     if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and kind in RAGGED:
         pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
@@ -167,26 +160,26 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str, tm
     rows = unroll if kind == "one" else 2 * unroll
     others = {"marked": MARKS + 12, "packed": unroll + 5}.get(kind, 0)  # including counts
     (forward,), (backward,) = trained(masked=False)
-    assert_accesses(forward, tmp_path, rows + 2, PARTIAL_SUMS + 2 + others, rows)
-    assert_accesses(backward, tmp_path, rows + 2, 2 + others, rows)
+    assert_accesses(forward, rows + 2, PARTIAL_SUMS + 2 + others, rows)
+    assert_accesses(backward, rows + 2, 2 + others, rows)
     if kind in ("two", "marked"):
         (forward,), (backward,) = trained(masked=True)  # the mask is one more load for a whole run
-        assert_accesses(forward, tmp_path, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
-        assert_accesses(backward, tmp_path, rows + 2 + 1, 1 + others, unroll)
+        assert_accesses(forward, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
+        assert_accesses(backward, rows + 2 + 1, 1 + others, unroll)
     if kind not in RAGGED:
         raw, dropped = torch.zeros(2, 4, 70, 400, dtype=dtype)
         fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0)
         (forward,) = compiled(False, GRAD_TAR=False)
-        assert_accesses(forward, tmp_path, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
+        assert_accesses(forward, rows + 1, PARTIAL_SUMS, 0)  # no row behind the run
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_registers(target: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_registers(target: Any, dtype: torch.dtype) -> None:
     train(dtype)
     train(dtype, kind="marked")
     binaries = [*next(trained(masked=False)), *next(trained(masked=True))]
-    found = [int(re.findall(r"REG:(\d+)", usage_of(binary, tmp_path))[0]) for binary in binaries]
+    found = [int(re.findall(r"REG:(\d+)", registers.usage_of(binary))[0]) for binary in binaries]
     assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
 
 
@@ -221,51 +214,34 @@ def test_the_figures_of_the_compiled_code(target: Any, hidden: int) -> None:
     ids=str,
 )
 def test_no_spills_on_other_gpus_or_with_narrow_loads(
-    target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[str, ...], tmp_path: Path
+    target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[str, ...]
 ) -> None:
     for kind in ("two", *ragged):
         train(dtype, (4, 70, hidden), kind)
     binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
     assert len(binaries) == 4 + 4 * ("marked" in ragged) + 2 * ("packed" in ragged)
     binaries += kernels_of_steps.steps_kernel.device_caches[0][0].values()
-    assert_no_spills(binaries, tmp_path, max(MOST_SPILLED, SPILLED_BY_128) if hidden == 400 else MOST_SPILLED_NARROW)
-
-
-def usage_of(binary: Any, folder: Path, *options: str) -> str:
-    """Return registers and memory of a thread from cuobjdump; with `-sass` the instructions, too, which takes long."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, "-res-usage", *options, cubin], capture_output=True, text=True, check=True).stdout
+    assert_no_spills(binaries, max(MOST_SPILLED, SPILLED_BY_128) if hidden == 400 else MOST_SPILLED_NARROW)
 
 
 SPILL = r"\b(LDL|STL)\b"
 
 
-def assert_no_spills(binaries: list[Any], folder: Path, most: int) -> None:
+def assert_no_spills(binaries: list[Any], most: int) -> None:
     """Check that nothing is spilled in a loop, and at most so many bytes a thread beside them."""
     for binary in binaries:
         if "amdgcn" in binary.asm:
             assert_no_spills_amd(binary.asm["amdgcn"])
         else:
-            assert not any(re.search(SPILL, loop) for loop in loops_of_spilling(binary, folder, most))
+            assert not any(re.search(SPILL, loop) for loop in loops_of_spilling(binary, most))
 
 
-def loops_of_spilling(binary: Any, folder: Path, most: int) -> list[str]:
+def loops_of_spilling(binary: Any, most: int) -> list[str]:
     """Check how many bytes a thread spills, and return the inner loops of code that spills any."""
-    stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", usage_of(binary, folder)))
+    stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", registers.usage_of(binary)))
     assert stack <= most
     assert local == 0
-    return inner_loops(usage_of(binary, folder, "-sass")) if stack else []
-
-
-def inner_loops(dump: str) -> list[str]:
-    """Return the instructions of each loop that contains no other loop."""
-    code = {int(at, 16): instruction for at, instruction in re.findall(r"^\s+/\*(\w+)\*/\s+(.*?);", dump, re.M)}
-    jumps = [(at, int(to[1], 16)) for at, text in code.items() if (to := re.search(r"\bBRA\b.* 0x(\w+)", text))]
-    loops = [(to, at) for at, to in jumps if to < at]
-    inner = [(to, at) for to, at in loops if not any(to <= a and b <= at and (a, b) != (to, at) for a, b in loops)]
-    return ["\n".join(text for i, text in code.items() if to <= i <= at) for to, at in inner]
+    return ["\n".join(x) for x in registers.inner_loops(registers.usage_of(binary, "-sass"))] if stack else []
 
 
 def assert_no_spills_amd(assembly: str) -> None:
@@ -273,10 +249,10 @@ def assert_no_spills_amd(assembly: str) -> None:
     assert re.search(r"\.private_segment_fixed_size: *0\b", assembly)
 
 
-def count_nvidia(binary: Any, folder: Path) -> tuple[int, int, int]:
+def count_nvidia(binary: Any) -> tuple[int, int, int]:
     """Count loads of 16 bytes, all loads, and stores of 16 bytes; check that the loop over rows spills nothing."""
     most = max(MOST_SPILLED, SPILLED_BY_128 * (binary.metadata.target.arch == 80))
-    loops = [x for x in loops_of_spilling(binary, folder, most) if re.search(r"\bLDG\S*\.128\b", x)]
+    loops = [x for x in loops_of_spilling(binary, most) if re.search(r"\bLDG\S*\.128\b", x)]
     assert not re.search(SPILL, min(loops, key=len, default=""))
     accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
     wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -182,16 +181,9 @@ def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
 
 
 @contextmanager
-def executed(executor: Executor, kernels: Sequence[Any] = ()) -> Iterator[None]:
+def executed(executor: Executor, *kernels: Any) -> Iterator[None]:
     """Have Triton compile for an H100, and run the code on CPU tensors; `kernels` are compiled anew."""
-    from fastreg.call.backends import TRITON, cpu_tensors_by
-
-    with pytest.MonkeyPatch.context() as patch, active(executor), cpu_tensors_by(TRITON):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends, "nvidia", Backend(compiler=H100Backend, driver=Executor))  # pyright: ignore
-        for kernel in kernels:
-            patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
-        try:
+        with active(executor, *kernels):
             yield
-        finally:
-            for kernel in kernels:
-                kernel.device_caches.clear()  # compiled code is freed by the driver that loaded it

@@ -99,7 +99,7 @@ class Edited(Executor):
 def running(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
     """Run the kernels by the executor; yield activations that several programs share."""
     raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).unbind()
-    with executed(executor, (ar_tar.ar_tar_kernel, steps.steps_kernel)):
+    with executed(executor, ar_tar.ar_tar_kernel, steps.steps_kernel):
         yield raw.requires_grad_(), dropped.requires_grad_()
 
 
