@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from fastreg.attach.step import OUTCOMES
-from tests.language_model import Elementwise, Locked, Loop, Quantizer, Wrapper, doubled
+from tests.language_model import Elementwise, Locked, Loop, Quantizer, Wrapper
 from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
@@ -44,16 +43,19 @@ DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
 DONE = torch.tensor([0, 2])  # where a state is reset
 NOT_ATTACHED = "none", "plain, not attached"
 random_bits = torch.Generator().manual_seed(5)
-VALID, STARTS = (torch.rand(2, BATCH, 8, generator=random_bits) < torch.tensor([0.8, 0.3]).view(2, 1, 1)).unbind()
+MASKS = {name: torch.rand(BATCH, 8, generator=random_bits) < p for name, p in (("valid", 0.8), ("starts", 0.3))}
 # Events of a forward in one of the layers, and their frequencies. The last events need an attached dropout.
 EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
 EVENTS |= {"the dropout left out": 1, "the dropout twice": 1, "a quantizer without gradients": 4}
+TWICE = "attach: the attached {} got the same output of the {} twice, and AR is defined for one dropped tensor; {}"
+QUANTIZED = "attach: no loss can find the penalty, as the output of the attached {} needs no gradient; {}"
 
 
 class Net(nn.Module):
     """Layers with a dropout each, and a GRU beside them; the last may share the module or the dropout of the first.
 
-    It returns its output, the states, raw and dropped of all layers, or `None`, and the output of the GRU, or `None`.
+    It returns tensors by their names: its output, raw and dropped of all layers if it keeps them, and the output of the
+    GRU if that has run; and the states.
     """
 
     def __init__(self, dropouts: Sequence[str], play: Play) -> None:
@@ -68,7 +70,7 @@ class Net(nn.Module):
         self.beside = nn.GRU(HIDDEN, HIDDEN, batch_first=first)
 
     def forward(self, x: Any, states: Any = None, event: str = "", at: int = 0, beside: bool = False) -> Any:
-        after, raws, kept, other = [], [], [], self.beside(x)[0] if beside else None
+        tensors, after = {"beside": self.beside(x)[0]} if beside else {}, []
         for i in range(len(self.layers)):
             given = (x,) if states is None else (x, states[i])
             through = partial(self.through, i, event if i == at else "")
@@ -76,9 +78,8 @@ class Net(nn.Module):
                 through = partial(checkpoint, through, use_reentrant=False)
             raw, state, x = through(*given)
             after.append(state)
-            raws.append(raw)
-            kept.append(x)
-        return self.decoder(x), after, (raws, kept) if self.keeps else None, other
+            tensors |= {f"raw of {i}": raw, f"dropped of {i}": x} if self.keeps else {}
+        return tensors | {"out": self.decoder(x)}, after
 
     def through(self, i: int, event: str, *given: Any) -> Any:
         """Run a layer and its dropout."""
@@ -104,7 +105,7 @@ class Run:
     identity: Any  # the coefficients, or an object that stands for tensors in their present state
     terms: Any = None  # AR and TAR, once dropped is computed
     frozen: bool = False  # whether dropped needs no gradient
-    state: str = ""  # "taken" by a loss, or "dropped"
+    ended: bool = False  # taken by a loss, or dropped
 
     def can_be_lost(self) -> bool:
         """Return whether the penalty needs a gradient, and is not 0 for certain."""
@@ -157,10 +158,6 @@ class ByHand:
         run = next((run for run in self.runs[::-1] if run.raw is args[0]), None)
         return None if run is None or self.dropouts[run.module] in NOT_ATTACHED else self.measured(run, dropped)
 
-    def refused(self, runs: Sequence[Run]) -> str:
-        """Return the message about a run whose penalty no loss finds, or an empty string."""
-        return QUANTIZED * any([x.terms and x.frozen and x.raw.requires_grad and self.has_tar() for x in runs])
-
     def has_tar(self) -> bool:
         """Return whether beta is not 0 for certain, as a tensor may be."""
         return self.play.coefficients[1] > 0 or self.play.identity is not self.play.coefficients
@@ -185,7 +182,7 @@ class ByHand:
 
     def clear(self) -> None:
         for run in self.runs:
-            run.state = run.state or "dropped"
+            run.ended = True
         self.runs, self.recent, self.without, self.frozen = [], [], set(), {}
 
     def most(self) -> dict[nn.Module, int]:
@@ -208,9 +205,9 @@ class ByHand:
     def outcome(self, loss: Tensor) -> tuple[str, list[Run]]:
         """Return the case of a loss in the table of outcomes, and the runs that count."""
         reached = self.reached(loss)
-        found = [run for run in reached if not (run.state or run.frozen)]
+        found = [run for run in reached if not (run.ended or run.frozen)]
         latest = {run.module: run for run in self.recent}
-        constants = [run for run in latest.values() if run.frozen and not run.state]
+        constants = [run for run in latest.values() if run.frozen and not run.ended]
         if any(run.terms is None for run in self.runs):
             return "a dropout did not get raw", []
         case = "the loss depends on runs"
@@ -259,19 +256,9 @@ class Call:
     """A call of the net on both sides, with the hooks of fastreg and in plain PyTorch, and its runs of modules."""
 
     kind: str  # "train", "evaluation" or "no gradients"
-    results: list[Any]
+    tensors: list[dict[str, Tensor]]  # what the net of each side returned, by names
+    states: list[Any]  # of each side
     runs: list[Run]
-
-    def tensors(self, side: int) -> dict[str, Tensor]:
-        """Return all tensors that the net returned, by their names."""
-        out, states, kept, beside = self.results[side]
-        found = {"out": out} if beside is None else {"out": out, "beside": beside}
-        for i, state in enumerate(states):
-            leaves = tree_leaves(state)
-            found |= {f"state of {i}": leaves[0], f"other tensor of {i}": leaves[-1]}
-            if kept is not None:
-                found |= {f"raw of {i}": kept[0][i], f"dropped of {i}": kept[1][i]}
-        return found
 
 
 Loss = list[tuple[Call, str, Any, float]]  # the tensors that it sums up: a call, its name, a function and a weight
@@ -300,10 +287,7 @@ class Play:
         if self.shared == "module":
             self.kinds[-1] = self.kinds[0]
             self.frozen = self.frozen and "all"
-        self.masks: dict[str, Tensor] = {}
-        if draw.random() < 0.4:
-            self.masks = {"valid": VALID, "starts": STARTS}
-            self.masks.pop(draw.choice(["valid", "starts", ""]), None)
+        self.masks = {name: MASKS[name] for name in draw.choice([(), (), (), ("valid",), ("starts",), (*MASKS,)])}
         self.net = Net(self.dropouts, self).double()
         self.plain = Net(["locked" if "fused" in name else name for name in self.dropouts], self).double()
         self.nets = self.net, self.plain
@@ -317,7 +301,8 @@ class Play:
         self.last: Call | None = None  # whose states the next call may get
         self.checkpointed = False  # a call whose graph is alive
         if self.compiled:
-            self.compile()
+            torch._dynamo.reset()
+            self.sides[0] = torch.compile(self.net, backend="eager")
         self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers"])
         self.counts.update([f"shared {self.shared}", f"frozen {self.frozen}", f"batch first {self.batch_first}"])
         self.reg = RNNRegularizer(0, 0)
@@ -327,31 +312,11 @@ class Play:
             self.reg.attach(layer, dropout, **options)
         if self.has_beside:
             self.reg.attach(self.net.beside, **options)
-        if draw.random() < 0.3:
-            self.note("hooks behind those of attach")
-            for net in self.nets:
-                after = [x for x, name in zip(net.dropouts, self.dropouts, strict=True) if name not in NOT_ATTACHED]
-                for module in {*net.layers, *after}:
-                    module.register_forward_hook(doubled)
         if self.has_idle:
             self.net.add_module("idle", idle := nn.GRU(1, 1).requires_grad_(False))
             self.reg.attach(idle)
         self.change_coefficients()
-        if draw.random() < 0.15:
-            self.coefficients, self.reg.alpha, self.reg.beta = (0.0, 0.0), 0.0, 0.0
-            self.identity = self.coefficients
-            self.note("a warm-up from 0")
         self.by_hand = ByHand(self, self.plain)
-
-    def compile(self) -> None:
-        """Compile the net; it or another may be run before `attach`."""
-        torch._dynamo.reset()
-        before = self.draw.choice(["no net", "the net", "another net"])
-        self.counts[f"compiled, {before} before"] += 1
-        self.sides[0] = torch.compile(self.net, backend="eager")
-        if before != "no net":
-            run = self.sides[0] if before == "the net" else torch.compile(deepcopy(self.net), backend="eager")
-            run(self.input(3))
 
     def part(self, mask: Tensor, x: Tensor, *_: Any) -> Tensor:
         return mask[:, : x.shape[int(self.batch_first)]]
@@ -413,23 +378,26 @@ class Play:
         x, event, at = self.input(steps), "", draw.randrange(len(self.kinds))
         beside = self.has_beside and (self.compiled or draw.random() < 0.8)
         if kind == "train":
-            some = 2 if self.compiled else 4 if self.dropouts[at] in NOT_ATTACHED else None
-            some = some if some or self.dropouts[at] == "quantizer" else -1
-            event = draw.choices([*EVENTS][:some], [*EVENTS.values()][:some])[0]
+            of_dropout = 0 if self.dropouts[at] in NOT_ATTACHED else 3 if self.dropouts[at] == "quantizer" else 2
+            count = 2 if self.compiled else 4 + of_dropout
+            event = draw.choices([*EVENTS][:count], [*EVENTS.values()][:count])[0]
         self.checkpointed = self.checkpointed or "checkpointed" in event
         self.note(f"call: {kind} {event}", f"is call {len(self.calls)}; layer {at}")
-        seed, results, before = draw.randrange(1000), [], len(self.by_hand.runs)
+        seed, before, made = draw.randrange(1000), len(self.by_hand.runs), list[Any]()
         for i in (1, 0):  # in plain PyTorch first, which says what to expect
             net, module = self.sides[i], self.nets[i]
             module.train(kind != "evaluation")
             torch.manual_seed(seed)
             given = x, carried and carried[i], "" if i and "checkpointed" in event else event, at, beside
             through = partial(checkpoint, net, use_reentrant=False) if "the net" in event and not i else net
-            error = "" if i else TWICE * ("twice" in event) or self.by_hand.refused(self.by_hand.runs[before:])
+            runs, has_tar = self.by_hand.runs[before:], self.by_hand.has_tar()
+            lost = [x for x in runs if x.terms and x.frozen and x.raw.requires_grad and has_tar]
+            error = "" if i else TWICE * ("twice" in event) or QUANTIZED * bool(lost)
             with torch.set_grad_enabled(kind != "no gradients"), self.announced(error):
-                results.insert(0, through(*given))
+                tensors, states = through(*given)
+            made.insert(0, (tensors | {f"state {j}": x for j, x in enumerate(tree_leaves(states))}, states))
             module.train()
-        self.last = Call(kind, results, self.by_hand.runs[before:])
+        self.last = Call(kind, *map(list, zip(*made, strict=True)), self.by_hand.runs[before:])
         self.calls.append(self.last)
         return self.last
 
@@ -439,9 +407,7 @@ class Play:
         if self.last is None or how == "none" or (self.compiled and self.checkpointed):
             return None  # code that is compiled for states may be taken for a recomputation, which PyTorch refuses
         how = how if self.last in self.calls else "detached"
-        states = [result[1] for result in self.last.results]
-        if how == "detached":
-            states = [tree_map(detached, state) for state in states]
+        states = tree_map(detached, self.last.states) if how == "detached" else self.last.states
         self.note(f"states {how}")
         # The elementwise state is a view of raw, which PyTorch protects.
         if self.last.kind == "train" and "elementwise" not in self.kinds and self.draw.random() < 0.4:
@@ -451,7 +417,7 @@ class Play:
         return states
 
     def candidates(self) -> list[Call]:
-        return [call for call in self.calls if call.kind == "train" and any(not run.state for run in call.runs)]
+        return [call for call in self.calls if call.kind == "train" and not all(run.ended for run in call.runs)]
 
     def loss(self) -> Loss:
         """Return a loss on calls, most often on those that no loss has taken."""
@@ -460,13 +426,10 @@ class Play:
         calls = calls or self.calls
         count = len(calls) if self.single and draw.random() < 0.5 else draw.randint(1, len(calls))
         for call in draw.sample(calls, count):
-            names = [name for name, x in call.tensors(1).items() if x.requires_grad]
-            names = names if draw.random() < 0.4 else [name for name in names if name == "out"]
-            if names:
-                f = draw.choice([torch.sin, torch.square, torch.tanh])
-                parts.append((call, draw.choice(names), f, draw.random()))
-                if call.results[1][3] is not None and call.results[1][3].requires_grad and draw.random() < 0.7:
-                    parts.append((call, "beside", f, draw.random()))
+            names = [name for name, x in call.tensors[1].items() if x.requires_grad]
+            names = names if draw.random() < 0.4 else [name for name in names if name in ("out", "beside")]
+            for name in draw.sample(names, min(len(names), draw.randint(1, 2))):
+                parts.append((call, name, draw.choice([torch.sin, torch.square, torch.tanh]), draw.random()))
         on = [(self.calls.index(call), name, f.__name__) for call, name, f, _ in parts]
         self.note(f"loss on {len(parts)} calls", f"{on}")
         return parts
@@ -485,8 +448,8 @@ class Play:
             self.run("train")
         for _ in range(4 * (self.single and draw.random() < 0.3)):  # a loop over time
             self.run("train", carries=False)
-        given, keeps_graph = loss or self.loss(), bool(loss) or draw.random() < 0.7
-        loss = given or []
+        keeps_graph = loss is not None or draw.random() < 0.7
+        loss = loss or self.loss()
         if not loss:
             return
         losses = [total_of(loss, side) for side in (0, 1)]
@@ -511,7 +474,7 @@ class Play:
         want = want if how == "alone" else losses[1] + want
         self.compare("the loss, AR and TAR", [total, self.reg.ar, self.reg.tar], [want, ar, tar])
         for run in counted:
-            run.state = "taken"
+            run.ended = True
         by_hand.frozen |= {module: most == 2 for module, most in by_hand.most().items()}
         by_hand.recent, by_hand.without = [], set()
         self.backward(loss, [total, want], how, keeps_graph, counted)
@@ -523,13 +486,15 @@ class Play:
     ) -> None:
         """Make a backward on each side, in one of many ways, and compare the gradients."""
         has_penalty = any(run.can_be_lost() for run in counted)
-        if how == "gradients of raw":  # and of other tensors that the net returned, which attach may have marked
-            names = [(call, name) for call, *_ in loss for name, x in call.tensors(1).items() if x.requires_grad]
-            both = [[call.tensors(side)[name] for call, name in names] for side in (0, 1)]
+        if how in ("gradients of raw", "an attack"):  # and of all that the net returned, which attach may have marked
+            names = [(call, name) for call, *_ in loss for name, x in call.tensors[1].items() if x.requires_grad]
+            by = [[*(call.tensors[i][name] for call, name in names), *parameters(self.nets[i])] for i in (0, 1)]
             options: Any = {"retain_graph": True, "allow_unused": True}
-            gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, both, strict=True)]
+            gradients = [torch.autograd.grad(x, xs, **options) for x, xs in zip(totals, by, strict=True)]
             self.compare("the gradients of activations", *gradients)
             self.by_hand.backwards = None if has_penalty else self.by_hand.backwards
+        if how == "an attack":
+            return
         if self.draw.random() < 0.1:
             self.change_coefficients("numbers", "tensors")  # the coefficients of the forward count
         for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
@@ -548,25 +513,13 @@ class Play:
             net.zero_grad()
 
     def forget(self) -> None:
-        """Make a backward of a loss without its penalty, as if `on_backward_begin` was forgotten."""
+        """Make a backward of a loss without its penalty, as if `on_backward_begin` was forgotten, or as an attack."""
         if not self.candidates():
             self.run("train")
         if loss := self.loss():
-            self.note("backward without the penalty")
-            self.backward(loss, [total_of(loss, side) for side in (0, 1)], "plain", True)
-
-    def attack(self) -> None:
-        """Differentiate a loss without its penalty by what the net returned and by parameters, as an attack does."""
-        loss = self.loss() if self.calls else []
-        for _ in range(3 * bool(loss)):
-            self.note("gradients without the penalty")
-            results = []
-            for side, net in enumerate(self.nets):
-                by = [loss[0][0].tensors(side)[loss[0][1]], *parameters(net)]
-                options: Any = {"retain_graph": True, "allow_unused": True}
-                with self.announced(""):
-                    results.append(torch.autograd.grad(total_of(loss, side), by, **options))
-            self.compare("the gradients of an attack", *results)
+            how = self.draw.choices(["plain", "an attack"], [5, 1])[0]
+            self.note(f"without the penalty: {how}")
+            self.backward(loss, [total_of(loss, side) for side in (0, 1)], how, True)
 
     def evaluate(self) -> None:
         """Check that evaluation adds nothing, nor does a loss without gradients."""
@@ -576,7 +529,7 @@ class Play:
         kind = self.draw.choice(["evaluation", "evaluation" if self.frozen or has_run else "no gradients"])
         call = self.run(kind, carries=False)
         self.net.train(kind != "evaluation")
-        loss = call.results[0][0].square().mean()
+        loss = call.tensors[0]["out"].square().mean()
         outcome = "all modules are in evaluation" if kind == "evaluation" else "nothing needs a gradient"
         self.note(f"outcome: {outcome}")
         assert self.reg.on_backward_begin(loss) is loss, kind
@@ -604,8 +557,7 @@ class Play:
         self.calls, self.checkpointed = [], False
         self.by_hand.marks.clear()
         if self.last is not None:
-            states = [tree_map(torch.detach, result[1]) for result in self.last.results]
-            self.last = Call(self.last.kind, [(None, state, None, None) for state in states], [])
+            self.last = Call(self.last.kind, [], tree_map(torch.detach, self.last.states), [])
 
     def play(self, events: int = 14) -> None:
         with warnings.catch_warnings():
@@ -615,7 +567,7 @@ class Play:
             for _ in range(events):
                 weights: dict[Any, float] = {self.run: 12 if self.single else 6, self.regularize: 6}
                 weights |= {self.train_step: 2, self.evaluate: 1, self.clear: 0.3, self.change_coefficients: 1}
-                weights |= {self.forget: 3, self.attack: 0.5, self.two_losses: 1 if self.frozen else 0.3}
+                weights |= {self.forget: 3, self.two_losses: 1 if self.frozen else 0.3}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])
             self.event(self.clear)
             self.event(self.regularize)
@@ -624,13 +576,9 @@ class Play:
         try:
             event()
         except Refused:
-            self.reg.clear()
-            self.by_hand.clear()
+            self.clear()
             self.drop("the step is dropped")
             self.last = None
-            self.net.train()
-            for net in self.nets:
-                net.zero_grad()
 
     # The comparisons
 
@@ -641,12 +589,6 @@ class Play:
         error = max(float((x - y).norm() / max(y.norm(), floor)) if x.ne(y).any() else 0.0 for x, y in pairs)
         self.counts["compared"] += 1
         assert error < 1e-9, f"{what}: relative error {error:.2g}"
-
-
-TWICE = "attach: the attached {} got the same output of the {} twice, and AR is defined for one dropped tensor; {}"
-
-
-QUANTIZED = "attach: no loss can find the penalty, as the output of the attached {} needs no gradient; {}"
 
 
 def pattern(message: str) -> str:
@@ -669,7 +611,7 @@ def mean(x: Tensor, counts: Tensor) -> Tensor:
 
 
 def total_of(loss: Loss, side: int) -> Tensor:
-    return torch.stack([w * f(call.tensors(side)[name]).mean() for call, name, f, w in loss]).sum()
+    return torch.stack([w * f(call.tensors[side][name]).mean() for call, name, f, w in loss]).sum()
 
 
 if __name__ == "__main__":
