@@ -6,6 +6,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -181,14 +182,30 @@ class Run(NamedTuple):
 
 
 class Attached(nn.Module):
-    """An RNN with a dropout, or none, and the regularizer that is attached to them; a linear layer follows."""
+    """A module with a dropout, or none, and the regularizer that is attached to them; a linear layer follows.
 
-    def __init__(self, kind: Any = nn.LSTM, dropout: Any = None) -> None:
+    Args:
+        kind: the class of an RNN, or a module.
+        dropout: the class of the dropout, or `None`.
+        options: further arguments of `attach`.
+    """
+
+    def __init__(self, kind: Any = nn.LSTM, dropout: Any = None, **options: Any) -> None:
         super().__init__()
-        self.rnn: Any = kind(HIDDEN, HIDDEN, batch_first=True)
+        self.rnn: Any = kind if isinstance(kind, nn.Module) else kind(HIDDEN, HIDDEN, batch_first=True)
         self.dropout: Any = nn.Identity() if dropout is None else dropout(0.4)
         self.head, self.reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
-        self.handle = self.reg.attach(self.rnn, dropout and self.dropout)
+        self.attach = partial(self.reg.attach, self.rnn, dropout and self.dropout, **options)
+        self.handle = self.attach()
+
+    def attach_anew(self) -> None:
+        self.handle.remove()
+        self.handle = self.attach()
+
+    def check(self, *runs: Run, loss: Any = None, **tolerance: float) -> None:
+        """Check that a loss, of the first run unless it is given, gets the penalties of runs, and their gradients."""
+        loss = runs[0].loss if loss is None else loss
+        check_gradients(self, self.reg.on_backward_begin(loss), penalized(loss, *runs), **tolerance)
 
     def begin(self, x: Any, state: Any = None) -> Any:
         raw, state = self.rnn(x, state)

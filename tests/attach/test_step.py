@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests import language_model as lm
-from tests.language_model import FUSED, HIDDEN, PLAIN, STARTS, VALID, Attached, Run, each_dropout, penalized
+from tests.language_model import FUSED, HIDDEN, PLAIN, STARTS, VALID, Attached, Run, each_dropout
 
 
 def warned(function: Callable[[], Any]) -> tuple[Any, list[str]]:
@@ -51,24 +52,20 @@ def test_frozen_modules_before_a_trainable_head(dropout: Any, frozen: nn.GRU) ->
     model.rnn.requires_grad_(False)
     for _ in range(2):
         first = constant(frozen, lm.inputs())
-        run = model(first.raw)
-        lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run, first))
+        model.check(model(first.raw), first)
 
 
 @each_dropout
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, frozen: nn.GRU) -> None:
-    model, head = Attached(nn.LSTM, dropout), nn.Linear(HIDDEN, 1)
+    model = Attached(nn.LSTM, dropout)
     model.reg.attach(frozen)
-    for _ in range(3):
+    for step in range(3):
         run: Any = checkpoint(model, lm.inputs(), use_reentrant=False) if checkpoints else model(lm.inputs())
-        total, messages = warned(partial(model.reg.on_backward_begin, run.loss))
-        lm.check_gradients(model, total, penalized(run.loss, run))
-        total.backward()
+        with pytest.warns(UserWarning, match="GRU was never called") if step == 0 else nullcontext():
+            model.check(run)
         beside = constant(frozen, lm.inputs())
-        loss = head(beside.raw).sum()
-        lm.check_gradients(head, model.reg.on_backward_begin(loss), penalized(loss, beside))
-        assert (len(messages) == 1) == (_ == 0)  # the frozen module was not called yet
+        model.check(beside, loss=model.head(beside.raw).sum())
 
 
 def test_a_call_without_gradients_in_a_backward_belongs_to_no_later_loss(frozen: nn.GRU) -> None:
@@ -84,8 +81,7 @@ def test_a_call_without_gradients_in_a_backward_belongs_to_no_later_loss(frozen:
     loss = model(x).loss + checkpoint(region, x, use_reentrant=False).sum()  # pyright: ignore
     model.reg.on_backward_begin(loss).backward()
     beside = constant(frozen, lm.inputs())
-    loss = model.head(beside.raw).sum()
-    lm.check_gradients(model, model.reg.on_backward_begin(loss), penalized(loss, beside))
+    model.check(beside, loss=model.head(beside.raw).sum())
 
 
 def test_a_later_loss_of_a_trained_module_is_refused_beside_a_frozen_one(frozen: nn.GRU) -> None:
@@ -106,11 +102,11 @@ def test_a_penalty_without_a_gradient_is_added_and_never_warned_of(enabled: bool
         raws = [frozen(lm.inputs())[0] for _ in range(2)]
         loss = torch.stack([dropout(raw).sum() for raw in raws]).sum()
         with torch.set_grad_enabled(enabled):
-            total, messages = warned(partial(reg.on_backward_begin, loss))
+            total = reg.on_backward_begin(loss)
         want = loss + torch.stack([lm.formula(raw, raw, 1, alpha=0.0) for raw in raws]).sum()
         torch.testing.assert_close(total, want)
         if enabled:
-            assert not [*messages, *warned(total.backward)[1]]
+            total.backward()
 
 
 # Runs over one time step
@@ -161,22 +157,17 @@ def test_an_error_comes_before_the_warning_of_another_module(counts: Any) -> Non
     model, other, x = Attached(), lm.gru(), lm.inputs()[:, :1]
     model.reg.attach(other)
     losses = [model(x).loss for _ in range(counts[0])] + [other(x)[0].sum() for _ in range(counts[1])]
-    loss = torch.stack(losses).sum()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RuntimeError, match="ran 4 times over one time step"):
-            model.reg.on_backward_begin(loss)
+    with pytest.raises(RuntimeError, match="ran 4 times over one time step"):  # a warning is an error, too
+        model.reg.on_backward_begin(torch.stack(losses).sum())
 
 
 def test_a_trainer_that_attaches_in_each_step_is_told_once() -> None:
-    model, other, found = Attached(), lm.gru(), []
+    model, found = Attached(), []
     for _ in range(3):
-        with model.reg.attach(other):
-            loss = model(lm.inputs()[:, :1]).loss + model(lm.inputs()[:, :1]).loss
-            found.append(len(warned(partial(model.reg.on_backward_begin, loss))[1]))
-        model.handle.remove()
-        model.handle = model.reg.attach(model.rnn)
-    assert found == [2, 0, 0]
+        model.attach_anew()
+        loss = model(lm.inputs()[:, :1]).loss + model(lm.inputs()[:, :1]).loss
+        found.append(len(warned(partial(model.reg.on_backward_begin, loss))[1]))
+    assert found == [1, 0, 0]
 
 
 # What is taken for what
@@ -253,9 +244,9 @@ def test_a_run_whose_raw_is_gone_keeps_no_masks() -> None:
 
 @pytest.mark.parametrize("dropout", [None, PLAIN])
 def test_a_loop_without_a_loss_or_its_dropout_does_not_fill_the_memory(dropout: Any) -> None:
-    model = Attached(nn.GRU, dropout)
+    model, x = Attached(nn.Identity(), dropout, batch_first=True), torch.ones(1, 2, 2, requires_grad=True)
     for _ in range(2500):
-        model.rnn(lm.inputs()[:1, :2])
+        model.rnn(2 * x)
     assert len(model.reg._step.runs) < 1000  # pyright: ignore
 
 
@@ -277,8 +268,7 @@ def test_a_run_that_is_cleared_before_its_dropout_is_none(dropout: Any) -> None:
     raw, _ = model.rnn(lm.inputs())
     model.reg.clear()
     model.dropout(raw)
-    run = model(lm.inputs())
-    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+    model.check(model(lm.inputs()))
 
 
 @each_dropout
@@ -287,7 +277,7 @@ def test_runs_of_others_stay_when_a_handle_is_removed(dropout: Any) -> None:
     with model.reg.attach(other):
         run = model(lm.inputs())
         other(lm.inputs())
-    lm.check_gradients(model, model.reg.on_backward_begin(run.loss), penalized(run.loss, run))
+    model.check(run)
 
 
 @pytest.mark.filterwarnings("ignore:attach. the attached LSTM was never called")
@@ -304,18 +294,16 @@ def test_a_handle_says_once_what_was_taken_for_what() -> None:
 
 
 @each_dropout
-def test_a_run_costs_no_more_among_4000_in_a_step_than_among_100(dropout: Any) -> None:
+def test_a_run_costs_no_more_among_2000_in_a_step_than_among_100(dropout: Any) -> None:
     """Count the calls of functions, which are the same on each machine."""
-    module, reg = nn.Identity(), lm.regularizer()
-    after = dropout(0.1) if dropout else nn.Identity()
-    reg.attach(module, dropout and after, batch_first=True)
+    model = Attached(nn.Identity(), dropout, batch_first=True)
     x, calls = torch.ones(1, 2, 2, requires_grad=True), []
-    for count in (100, 4000):
+    for count in (100, 2000):
         calls.append(0)
         sys.setprofile(lambda _frame, event, _: calls.append(calls.pop() + event.endswith("call")))
-        kept = [after(module(2 * x)) for _ in range(count)]
+        kept = [model.dropout(model.rnn(2 * x)) for _ in range(count)]
         sys.setprofile(None)
-        reg.on_backward_begin(torch.stack(kept).sum())
+        model.reg.on_backward_begin(torch.stack(kept).sum())
         calls[-1] /= count
     assert calls[1] < 1.1 * calls[0]
 
