@@ -397,7 +397,7 @@ class Play:
                 tensors, states = through(*given)
             made.insert(0, (tensors | {f"state {j}": x for j, x in enumerate(tree_leaves(states))}, states))
             module.train()
-        self.last = Call(kind, *map(list, zip(*made, strict=True)), self.by_hand.runs[before:])
+        self.last = Call(kind, [x for x, _ in made], [x for _, x in made], self.by_hand.runs[before:])
         self.calls.append(self.last)
         return self.last
 
