@@ -38,16 +38,16 @@ class Nothing(TorchDispatchMode):
 
 def mask_for(x: Tensor) -> Tensor:
     kept = torch.arange(x.shape[2], device=x.device) % 3 > 0
-    return (1.5 * kept).to(x.dtype).expand(3, 1, x.shape[2])
+    return (1.5 * kept).to(x.dtype).expand(x.shape[0], 1, x.shape[2])
 
 
 def lengths_for(x: Tensor) -> Tensor:
-    """Return the lengths for all steps, all but one, and all but two."""
-    return (x.shape[1] - torch.arange(3, device=x.device)).clamp(min=0)
+    """Return the lengths for all steps, all but one, all but two, and so on."""
+    return (x.shape[1] - torch.arange(x.shape[0], device=x.device)).clamp(min=0)
 
 
 def marks_for(x: Tensor) -> Tensor:
-    return (torch.arange(3 * x.shape[1], device=x.device) % 5 > 0).view(3, x.shape[1])
+    return (torch.arange(x.shape[0] * x.shape[1], device=x.device) % 5 > 0).view(x.shape[:2])
 
 
 def module_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **options: Any) -> tuple[Tensor, ...]:
@@ -89,7 +89,9 @@ CALLS: dict[str, Call] = {
 # Further ones, for derivatives.
 MORE_CALLS: dict[str, Call] = {
     "valid": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, valid=marks_for(r)),
-    "starts": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, starts=marks_for(r).logical_not()),
+    "marks_time_first": lambda r, d: fused_ar_tar(
+        r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, time_dim=0, valid=marks_for(r), starts=~marks_for(r).roll(2)
+    ),
     "packed": packed_call,
     "tensors": lambda r, d: fused_ar_tar(r, d, *torch.tensor([2.0, 0.75], device=r.device).unbind()),
     "full_mask": lambda r, d: fused_dropout_ar_tar(

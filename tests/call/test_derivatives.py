@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar
-from tests.calls import CALLS, MORE_CALLS, Call, calls, flat, from_seed, leaves, mask_for
-from tests.exact import truth
+from tests.calls import CALLS, MORE_CALLS, Call, calls, flat, from_seed, leaves
 from tests.samples import DOUBLE
 
 pytestmark = pytest.mark.slow
 
-by_call = calls(of=CALLS | MORE_CALLS)
 # vmap draws masks in its own way.
 UNDRAWN = {name: call for name, call in (CALLS | MORE_CALLS).items() if not name.startswith(("drawn", "module"))}
 
@@ -28,11 +24,7 @@ def differentiable(call: Call) -> Call:
     return lambda *xs: tuple(x for x in flat(from_seed(call, [*xs])) if x.requires_grad)
 
 
-def scalar(call: Call) -> Call:
-    return lambda *xs: torch.stack([x.sin().sum() for x in flat(from_seed(call, [*xs]))]).prod()
-
-
-@by_call
+@calls(of=CALLS | MORE_CALLS)
 def test_gradients_of_any_order(call: Call, device: str) -> None:
     xs = leaves(4, DOUBLE, device)
     assert gradcheck(differentiable(call), xs, fast_mode=True)
@@ -47,56 +39,27 @@ def test_gradients_of_any_order(call: Call, device: str) -> None:
 
 @calls(of=UNDRAWN)
 def test_function_transforms(call: Call, device: str) -> None:
+    """The derivatives along a direction and the curvature in it are also those of two backwards."""
     xs, others = leaves(4, DOUBLE, device), [x.flip(0) for x in leaves(4, DOUBLE, device)]
-    loss = scalar(call)
-    want = [torch.autograd.grad(loss(*pair), pair, allow_unused=True, materialize_grads=True) for pair in (xs, others)]
-    got = torch.func.grad(loss, (0, 1))(*(x.detach() for x in xs))
-    assert_close(got, want[0])
-    both = [torch.stack(pair).detach() for pair in zip(xs, others, strict=True)]
-    assert_close(
-        torch.func.vmap(torch.func.grad(loss, (0, 1)))(*both), tuple(map(torch.stack, zip(*want, strict=True)))
-    )
+    points, directions = (tuple(x.detach() for x in pair) for pair in (xs, others))
 
+    def loss(*xs: Any) -> Any:
+        return torch.stack([x.sin().sum() for x in flat(from_seed(call, [*xs]))]).prod()
 
-def tangent(f: Any, r: Tensor, d: Tensor) -> Any:
+    def along(xs: Any) -> Any:
+        return sum((x * direction).sum() for x, direction in zip(xs, directions, strict=True))
+
+    options: Any = {"allow_unused": True, "materialize_grads": True, "create_graph": True}
+    want, of_others = (torch.autograd.grad(loss(*pair), pair, **options) for pair in (xs, others))
+    gradients = torch.func.grad(loss, (0, 1))
+    assert_close(gradients(*points), want)
+    both = [torch.stack(pair) for pair in zip(points, directions, strict=True)]
+    assert_close(torch.func.vmap(gradients)(*both), tuple(map(torch.stack, zip(want, of_others, strict=True))))
     with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(r, d), d)).tangent
-
-
-def of_batch(f: Any, r: Tensor, d: Tensor) -> Any:
-    return torch.func.vmap(torch.func.grad(f, (0, 1)))(torch.stack([r, d]), torch.stack([d, r + d]))
-
-
-TRANSFORMS: dict[str, Any] = {
-    "dual": tangent,
-    "hessian": lambda f, *xs: torch.func.hessian(f, (0, 1))(*xs),
-    "vmap": of_batch,
-}
-
-
-def dropping(r: Tensor, d: Tensor) -> Tensor:
-    dropped, penalty = CALLS["mask"](r, d)
-    return penalty * dropped.sin().sum()
-
-
-def formula_of_dropping(r: Tensor, d: Tensor) -> Tensor:
-    dropped = r * d * mask_for(r)
-    return truth(r * d, dropped, 2.0, 1.0).penalty * dropped.sin().sum()
-
-
-@pytest.mark.parametrize(
-    ("call", "formula"),
-    [(CALLS["pair"], lambda r, d: truth(r, d, 2.0, 1.0).penalty), (dropping, formula_of_dropping)],
-    ids=["pair", "dropping"],
-)
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_more_function_transforms_as_of_the_formula(name: str, call: Any, formula: Any) -> None:
-    xs, transform = [x.detach() for x in leaves(4, DOUBLE)], TRANSFORMS[name]
-    run = functools.partial(transform, call)
-    if name == "vmap":
-        torch.compiler.reset()
-        run = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert_close(run(*xs), transform(formula, *xs))
+        duals = map(forward_ad.make_dual, points, directions)
+        assert_close(forward_ad.unpack_dual(loss(*duals)).tangent, along(want))
+    curvature = torch.func.jvp(gradients, points, directions)[1]
+    assert_close(curvature, torch.autograd.grad(along(want), xs, allow_unused=True, materialize_grads=True))
 
 
 def test_vmap_of_marks(device: str) -> None:
