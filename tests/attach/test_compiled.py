@@ -51,6 +51,7 @@ def test_ten_models_of_a_class_that_was_compiled_before(before: str, kind: Any, 
                 lm.check_gradients(model, model.reg.on_backward_begin(made.loss), penalized(made.loss, made))
 
 
+@lm.either
 def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
     model, counter = lm.seeded(lambda: lm.Model(lm.Elementwise)), CompileCounterWithBackend("aot_eager")
     reg, run, compilations = lm.attached(model), torch.compile(model, backend=counter), []
