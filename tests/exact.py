@@ -91,14 +91,17 @@ def assert_terms(got: Any, want: ARTAR, *dtypes: torch.dtype, count: int = 0) ->
 
 
 def assert_gradient(
-    got: Tensor | None, want: Tensor | None, largest: float | Tensor | None = None, computed: torch.dtype = FLOAT
+    got: Tensor | None, parts: list[Tensor], computed: torch.dtype = FLOAT, counts: Tensor | None = None
 ) -> None:
-    """Allow one rounding to the dtype of `got`, and a few roundings of parts as large as `largest` before that."""
+    """Check the sum of some parts: allow one rounding to the dtype of `got`, and a few roundings of parts before that.
+
+    Where `counts` is false, only the last rounding is allowed.
+    """
     assert got is not None
-    assert want is not None
-    info = torch.finfo(got.dtype)
+    want, info = sum(parts), torch.finfo(got.dtype)
     computed = FLOAT if got.dtype in (HALF, BF16) else torch.promote_types(computed, got.dtype)  # rounded through it
-    largest = want.abs().max().item() if largest is None else largest
+    largest: Any = sum(x.abs().max() for x in parts if x.numel())
+    largest = largest if counts is None else largest * counts
     allowed = rounding(got) * want.abs() + 8 * eps(computed) * largest + info.smallest_normal * info.eps
     error = (got.double() - want).abs()
     assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what is allowed"
@@ -130,8 +133,7 @@ def check_penalty(raw: Tensor, dropped: Tensor, alpha: float, beta: float, **opt
         for (_, exactly, depends), gradient in zip(leaves, gradients, strict=True):
             assert (gradient is not None) == depends
             if gradient is not None:
-                parts = [scale * x for x in gradients_of(want, (alpha, beta), exactly)]
-                assert_gradient(gradient, sum(parts), sum(x.abs().max() for x in parts), penalty.dtype)
+                assert_gradient(gradient, gradients_of(want, (scale * alpha, scale * beta), exactly), penalty.dtype)
                 assert (gradient.masked_select(~counts) == 0).all()
 
 
@@ -163,14 +165,13 @@ def check_dropout(raw: Tensor, mask: Tensor, alpha: float, beta: float, **option
     assert_terms(got, want, raw.dtype)
     counts = steps_of(raw, **options)[0].expand(raw.shape)
     upstream, arriving = torch.full_like(got.penalty, 100), torch.randn_like(dropped)
-    of_dropped, of_penalty = [arriving.double() * keep], [100 * x for x in gradients_of(want, (alpha, beta), values)]
+    of_dropped, of_penalty = [arriving.double() * keep], gradients_of(want, (100 * alpha, 100 * beta), values)
     for outputs, grads, parts in (
         ([dropped, got.penalty], [arriving, upstream], of_dropped + of_penalty),
         ([got.penalty], [upstream], of_penalty),
         ([dropped], [arriving], of_dropped),
     ):
         (gradient,) = torch.autograd.grad(outputs, raw, grads, retain_graph=True)
-        largest = torch.where(counts, sum(x.abs().max() for x in parts), 0)
-        assert_gradient(gradient, sum(parts), largest, got.penalty.dtype)
+        assert_gradient(gradient, parts, got.penalty.dtype, counts)
         if parts is of_penalty:
             assert (gradient.masked_select(~counts) == 0).all()
