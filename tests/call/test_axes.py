@@ -86,5 +86,6 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     assert leaf.grad.stride() == leaf.stride()
     dropped, penalty = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
     assert dropped.stride() == x.stride()
+    assert torch.equal(dropped != 0, (dropped[:, :, :1] != 0).expand_as(dropped))  # the mask has one row
     (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
     assert gradient.stride() == x.stride()

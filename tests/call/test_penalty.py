@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import Call, calls, deterministic, everything, leaves
+from tests.calls import CALLS, MORE_CALLS, Call, calls, deterministic, everything, leaves
 from tests.conftest import by_triton, memory_of, skip_on_formula
 from tests.exact import check_penalty, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
@@ -27,7 +27,7 @@ def test_values_and_gradients(sample: Sample, device: str, poison: None) -> None
     check_penalty(*sample.leaves(device), sample.alpha, sample.beta, **sample.options)
 
 
-@calls()
+@calls(of=CALLS | MORE_CALLS)
 def test_repeats_bitwise(call: Call, device: str) -> None:
     first, *more = (everything(call, leaves(300, device=device)) for _ in range(3))
     with deterministic():

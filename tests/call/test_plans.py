@@ -6,7 +6,7 @@ import gc
 import sys
 import tracemalloc
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout
 from fastreg.call.backends import PLANS, TRITON
 from fastreg.kernels import streams
 from fastreg.kernels.streams import Expected
-from tests.calls import CALLS, Call, deterministic, flat, leaves, marks_for, mask_for, packed, total
+from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import compiled, memory_of, skip_on_formula
 from tests.exact import exact, truth
 from tests.samples import Decorated, transposed
@@ -123,12 +123,6 @@ def fresh(x: Any, frozen: bool, leaves: dict[int, Tensor]) -> Any:
     return leaves.setdefault(id(x), x.detach().requires_grad_(not frozen))
 
 
-def formula(rows: Sequence[Tensor], sizes: list[int]) -> Tensor:
-    """Compute the penalty of packed rows in float64."""
-    (raw, lengths), (dropped, _) = (pad_packed_sequence(packed(x, sizes), batch_first=True) for x in rows)
-    return truth(raw, dropped, 2.0, 1.0, lengths=lengths).penalty
-
-
 def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
     """Call the function; return a full description of its results and gradients, or its error."""
     options, leaves = dict(options), {}
@@ -201,22 +195,21 @@ def test_two_calls_that_differ_in_one_fact(name: str) -> None:
         assert states[0] == states[1]  # threads share plans, which are complete when they are kept
 
 
-@pytest.mark.parametrize("mode", [nullcontext, deterministic])
 @pytest.mark.parametrize("hidden", [1, 8, 64])
-def test_packed_rows_of_any_number_have_one_plan(hidden: int, mode: Any, device: str) -> None:
+def test_packed_rows_of_any_number_have_one_plan(hidden: int, device: str) -> None:
     """Their backwards come in another order than their forwards."""
     skip_on_formula(device)
     calls = []
-    with mode():
-        for sizes in ([1], [3, 2, 2], [1, 1, 1, 1], [40, 33, 2], [2], [3, 2, 2]):
-            pair = [torch.randn(sum(sizes), hidden, device=device, requires_grad=True) for _ in range(2)]
-            calls.append((pair, sizes, fused_ar_tar(*(packed(x, sizes) for x in pair), 2.0, 1.0)))
-            assert len(PLANS) == 1
-        for pair, sizes, got in reversed(calls):
-            doubles = [exact(x) for x in pair]
-            want = formula(doubles, sizes)
-            assert_close(got, want, check_dtype=False)
-            assert_close(torch.autograd.grad(got, pair), torch.autograd.grad(want, doubles), check_dtype=False)
+    for sizes in ([1], [3, 2, 2], [1, 1, 1, 1], [40, 33, 2], [2], [3, 2, 2]):
+        pair = [torch.randn(sum(sizes), hidden, device=device, requires_grad=True) for _ in range(2)]
+        calls.append((pair, sizes, fused_ar_tar(*(packed(x, sizes) for x in pair), 2.0, 1.0)))
+        assert len(PLANS) == 1
+    for pair, sizes, got in reversed(calls):
+        doubles = [exact(x) for x in pair]
+        (raw, lengths), (dropped, _) = (pad_packed_sequence(packed(x, sizes), batch_first=True) for x in doubles)
+        want = truth(raw, dropped, 2.0, 1.0, lengths=lengths).penalty
+        assert_close(got, want, check_dtype=False)
+        assert_close(torch.autograd.grad(got, pair), torch.autograd.grad(want, doubles), check_dtype=False)
 
 
 def test_a_node_of_packed_rows_knows_how_many_it_has_saved() -> None:
@@ -279,15 +272,12 @@ def test_plans_hold_no_tensors_of_the_caller() -> None:
     assert [x() for x in alive] == [None] * 5
 
 
-def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["key_of", "are_same"])
+def test_an_error_of_our_own_code_is_no_reason_for_the_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only facts that determine no plan are."""
-    for error in (TypeError, RuntimeError, AttributeError):
-        for name in ("key_of", "are_same"):
-            with monkeypatch.context() as patched:
-                fails = mock.Mock(side_effect=error("ours"))
-                patched.setattr(f"fastreg.call.operation.{name}", fails)
-                with pytest.raises(error, match="ours"):
-                    fused_ar_tar([RAW], [DROPPED], 2.0, 1.0)
+    monkeypatch.setattr(f"fastreg.call.operation.{name}", mock.Mock(side_effect=TypeError("ours")))
+    with pytest.raises(TypeError, match="ours"):
+        fused_ar_tar([RAW], [DROPPED], 2.0, 1.0)
 
 
 @pytest.mark.usefixtures("quick_collections")
@@ -315,32 +305,24 @@ def test_a_full_memory_drops_many_old_plans_at_once(monkeypatch: pytest.MonkeyPa
     assert len(gc.get_objects()) < objects + 300
 
 
-# A call, and how many bytes of the host's memory its plan may take
-ON_HOST: dict[str, tuple[Call, int]] = {
-    "plain": (CALLS["pair"], 7500),
-    "lengths": (CALLS["lengths"], 7500),
-    "dropout": (lambda r, _: fused_dropout_ar_tar(r, 0.5, 2.0, 1.0), 7500),
-    "24 layers": (lambda r, d: fused_ar_tar([r] * 24, [d] * 24, 2.0, 1.0), 15_000),
-}
-
-
 @compiled
-@pytest.mark.parametrize(("call", "limit"), ON_HOST.values(), ids=ON_HOST)
 @pytest.mark.parametrize("backend", ["cpu", "stand-in for a GPU"])
-def test_a_plan_takes_little_memory_of_the_host(call: Call, limit: int, backend: str) -> None:
+@pytest.mark.parametrize("name", ["pair", "lengths", "drawn", "24 layers"])
+def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None:
     skip_on_formula("cpu")
     if backend != "cpu" and TRITON is None:
         pytest.skip("needs Triton")
+    call = CALLS.get(name, lambda r, d: fused_ar_tar([r] * 24, [d] * 24, 2.0, 1.0))
     with nullcontext() if backend == "cpu" else h100():
         total(call(*leaves(3))).backward()
         PLANS.clear()
         gc.collect()
         tracemalloc.start()
         try:
-            for time in range(4, 104):
+            for time in range(4, 54):
                 total(call(*leaves(time))).backward()
             gc.collect()
-            assert tracemalloc.get_traced_memory()[0] < limit * 100
+            assert tracemalloc.get_traced_memory()[0] < 50 * (15_000 if name == "24 layers" else 7500)
         finally:
             tracemalloc.stop()
 
