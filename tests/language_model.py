@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -236,17 +234,6 @@ def tokens(*shape: int, device: str = "cpu") -> Tensor:
 
 def criterion(decoded: Tensor, x: Tensor) -> Tensor:
     return F.cross_entropy(decoded.flatten(0, -2), x.flatten())
-
-
-@contextmanager
-def messages_of(logger: str) -> Iterator[list[str]]:
-    """List the messages that a logger shows at the level it has."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger(logger).addHandler(handler)
-    yield messages
-    logging.getLogger(logger).removeHandler(handler)
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -41,22 +41,25 @@ vars(np).update(int=int, float=float, object=object)
 vars(collections).update({name: getattr(collections.abc, name) for name in collections.abc.__all__})
 import torch  # noqa: E402
 from fastai import __version__ as release  # noqa: E402
+from fastai.basic_data import DataBunch, DataLoader  # noqa: E402
 from fastai.basic_train import Learner  # noqa: E402
 from fastai.callback import Callback  # noqa: E402
 from fastai.callbacks.fp16 import MixedPrecision  # noqa: E402
 from fastai.callbacks.rnn import RNNTrainer as Stock  # noqa: E402
 from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.optim import SGD  # noqa: E402
 
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
-from tests.adapters.learners import ALPHA, BETA, PATHS, Alone, Contract  # noqa: E402
+from tests.adapters.contract import BATCH, IDS, PATHS  # noqa: E402
+from tests.adapters.learners import ALPHA, BETA, LearnerContract  # noqa: E402
 from tests.conftest import without  # noqa: E402
 from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
 TIME = 0 if release == "1.0.36" else 1
-STOCK: Any = (*([16] if OLD else []), ALPHA, BETA, *([False] if release == "1.0.36" else []))
+STOCK: Any = ({"bptt": 16} if OLD else {}) | ({"adjust": False} if release == "1.0.36" else {})
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
@@ -151,23 +154,7 @@ class Batches(Callback):
             self.do()
 
 
-class Flat(Alone):
-    """Returns decoded as fastai's loss takes it."""
-
-    def activations(self, x: Tensor) -> Any:
-        decoded, raw, dropped = super().activations(x)
-        return decoded.flatten(0, 1), [raw], [dropped]
-
-
-class Together(Flat):
-    """The same model as fastai's callback wants it."""
-
-    forward = Flat.activations  # pyright: ignore[reportAssignmentType]
-
-    def reset(self) -> None: ...
-
-
-class TestContract(Contract):
+class TestContract(LearnerContract):
     """One process runs it for one release."""
 
     stock, fused, time = Stock, RNNTrainer, TIME
@@ -175,12 +162,14 @@ class TestContract(Contract):
     learner, trained = staticmethod(learner), staticmethod(trained)
     at_batches, callbacks = Batches, staticmethod(attrgetter("callbacks"))
 
-    def custom(self, alone: bool, regularized: bool = True) -> Any:
-        of = learner()  # whose batches are always the same
-        torch.manual_seed(4)
-        made = Learner(of.data, (Flat if alone else Together)(batch_first=TIME == 1), loss_func=of.loss_func)
-        made.callbacks += [Stock(made, *STOCK)] * regularized
-        return made
+    def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
+        if accumulated > 1:
+            pytest.skip("its optimizer steps after each batch")
+        loader = DataLoader([(ids, ids) for ids in IDS], BATCH)
+        data = DataBunch(loader, loader, path=tempfile.mkdtemp())
+        learn = Learner(data, model, SGD, loss_func=lambda outputs, _: outputs["loss"])
+        learn.callbacks += [Stock(learn, alpha=2.0, beta=1.0, **STOCK)] * regularized
+        return learn
 
     def cut_off(self, learn: Any) -> None:
         with pytest.raises(ArithmeticError, match="the end failed"):
@@ -202,7 +191,7 @@ class TestContract(Contract):
 
 
 def test_a_learner_of_a_model_that_returns_only_its_output_is_exported_without_a_callback() -> None:
-    learn, seen = fuse(TestContract().custom(alone=True), **PATHS), []
+    learn, seen = fuse(TestContract().learner_of(TestContract().net()), **PATHS), []
     learn.callbacks.append(Batches(lambda: None))
     own = learn.callbacks
     with mock.patch.object(Learner, "export", lambda self: seen.extend(self.callbacks), create=True):
@@ -242,6 +231,6 @@ def test_errors_of_the_callback() -> None:
     learn = learner()
     with pytest.raises(ValueError, match="bptt: expected the usual number of time steps"):
         RNNTrainer(learn, None)
-    fuse(learn).callbacks.append(Stock(learn, *STOCK))
+    fuse(learn).callbacks.append(Stock(learn, **STOCK))
     with pytest.raises(ValueError, match=r"^RNNTrainer: .* more than one"):
         learn.fit(1)

@@ -1,56 +1,39 @@
-"""The contract of the adapters for fastai v1 and v2; the tests of each version run it in real learners."""
+"""What the contract of the adapters adds for fastai v1 and v2; the tests of each version run it in real learners."""
 
 from __future__ import annotations
 
 import gc
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastreg import FusedRNNDropout
-from tests.language_model import VOCABULARY, Model, gap, hooks_of
+from tests.adapters.contract import PATHS, Contract
+from tests.language_model import VOCABULARY, gap, hooks_of
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
-PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
-WITHOUT = "a training step has no penalty, because all named modules are in evaluation: 'rnn'; call"
 
 REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (0, {}, TypeError, "learn: expected a Learner, got int"),
     (None, {"rnn": "lstm"}, ValueError, r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'"),
     (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
     (None, {"beta": 3.0}, TypeError, "beta: expected no coefficient in fuse"),
-    (None, {"dropout": True, "output": len}, TypeError, "rnn: expected a path, as output, .* modules, got N"),
-    (None, {"time_dim": 1}, TypeError, "rnn: expected a path, as output, .* and time_dim are"),
-    (None, {"dropout": 1}, TypeError, "dropout: expected the attribute path .* got int"),
 ]
-
-
-class Alone(Model):
-    """A language model that returns only its output, and has no `reset()`."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.states, self.frames = nn.Identity(), nn.Identity()
-
-    def activations(self, x: Tensor) -> Any:
-        raw, _ = self.rnn(self.dropout(self.embedding(x)))
-        dropped = self.dropout(raw)
-        frames = self.frames(self.states(dropped).transpose(1, 2))  # time is the last axis, or the first
-        return self.decoder(frames.transpose(1, 2)), raw, dropped
 
 
 def subclassed(instance: Any) -> None:
     instance.__class__ = type("Mine", (type(instance),), {})
 
 
-class Contract:
-    """The tests that both adapters have to pass."""
+class LearnerContract(Contract):
+    """The tests that both adapters have to pass besides."""
+
+    logs_means = False
 
     stock: Any  # fastai's own callback
     fused: Any  # the callback of fastreg
@@ -59,7 +42,7 @@ class Contract:
     time = 1  # the axis of time
     stock_weights: Callable[..., Tensor]  # that fastai's own callback trains with given coefficients
     learner: Callable[[], Any]  # makes a learner of a language model, always with the same weights
-    custom: Callable[..., Any]  # makes one of an `Alone`, or of one that returns its activations; may be regularized
+    learner_of: Callable[..., Any]  # makes one of a model that returns its loss, which may be regularized
     trained: Callable[..., Tensor]  # trains a learner for an epoch with more callbacks, and returns the weights
     at_batches: Callable[..., Any]  # makes a callback that calls a function before each training batch
     cut_off: Callable[..., None]  # lets something end a fit that leaves hooks behind
@@ -67,10 +50,22 @@ class Contract:
     exported: Callable[..., Any]  # exports a learner, and loads it where fastreg cannot be imported
     callbacks: Callable[..., list[Any]]
 
+    def regularizers(self, learn: Any) -> list[Any]:
+        return [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
+
     def regularizer(self, learn: Any) -> Any:
         """Return the one regularizer of a learner."""
-        (found,) = [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
+        (found,) = self.regularizers(learn)
         return found
+
+    def fit(self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, Any]:
+        learn = self.learner_of(model, options is not None, accumulated)
+        if options is not None:
+            self.fuse(learn, **options)
+        torch.manual_seed(0)
+        for _ in range(fits):
+            learn.fit(1, 0.5)
+        return {} if options is None else vars(self.regularizer(learn))
 
     @pytest.mark.parametrize("dropout", [False, True])
     @pytest.mark.parametrize("coefficients", COEFFICIENTS)
@@ -88,14 +83,6 @@ class Contract:
         assert {issubclass(kind, FusedRNNDropout) for kind in kinds} == {dropout}
         assert learn.model[1].output_dp is own
         assert hooks_of(learn.model) == 0
-
-    def test_a_learner_prints_once_what_is_taken_for_what(self, capsys: pytest.CaptureFixture[str]) -> None:
-        learn = self.fuse(self.custom(alone=True), **PATHS)
-        for _ in range(2):
-            learn.fit(1)
-        (shown,) = re.findall(r"rnn \(LSTM\).*", capsys.readouterr().out)
-        axes = "batch .*, time" if self.time else "time .*, batch"
-        assert re.fullmatch(rf"rnn \(LSTM\) -> dropout \(Dropout\): raw \(.*\) as {axes} .*; no mask.*", shown)
 
     @pytest.mark.parametrize("dropout", [False, True])
     @pytest.mark.parametrize("what", ["fit", "validate"])
@@ -155,38 +142,18 @@ class Contract:
             one.eval().reset()
         assert torch.equal(again.model(tokens)[0], learn.model(tokens)[0])
 
-    def test_modules_by_their_paths_train_the_stock_weights(self) -> None:
-        expected, learn = self.trained(self.custom(alone=False)), self.fuse(self.custom(alone=True), **PATHS)
-        assert gap(self.trained(learn), expected) < 1e-5
-        assert hooks_of(learn.model) == 0
-        assert gap(self.trained(self.custom(True, False)), expected) > 1e-4
-
-    def test_an_axis_of_time_instead_of_a_layout(self) -> None:
-        by_axis, by_layout = {"time_dim": 2 if self.time else 0}, {"batch_first": self.time == 1}
-        weights = self.trained(self.fuse(self.custom(alone=True), rnn="frames", **by_axis))
-        assert gap(weights, self.trained(self.fuse(self.custom(alone=True), rnn="states", **by_layout))) < 1e-5
-        assert gap(weights, self.trained(self.fuse(self.custom(alone=True), **PATHS))) > 1e-4
-
     @pytest.mark.parametrize("name", ["valid", "starts"])
     def test_masks_of_the_batch(self, name: str) -> None:
         masks: Any = {name: lambda x: (x % 3 != 0).transpose(0, self.time - 1)}  # (batch, time)
-        weights = self.trained(self.fuse(self.custom(alone=True), **masks, **PATHS))
-        assert gap(weights, self.trained(self.fuse(self.custom(alone=False), **masks))) < 1e-5
-        assert gap(weights, self.trained(self.custom(alone=False))) > 1e-4
-
-    def test_modules_in_evaluation_are_warned_of_once_in_a_fit(self) -> None:
-        learn, without = self.fuse(self.custom(alone=True), **PATHS), self.custom(True, False)
-        for _ in range(2):
-            with pytest.warns(UserWarning, match=WITHOUT) as seen:
-                weights = self.trained(learn, self.at_batches(learn.model.rnn.eval))
-            assert sum("in evaluation" in str(x.message) for x in seen) == 1
-            assert gap(weights, self.trained(without, self.at_batches(without.model.rnn.eval))) == 0
+        weights = self.trained(self.fuse(self.learner(), **masks))
+        assert gap(weights, self.trained(self.fuse(self.learner(), dropout=True, **masks))) < 1e-5
+        assert gap(weights, self.stock_weights()) > 1e-4
 
     def test_unfuse_leaves_a_model_that_returns_only_its_output_without_a_regularizer(self) -> None:
-        learn = self.fuse(self.custom(alone=True), **PATHS)
+        learn = self.fuse(self.learner_of(self.net()), **PATHS)
         with pytest.warns(UserWarning, match="unfuse: this learner trains without AR and TAR now"):
             self.unfuse(learn)
-        assert gap(self.trained(learn), self.trained(self.custom(True, False))) == 0
+        assert self.regularizers(learn) == []
 
     @pytest.mark.parametrize(("given", "options", "error", "message"), REJECTED)
     def test_fuse_rejects_and_swaps_nothing(self, given: Any, options: Any, error: Any, message: str) -> None:

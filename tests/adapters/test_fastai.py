@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from bench.measure.timing import threads
 from fastreg import fused_ar_tar
-from tests.adapters.learners import ALPHA, BETA, PATHS, Alone, Contract, subclassed
+from tests.adapters.contract import BATCH, IDS, PATHS
+from tests.adapters.learners import ALPHA, BETA, LearnerContract, subclassed
 from tests.conftest import skip_without, without
-from tests.language_model import VOCABULARY, Triple, gap, hooks_of
+from tests.language_model import VOCABULARY, Model, Triple, gap, hooks_of
 
 skip_without("fastai")
 
@@ -210,16 +211,19 @@ def test_bptt_scales_the_lr_only_for_the_step(error: Any) -> None:
     assert all(lr == pytest.approx(5e-3 * n / 20) for n, lr in seen)
 
 
-class TestContract(Contract):
+class TestContract(LearnerContract):
     """fastai's loop calls no `after_fit` after an error, so that hooks stay after a fit that was cut off."""
 
     stock, fused = fa.RNNRegularizer, RNNRegularizer
     fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
     learner, callbacks = staticmethod(make), staticmethod(attrgetter("cbs"))
+    cleans_up = False
 
-    def custom(self, alone: bool, regularized: bool = True) -> Any:
-        cbs = [] if alone else [fa.ModelResetter(), fa.RNNCallback()]
-        return of(Alone if alone else Triple, *cbs, *[fa.RNNRegularizer(ALPHA, BETA)] * regularized)
+    def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
+        rows = [(ids, ids) for ids in IDS]
+        dls = fa.DataLoaders(fa.DataLoader(rows, bs=BATCH), fa.DataLoader(rows[:BATCH], bs=BATCH))
+        cbs = [fa.GradientAccumulation(accumulated * BATCH), *[fa.RNNRegularizer(2.0, 1.0)] * regularized]
+        return fa.Learner(dls, model, lambda outputs, _: outputs["loss"], opt_func=fa.SGD, cbs=cbs)
 
     def trained(self, learn: Any, *callbacks: Any) -> Tensor:
         return trained(learn, cbs=callbacks)
@@ -251,7 +255,7 @@ class TestContract(Contract):
 
 @pytest.mark.parametrize("paths", [{}, PATHS])
 def test_a_copy_of_a_learner_regularizes_alike(paths: dict[str, Any]) -> None:
-    learn = fuse(of(Alone if paths else Triple, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
+    learn = fuse(of(Model if paths else Triple, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
     learn.rnn_regularizer.bptt = 20
     copied = copy.deepcopy(learn)
     now = copied.rnn_regularizer
@@ -260,12 +264,12 @@ def test_a_copy_of_a_learner_regularizes_alike(paths: dict[str, Any]) -> None:
     weights = trained(learn)
     assert gap(trained(copied), weights) < 1e-5
     assert copied.recorder.metric_names == learn.recorder.metric_names == [*HEAD, "ar", "tar", "time"]
-    assert gap(trained(of(Alone)), weights) > 1e-4
+    assert gap(trained(of(Model)), weights) > 1e-4
     assert hooks_of(learn.model) == hooks_of(copied.model) == 0
 
 
 def test_another_learner_of_a_model_after_a_fit_that_was_cut_off() -> None:
-    learn = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS))
+    learn = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS))
     TestContract().cut_off(learn)
     other = fa.Learner(learn.dls, learn.model, fa.CrossEntropyLossFlat(), cbs=RNNRegularizer(1.0, 1.0, **PATHS))
     trained(other)
@@ -274,7 +278,7 @@ def test_another_learner_of_a_model_after_a_fit_that_was_cut_off() -> None:
 
 
 def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
-    learn = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS))
+    learn = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS))
     trained(learn)
     assert not capsys.readouterr().out
     trained(learn, cbs=on("before_batch", lambda learn: learn.model.rnn.eval()))
@@ -297,24 +301,24 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
             with learn.removed_cbs(found):
                 learn.get_preds(inner=True, reorder=False, act=fa.noop)
 
-    learn, other = of(Alone, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Triple, *fa.rnn_cbs(ALPHA, BETA))
+    learn, other = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS)), of(Triple, *fa.rnn_cbs(ALPHA, BETA))
     assert gap(*(trained(one, 2, cbs=on("after_validate", fetch)) for one in (learn, other))) < 1e-5
     assert all(ar > 0 < tar for *_, ar, tar, _ in learn.recorder.values)
 
 
 def run(*cbs: Any) -> Callable[[Any], object]:
-    return lambda _: trained(of(Alone, *cbs))
+    return lambda _: trained(of(Model, *cbs))
 
 
 HEAD = ["epoch", "train_loss", "valid_loss"]
 
 
 def of_two_learners(_: Any) -> None:
-    learn, _other = [of(Alone, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
+    learn, _other = [of(Model, shared) for shared in [RNNRegularizer(ALPHA, BETA, **PATHS)] * 2]
     trained(learn)
 
 
-ALONE = r"\(decoded, raw, dropped\) from the Alone, and one RNNCallback to capture them, got a Tensor and 1"
+ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and 1"
 REJECTED: list[tuple[Callable[[Any], Any], Callable[[Any], Any], type[Exception], str]] = [
     (lambda x: subclassed(x.model[1].output_dp), lambda x: fuse(x, True), ValueError, "to swap, got Mine"),
     (vars, run(*rnn_cbs(1.0)[1:]), TypeError, ALONE),

@@ -21,7 +21,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 from fastreg.lightning import ActivationRegularization  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.trainers import DATA, PATHS, Contract, Net  # noqa: E402
+from tests.adapters.contract import DATA, PATHS, Net, TrainerContract  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights  # noqa: E402
 
 # Lightning and its imports warn.
@@ -82,8 +82,8 @@ def assert_left_alone(module: Any) -> None:
     assert lm.hooks_of(module) == 0
 
 
-class TestContract(Contract):
-    logger, kind, adapter = "lightning.pytorch", Module, ActivationRegularization
+class TestContract(TrainerContract):
+    kind, adapter = Module, ActivationRegularization
     example = 'ActivationRegularization(2.0, 1.0, rnn="lstm")'
 
     def fit(self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:

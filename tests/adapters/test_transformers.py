@@ -28,7 +28,7 @@ import transformers  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.trainers import DATA, Contract, Net  # noqa: E402
+from tests.adapters.contract import DATA, Net, TrainerContract  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, TIME, VOCABULARY, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -168,10 +168,9 @@ SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = 
 }
 
 
-class TestContract(Contract):
+class TestContract(TrainerContract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
-    logger = "transformers"
     adapter = partial(RegularizedTrainer, nn.Identity())
     example = 'RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")'
 
