@@ -3,7 +3,7 @@
 `python -m tests.random_training --seed 0 --count 2000` plays 2,000 sequences. It prints the seed and the events of each
 in which a loss, AR, TAR or a gradient is wrong, an error or a warning comes that the documentation does not announce,
 or one that it announces does not come. At the end it prints how often each kind of event was played, and how often each
-row of the table of outcomes was hit.
+row of the table of outcomes was hit. It does not play runs over one time step, which `test_step.py` tests.
 """
 
 from __future__ import annotations
@@ -121,15 +121,14 @@ class ByHand:
         recent: the runs since a loss last took a penalty.
         without: the modules that were called in training without gradients since then.
         frozen: the modules whose runs before that loss needed no gradient.
-        called: the modules that were called in training.
-        noted: what is warned of once: a module and a case.
+        called: the modules that were called in training, or are said not to be.
         backwards: the number of backwards in which a penalty could have got a gradient; `None` once one has got it, or
             the lack of one was warned of.
     """
 
     def __init__(self, play: Play, net: Net) -> None:
         self.play, self.runs, self.marks = play, list[Run](), dict[Any, Run]()
-        self.recent, self.without, self.noted = list[Run](), set[nn.Module](), set[Any]()
+        self.recent, self.without = list[Run](), set[nn.Module]()
         self.frozen, self.called = dict[nn.Module, bool](), set[nn.Module]()
         self.backwards: int | None = 0
         self.dropouts = dict(zip(net.layers, play.dropouts, strict=True))
@@ -157,10 +156,6 @@ class ByHand:
     def after_dropout(self, _: nn.Module, args: Any, dropped: Tensor) -> Any:
         run = next((run for run in self.runs[::-1] if run.raw is args[0]), None)
         return None if run is None or self.dropouts[run.module] in NOT_ATTACHED else self.measured(run, dropped)
-
-    def has_tar(self) -> bool:
-        """Return whether beta is not 0 for certain, as a tensor may be."""
-        return self.play.coefficients[1] > 0 or self.play.identity is not self.play.coefficients
 
     def measured(self, run: Run, dropped: Tensor) -> Tensor:
         """Form AR and TAR of a run by the formula, and return dropped, marked."""
@@ -213,32 +208,20 @@ class ByHand:
         case = "the loss depends on runs"
         if not found:
             kinds = {*self.most().values()}
-            are_frozen = all(self.frozen.get(x, False) for x in self.dropouts) and not self.play.has_idle
+            are_frozen = all(self.frozen.get(x, False) for x in self.dropouts)
             if not (kinds == {2} or (not kinds and are_frozen)):
-                needs = loss.requires_grad or 3 in kinds or not kinds
-                return "the loss depends on no run" if needs else "nothing needs a gradient", []
+                return "the loss depends on no run", []
             case = "only frozen modules ran"
         counted = [*found, *constants]
         if any(run.identity != self.play.identity for run in found):
             case = "a coefficient changed"
-        elif max(self.single(found).values(), default=0) > 3 and self.has_tar():
-            case = "four runs over one step"
         return case, counted
 
-    def single(self, counted: Sequence[Run]) -> Counter[nn.Module]:
-        """Count the runs of each module over one time step."""
-        return Counter(run.module for run in counted if run.raw.shape[int(self.play.batch_first)] == 1)
-
-    def warnings_of(self, counted: Sequence[Run]) -> list[str]:
-        """Return the cases that are warned of at a loss, each once."""
-        two = "several runs over one step"
-        counts = self.single([run for run in counted if not run.frozen])
-        cases = {(module, two) for module, count in counts.items() if count > 1}
-        idle = [x for x in self.dropouts if x not in self.called] + [None] * self.play.has_idle
-        cases |= {(module, "a module was never called") for module in idle}
-        new = cases - self.noted
-        self.noted |= new
-        return [case for _, case in new]
+    def idle(self) -> list[str]:
+        """Return the case of each module that was never called, which is warned of once."""
+        idle = self.dropouts.keys() - self.called
+        self.called |= idle
+        return ["a module was never called"] * len(idle)
 
     def passed(self, loss: Tensor, has_penalty: bool) -> list[str]:
         """Follow a backward, in which a penalty may get a gradient; return the cases that are warned of."""
@@ -280,7 +263,6 @@ class Play:
         self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
         self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
         self.frozen = draw.choices(["", "first", "all"], [7, 2, 1])[0]
-        self.has_idle, self.single = draw.random() < 0.1, draw.random() < 0.15 and not self.compiled
         self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))
         if self.shared:
             self.dropouts[-1] = self.dropouts[0]
@@ -312,9 +294,6 @@ class Play:
             self.reg.attach(layer, dropout, **options)
         if self.has_beside:
             self.reg.attach(self.net.beside, **options)
-        if self.has_idle:
-            self.net.add_module("idle", idle := nn.GRU(1, 1).requires_grad_(False))
-            self.reg.attach(idle)
         self.change_coefficients()
         self.by_hand = ByHand(self, self.plain)
 
@@ -367,15 +346,11 @@ class Play:
         assert sorted(found) == sorted(cases), f"warnings: {[str(x.message) for x in caught]} instead of {cases}"
         self.counts.update(f"outcome: {case}" for case in cases)
 
-    def input(self, steps: int) -> Tensor:
-        return torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN).double()
-
     def run(self, kind: str = "", carries: bool = True) -> Call:
         """Run the net of each side with the same input and the same masks of dropout."""
         draw, carried = self.draw, self.carried() if carries else None
         kind = kind or draw.choices(["train", "no gradients", "evaluation"], [10, 1, 1])[0]
-        steps = 3 if self.compiled else 1 if self.single and draw.random() < 0.8 else draw.randint(2, 6)
-        x, event, at = self.input(steps), "", draw.randrange(len(self.kinds))
+        steps, event, at = 3 if self.compiled else draw.randint(2, 6), "", draw.randrange(len(self.kinds))
         beside = self.has_beside and (self.compiled or draw.random() < 0.8)
         if kind == "train":
             of_dropout = 0 if self.dropouts[at] in NOT_ATTACHED else 3 if self.dropouts[at] == "quantizer" else 2
@@ -383,6 +358,7 @@ class Play:
             event = draw.choices([*EVENTS][:count], [*EVENTS.values()][:count])[0]
         self.checkpointed = self.checkpointed or "checkpointed" in event
         self.note(f"call: {kind} {event}", f"is call {len(self.calls)}; layer {at}")
+        x = torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN).double()
         seed, before, made = draw.randrange(1000), len(self.by_hand.runs), list[Any]()
         for i in (1, 0):  # in plain PyTorch first, which says what to expect
             net, module = self.sides[i], self.nets[i]
@@ -390,8 +366,9 @@ class Play:
             torch.manual_seed(seed)
             given = x, carried and carried[i], "" if i and "checkpointed" in event else event, at, beside
             through = partial(checkpoint, net, use_reentrant=False) if "the net" in event and not i else net
-            runs, has_tar = self.by_hand.runs[before:], self.by_hand.has_tar()
-            lost = [x for x in runs if x.terms and x.frozen and x.raw.requires_grad and has_tar]
+            has_tar = self.coefficients[1] > 0 or self.identity is not self.coefficients  # a tensor may not be 0
+            runs = self.by_hand.runs[before:]
+            lost = [run for run in runs if run.terms and run.frozen and run.raw.requires_grad and has_tar]
             error = "" if i else TWICE * ("twice" in event) or QUANTIZED * bool(lost)
             with torch.set_grad_enabled(kind != "no gradients"), self.announced(error):
                 tensors, states = through(*given)
@@ -424,8 +401,7 @@ class Play:
         draw, parts = self.draw, list[Any]()
         calls = self.candidates() if draw.random() < 0.9 else self.calls
         calls = calls or self.calls
-        count = len(calls) if self.single and draw.random() < 0.5 else draw.randint(1, len(calls))
-        for call in draw.sample(calls, count):
+        for call in draw.sample(calls, draw.randint(1, len(calls))):
             names = [name for name, x in call.tensors[1].items() if x.requires_grad]
             names = names if draw.random() < 0.4 else [name for name in names if name in ("out", "beside")]
             for name in draw.sample(names, min(len(names), draw.randint(1, 2))):
@@ -446,8 +422,6 @@ class Play:
         draw, by_hand = self.draw, self.by_hand
         if loss is None and (not self.candidates() or draw.random() < 0.1):
             self.run("train")
-        for _ in range(4 * (self.single and draw.random() < 0.3)):  # a loop over time
-            self.run("train", carries=False)
         keeps_graph = loss is not None or draw.random() < 0.7
         loss = loss or self.loss()
         if not loss:
@@ -460,7 +434,7 @@ class Play:
         how = draw.choice(hows + ["alone"] * any(not run.frozen for run in counted))
         self.note(f"backward: {how}", f"of {len(counted)} runs{', graph kept' * keeps_graph}")
         self.note(f"outcome: {case}")
-        with self.announced(OUTCOMES[case], [] if OUTCOMES[case] else by_hand.warnings_of(counted)):
+        with self.announced(OUTCOMES[case], [] if OUTCOMES[case] else by_hand.idle()):
             if not counted or (how != "alone" and draw.random() < 0.5):
                 total = self.reg.on_backward_begin(losses[0])
             else:
@@ -546,7 +520,7 @@ class Play:
         with torch.no_grad():
             for x in self.net.parameters():
                 x += 0.1 * torch.randn_like(x)
-        self.plain.load_state_dict(self.net.state_dict(), strict=False)  # without the module that is never called
+        self.plain.load_state_dict(self.net.state_dict())
         self.drop("a step of the optimizer")
         if self.draw.random() < 0.5:
             self.change_coefficients()
@@ -565,7 +539,7 @@ class Play:
             for _ in range(3 * (self.draw.random() < 0.1)):
                 self.event(self.forget)
             for _ in range(events):
-                weights: dict[Any, float] = {self.run: 12 if self.single else 6, self.regularize: 6}
+                weights: dict[Any, float] = {self.run: 6, self.regularize: 6}
                 weights |= {self.train_step: 2, self.evaluate: 1, self.clear: 0.3, self.change_coefficients: 1}
                 weights |= {self.forget: 3, self.two_losses: 1 if self.frozen else 0.3}
                 self.event(self.draw.choices([*weights], [*weights.values()])[0])

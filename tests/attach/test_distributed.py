@@ -140,21 +140,14 @@ def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, 
     in_both(check_dtensors, placement, batch_first)
 
 
-class Spread(nn.Module):
-    """Return a tensor of any kind, and a state."""
-
-    def forward(self, x: Any) -> Any:
-        return 2 * x, x.sum(1)
-
-
 def check_attached_dtensors() -> None:
     """Compare `attach` and `with_penalty` with one process."""
     torch.manual_seed(0)
     whole, results = torch.randn(5, 7, 3), []
     for split in (torch.clone, partial(distribute_tensor, device_mesh=mesh(), placements=[Shard(0)])):
-        regularizer, module, x = RNNRegularizer(2.0, 1.0), Spread(), split(whole).requires_grad_()
+        regularizer, module, x = RNNRegularizer(2.0, 1.0), nn.Identity(), split(whole).requires_grad_()
         with regularizer.attach(module, batch_first=True):
-            raw, state = module(x)
+            raw, state = module((2 * x, x.sum(1)))
             total: Any = regularizer.on_backward_begin(raw.sum() + state.sum())
         gradients = [torch.autograd.grad(total, x)[0]]
         for scale in (0.5, torch.tensor(0.5)):

@@ -74,18 +74,20 @@ def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale:
     assert leaf.grad == (scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=DOUBLE)).to(dtypes[1])
 
 
-@pytest.mark.parametrize(("how", "times"), [("two losses", 2), ("retain_graph", 2), ("their sum", 1), ("another", 0)])
-def test_each_backward_through_the_view_adds_it(how: str, times: int) -> None:
-    x, leaf = X.clone().requires_grad_(), number()
+# Functions of two losses that depend on the view and of x, and how many backwards they make through the view
+BACKWARDS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int]] = {
+    "two losses": (lambda one, other, x: (one.backward(retain_graph=True), other.backward()), 2),
+    "retain_graph": (lambda one, other, x: (one.backward(retain_graph=True), one.backward()), 2),
+    "their sum": (lambda one, other, x: (one + other).backward(), 1),
+    "another": (lambda one, other, x: x.sum().backward(), 0),
+}
+
+
+@pytest.mark.parametrize("how", BACKWARDS)
+def test_each_backward_through_the_view_adds_it(how: str) -> None:
+    (backward, times), x, leaf = BACKWARDS[how], X.clone().requires_grad_(), number()
     y = with_penalty(x, leaf * 1, 0.5)
-    one, other = y.sum(), y.sin().sum()
-    if how == "their sum":
-        (one + other).backward()
-    elif how == "another":
-        x.sum().backward()
-    else:
-        one.backward(retain_graph=True)
-        (one if how == "retain_graph" else other).backward()
+    backward(y.sum(), y.sin().sum(), x)
     assert (0 if leaf.grad is None else leaf.grad) == 0.5 * times
 
 
@@ -151,8 +153,7 @@ def test_activation_checkpointing(region: str, reentrant: bool, scale: Any, arou
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("call", [same, fused])
-@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+@pytest.mark.parametrize(("call", "scale"), [(same, 0.5), (fused, torch.tensor(0.5))])
 def test_torch_compile_and_compiled_autograd(call: Any, scale: Any) -> None:
     rnn, counter = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)), CompileCounterWithBackend("aot_eager")
 
@@ -161,7 +162,7 @@ def test_torch_compile_and_compiled_autograd(call: Any, scale: Any) -> None:
 
     compiled = torch.compile(run, backend=counter, fullgraph=True)
     of_autograd = partial(compiled_autograd._enable, torch.compile(backend="eager"))
-    for seed in range(3):
+    for seed in range(2):
         results = []
         for forward, backward in ((run, nullcontext), (compiled, nullcontext), (run, of_autograd)):
             torch.manual_seed(seed)
@@ -188,26 +189,20 @@ def test_a_change_in_place_is_an_error_of_pytorch(of: str, needs: bool) -> None:
 
 
 ONES = torch.ones(2)
-NUMBER = "scale: expected a number or a 0-dim floating-point tensor, got"
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: (1.0, LEAF), TypeError, "x: expected a tensor, got float"),
     (lambda: ((X, X), LEAF), TypeError, "x: expected a tensor, got tuple .*pass the output"),
     (lambda: (pack_sequence([X]), LEAF), TypeError, "x: expected a tensor, got a PackedSequence"),
-    (lambda: (X.to_sparse(), LEAF), TypeError, "x: expected a dense .*tensor, got torch.sparse_coo"),
-    (lambda: (torch.nested.nested_tensor([X]), LEAF), TypeError, "x: .* got nested"),
     (lambda: (torch.arange(3), LEAF), TypeError, "x: expected a floating-point tensor, got torch.int64"),
     (lambda: (X, 1.0), TypeError, "penalty: expected a tensor, got float"),
     (lambda: (X, ONES[:1]), ValueError, r"penalty: expected a 0-dim tensor, got shape \(1,\)"),
     (lambda: (X, LEAF, None), TypeError, "scale: expected a real number, got NoneType"),
     (lambda: (X, LEAF, -1), ValueError, "scale: expected a finite number of at least 0, got -1"),
-    (lambda: (X, LEAF, ONES[0] / 0), ValueError, "scale: expected a finite number of at least 0, got inf"),
-    (lambda: (X, LEAF, ONES), ValueError, rf"{NUMBER} torch.float32 \(2,\)"),
-    (lambda: (X, LEAF, torch.tensor(1)), ValueError, rf"{NUMBER} torch.int64 \(\)"),
+    (lambda: (X, LEAF, ONES), ValueError, r"scale: expected a number or a 0-dim .*, got torch.float32 \(2,\)"),
     (lambda: (X, LEAF, LEAF), ValueError, "scale: .*gradient"),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("around", [nullcontext, torch.no_grad])
 @pytest.mark.parametrize(("make", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
 def test_bad_arguments(make: Any, error: type[Exception], message: str, around: Any) -> None:

@@ -135,15 +135,6 @@ def test_copies_hold_no_capture(by_hooks: bool, duplicate: Callable[[Any], Any])
     torch.testing.assert_close(lm.penalty_of(reg, decoded), lm.formula(raw, dropped, 1))
 
 
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_layers_are_for_on_loss_begin_and_refused_by_attach(layers: Any) -> None:
-    reg, rnn = copy.deepcopy(lm.regularizer(layers=layers, bptt=70)), lm.gru()
-    assert repr(reg) == f"RNNRegularizer(alpha=2.0, beta=1.0, layers={layers!r}, bptt=70)"
-    with pytest.raises(ValueError, match=f"layers: expected None with attach, .* got '{layers}'"):
-        reg.attach(rnn)
-    assert lm.hooks_of(rnn) == 0
-
-
 def test_on_epoch_begin_resets() -> None:
     resets: list[None] = []
     model = SimpleNamespace(reset=lambda: resets.append(None))
@@ -189,7 +180,7 @@ def test_on_loss_begin_rejects_outputs(output: Any) -> None:
         lm.penalty_of(reg)
 
 
-RAW = torch.randn(BATCH, TIME, HIDDEN)
+RAW, RNN = torch.randn(BATCH, TIME, HIDDEN), lm.gru()
 
 
 def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
@@ -216,6 +207,7 @@ def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
         (lambda: lm.penalty_of(lm.regularizer()), RuntimeError, r"call on_loss_begin\(output\) .* or attach\(rnn"),
         (lambda: lm.penalty_of(lm.attach_gru()[1]), RuntimeError, "no run of the .*GRU.*that calls the forward"),
         (lambda: lm.attach_gru()[1].on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
+        (lambda: lm.regularizer(layers="all").attach(RNN), ValueError, "layers: expected None with attach, .* 'all'"),
         (lambda: captured(False)[1].attach(lm.gru()), RuntimeError, "attach: on_loss_begin captures already"),
         (lambda: by_hand(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),
         (lambda: by_hand(valid=0.5), TypeError, "valid: expected"),
@@ -225,3 +217,4 @@ def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
 def test_rejects(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+    assert lm.hooks_of(RNN) == 0

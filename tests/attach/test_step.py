@@ -293,36 +293,42 @@ def test_a_handle_says_once_what_was_taken_for_what() -> None:
     assert said == ["encoder.gru (GRU): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask: every step counts"]
 
 
+def instructions(function: Callable[[], Any]) -> int:
+    """Count the instructions of Python that a call takes in this package, which are the same on each machine."""
+    counted = 0
+
+    def count(frame: Any, event: str, _: Any) -> Any:
+        nonlocal counted
+        if "fastreg" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes, counted = True, counted + (event == "opcode")
+        return count
+
+    sys.settrace(count)
+    function()
+    sys.settrace(None)
+    return counted
+
+
 @each_dropout
-def test_a_run_costs_no_more_among_2000_in_a_step_than_among_100(dropout: Any) -> None:
-    """Count the calls of functions, which are the same on each machine."""
-    model = Attached(nn.Identity(), dropout, batch_first=True)
-    x, calls = torch.ones(1, 2, 2, requires_grad=True), []
-    for count in (100, 2000):
-        calls.append(0)
-        sys.setprofile(lambda _frame, event, _: calls.append(calls.pop() + event.endswith("call")))
-        kept = [model.dropout(model.rnn(2 * x)) for _ in range(count)]
-        sys.setprofile(None)
+def test_a_run_costs_no_more_among_1000_in_a_step_than_among_100(dropout: Any) -> None:
+    model, x = Attached(nn.Identity(), dropout, batch_first=True), torch.ones(1, 2, 2, requires_grad=True)
+
+    def cost(count: int) -> float:
+        kept = list[Tensor]()
+        instructions_of_all = instructions(lambda: kept.extend(model.dropout(model.rnn(2 * x)) for _ in range(count)))
         model.reg.on_backward_begin(torch.stack(kept).sum())
-        calls[-1] /= count
-    assert calls[1] < 1.1 * calls[0]
+        return instructions_of_all / count
+
+    assert 0 < cost(1000) < 1.1 * cost(100)
 
 
 def test_a_loss_costs_no_more_after_500_whose_graphs_are_kept() -> None:
-    """Count the instructions of Python in this package, which are the same on each machine."""
-    module, reg, kept, counts = nn.Identity(), lm.regularizer(), [], []
-    reg.attach(module, batch_first=True)
+    model, kept = Attached(nn.Identity(), batch_first=True), list[Tensor]()
 
-    def count(frame: Any, event: str, _: Any) -> Any:
-        if "fastreg" not in frame.f_code.co_filename:
-            return None
-        frame.f_trace_opcodes, counts[-1] = True, counts[-1] + (event == "opcode")
-        return count
+    def step() -> int:
+        loss = model.rnn(2 * torch.ones(1, 2, 2, requires_grad=True)).sum()
+        return instructions(lambda: kept.append(model.reg.on_backward_begin(loss)))
 
-    for i in range(500):
-        loss = module(2 * torch.ones(1, 2, 2, requires_grad=True)).sum()
-        counts.append(0)
-        sys.settrace(count if i in (20, 499) else None)
-        kept.append(reg.on_backward_begin(loss))
-        sys.settrace(None)
-    assert 0 < counts[499] < 1.1 * counts[20]
+    costs = [step() for _ in range(500)]
+    assert 0 < costs[499] < 1.1 * costs[20]
