@@ -32,7 +32,12 @@ def deterministic() -> Iterator[None]:
 class Nothing(TorchDispatchMode):
     """A dispatch mode that changes nothing; fastreg runs the formula, so that modes see its operators."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(function)
         return function(*args, **(kwargs or {}))
 
 

@@ -83,7 +83,7 @@ class Kind:
         self.formula = not rounds_parts and self.choose("under a dispatch mode", [False] * 4 + [True])
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}: {getattr(x, '__name__', x)}" for name, x in self.chosen.items())
+        return ", ".join(f"{name}: {x}" for name, x in self.chosen.items())
 
     def chance(self, p: float) -> bool:
         return self.draw.random() < p
@@ -93,8 +93,7 @@ class Kind:
         return chosen
 
     def choose_each(self, name: str, choices: Sequence[Any], count: int) -> list[Any]:
-        chosen = [self.draw.choice(choices) for _ in range(count)]
-        self.chosen[name] = [getattr(x, "__name__", x) for x in chosen]
+        self.chosen[name] = chosen = [self.draw.choice(choices) for _ in range(count)]
         return chosen
 
     def choose_shape(self) -> None:
@@ -136,12 +135,10 @@ class Kind:
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
             given["lengths"] = lengths.to(self.draw.choice(INTEGERS[time > 127 :]))
-        if "valid" in self.marks:
-            valid = torch.rand(sequences, time, generator=self.bits) < self.draw.choice([0.3, 0.8, 1.0])
-            given["valid"] = valid.to(self.draw.choice([torch.bool, *INTEGERS]))
-        if "starts" in self.marks:
-            starts = torch.rand(sequences, time, generator=self.bits) < 0.3
-            given["starts"] = starts.to(self.draw.choice([torch.bool, *INTEGERS]))
+        for name in [x for x in self.marks if x != "lengths"]:
+            share = self.draw.choice([0.3, 0.8, 1.0]) if name == "valid" else 0.3
+            marks = torch.rand(sequences, time, generator=self.bits) < share
+            given[name] = marks.to(self.draw.choice([torch.bool, *INTEGERS]))
         for name, x in given.items():
             given[name] = self.draw.choice([x, x, x.t().contiguous().t(), torch.stack([x] * 2, -1)[..., 0]])
         return given
@@ -207,6 +204,7 @@ class Kind:
         got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
         penalty = assert_terms(got, want, *dtypes, count=raws[0].numel())
+        assert type(penalty) is Tensor
         both = [(x, beta) for x in raws] + [(x, alpha) for x in kept]
         leaves = [*{id(x): x for x, coefficient in both if x.requires_grad and coefficient}.values()]
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
@@ -230,6 +228,7 @@ class Kind:
         values, keep = exact(raw), mask.double()
         want = self.truth(values, assert_dropped(dropped, raw, mask, values), (alpha, beta), steps)
         penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
+        assert type(dropped) is type(penalty) is Tensor
         if not raw.requires_grad:
             return
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.problem import Place, axes_of, data_of, is_list, sizes_of
-from fastreg.call.torch_state import has_values
+from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -226,7 +226,7 @@ def _check_layer(name: str, x: Any) -> None:
     if not isinstance(x, PackedSequence):
         check_tensor(name, x)
         return
-    data, sizes = check_tensor(f"{name}.data", x.data), x.batch_sizes
+    data, sizes = check_tensor(f"{name}.data", x.data), plain(x.batch_sizes)
     _check_dtype(f"{name}.data", data)
     _expect(data.dim() == 2, f"{name}.data", "(rows, hidden), got {}", data.shape)
     name = f"{name}.batch_sizes"
@@ -266,7 +266,7 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
     fits = is_packed == isinstance(y, PackedSequence)
     _expect(fits, name, "{}, as {} is, got {}", kinds[not is_packed], other, kinds[is_packed], error=TypeError)
     if is_packed:
-        sizes, others = x.batch_sizes, y.batch_sizes
+        sizes, others = plain(x.batch_sizes), plain(y.batch_sizes)
         are_unlike = sizes is not others and has_values(sizes) and has_values(others) and not sizes.equal(others)
         _expect(not are_unlike, name, "the batch_sizes of {}, got others", other)
 

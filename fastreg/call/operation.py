@@ -154,7 +154,7 @@ def _facts_of_other(x: Any) -> Sequence[Any]:
     Raises:
         NoKeyError: the value is something else.
     """
-    if isinstance(x, PackedSequence) and type(x.batch_sizes) is Tensor:
+    if isinstance(x, PackedSequence) and type(plain(x.batch_sizes)) is Tensor:
         # Batch sizes are values, which are checked in every call. All numbers of dense rows have one plan.
         shape, *others = facts_of(x[:1])
         is_dense = others and others[0] == (*shape[1:], 1)
@@ -323,7 +323,7 @@ def _offsets(inputs: Sequence[Any]) -> Steps:
     packed, _ = arguments.check_layers(raw, dropped, Place())
     arguments.check_not_captured("lengths", packed.data.device)
     arguments.check_no_parts(packed.data)
-    return Steps(offsets=torch.nn.functional.pad(packed.batch_sizes.long().cumsum(0), (1, 0)))
+    return Steps(offsets=torch.nn.functional.pad(plain(packed.batch_sizes).long().cumsum(0), (1, 0)))
 
 
 def _steps(encoder: Any, sizes: tuple[Any, Any], device: torch.device, reduction: str, inputs: Sequence[Any]) -> Steps:

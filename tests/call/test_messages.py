@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import skip_without
+from tests.samples import Decorated
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -18,11 +19,14 @@ LENGTHS = torch.tensor([5, 3])
 STARTS = torch.tensor([[1, 0, 0, 1, 0]] * 2) > 0
 PACKED = pack_padded_sequence(X, LENGTHS, batch_first=True)
 OTHER = pack_padded_sequence(X, torch.tensor([4, 4]), batch_first=True)
+DECORATED = PackedSequence(OTHER.data, OTHER.batch_sizes.as_subclass(Decorated))
 SHORT = PackedSequence(PACKED.data[:-1], PACKED.batch_sizes)
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 AWAY = tuple.__new__(PackedSequence, (PACKED.data, PACKED.batch_sizes.to("meta"), None, None))
 LOWEST = -(2**63) + 1
-WRONG_SIZES = [[1, LOWEST, 1, LOWEST, 4], [1, 1, 2, 2, 2], [8, 1, -1]]  # the sum and differences of the first wrap
+# The sum and differences of the first ones wrap.
+WRONG_SIZES = [torch.tensor(x) for x in ([1, LOWEST, 1, LOWEST, 4], [1, 1, 2, 2, 2], [8, 1, -1])]
+WRONG_SIZES += [WRONG_SIZES[1].as_subclass(Decorated)]
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
 SIZES = "raw.batch_sizes: expected sizes above 0 that never grow and add up to the 8 rows, got"
 OTHER_STEPS = r"raw\[1\]: expected the batch and time steps of raw\[0\],"
@@ -48,10 +52,11 @@ BAD_ACTIVATIONS: list[tuple[Any, type[Exception], str]] = [
     (([PACKED, OTHER],) * 2, ValueError, r"raw\[1\]: expected the batch_sizes of raw\[0\], got others"),
     ((PACKED, PACKED.data), TypeError, "dropped: expected a PackedSequence, as raw is, got a tensor"),
     ((PACKED, OTHER), ValueError, "dropped: expected the batch_sizes of raw, got others"),
+    ((PACKED, DECORATED), ValueError, "dropped: expected the batch_sizes of raw, got others"),
     ((HALVES, HALVES), TypeError, "raw.batch_sizes: expected an integer tensor, got one of torch.float"),
     ((AWAY, AWAY), ValueError, "raw.batch_sizes: expected a tensor on the CPU, got one on meta"),
     ((SHORT, SHORT), ValueError, "raw.batch_sizes: expected sizes above 0 .* add up to the 7 rows, got"),
-    *[((PackedSequence(PACKED.data, torch.tensor(x)),) * 2, ValueError, SIZES) for x in WRONG_SIZES],
+    *[((PackedSequence(PACKED.data, x),) * 2, ValueError, SIZES) for x in WRONG_SIZES],
     ((ROWS_OF_ROWS, ROWS_OF_ROWS), ValueError, r"raw.data: expected \(rows, hidden\), got \(1, "),
 ]
 

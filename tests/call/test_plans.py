@@ -37,6 +37,7 @@ PACKED, MORE_SEQUENCES, MORE_STEPS, ONE_ROW, GAPS = (
 )
 GAPS["raw"] = GAPS["raw"]._replace(data=torch.stack([GAPS["raw"].data] * 2, -1)[..., 0])
 TWICE = {name: PackedSequence(PACKED["raw"].data, PACKED["raw"].batch_sizes) for name in PACKED}
+DECORATED = {name: PackedSequence(*(y.as_subclass(Decorated) for y in x[:2])) for name, x in PACKED.items()}
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
@@ -101,6 +102,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
     "valid, a subclass": (fused_ar_tar, {"valid": VALID}, {"valid": VALID.as_subclass(Decorated)}),
     "packed, one tensor in both": (fused_ar_tar, PACKED, TWICE),
+    "packed, a subclass": (fused_ar_tar, PACKED, DECORATED),
     "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
     "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
     "packed, rows": (fused_ar_tar, PACKED, ONE_ROW),

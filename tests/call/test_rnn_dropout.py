@@ -79,7 +79,10 @@ def test_a_compiled_dropout_has_its_own_penalty_again_when_its_handle_is_removed
         run(lm.inputs())
         assert dropout.take() is None
     raw, dropped = run(lm.inputs())
-    torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, dropped, 1, 3.0, 5.0))  # pyright: ignore
+    lm.check_gradients(rnn, dropout.take().penalty, lm.formula(raw, dropped, 1, 3.0, 5.0))  # pyright: ignore
+    dropout.eval()
+    assert torch.equal(*run(lm.inputs()))
+    assert dropout.take() is None
 
 
 # By itself
