@@ -268,15 +268,6 @@ def test_a_copy_of_a_learner_regularizes_alike(paths: dict[str, Any]) -> None:
     assert hooks_of(learn.model) == hooks_of(copied.model) == 0
 
 
-def test_another_learner_of_a_model_after_a_fit_that_was_cut_off() -> None:
-    learn = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS))
-    TestContract().cut_off(learn)
-    other = fa.Learner(learn.dls, learn.model, fa.CrossEntropyLossFlat(), cbs=RNNRegularizer(1.0, 1.0, **PATHS))
-    trained(other)
-    assert other.recorder.values[0][2] > 0
-    assert hooks_of(learn.model) == 0
-
-
 def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
     learn = of(Model, RNNRegularizer(ALPHA, BETA, **PATHS))
     trained(learn)

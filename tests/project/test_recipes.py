@@ -41,24 +41,21 @@ def check(ours: Loss, theirs: Loss, *shape: int) -> None:
     torch.testing.assert_close(results[0], results[1])
 
 
-def differences(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Tensor:
-    """Return the differences of order n of (batch, time, ...) whose steps all count, where only the first may start."""
+def squares(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Tensor:
+    """Square the differences of order n of (batch, time, ...) whose steps all count, where only the first may start."""
     parts = [(row, slice(t, t + n + 1)) for row in range(len(x)) for t in range(x.shape[1] - n)]
     if valid is not None:
         parts = [(row, steps) for row, steps in parts if valid[row, steps].all()]
     if starts is not None:
         parts = [(row, steps) for row, steps in parts if not starts[row, steps][1:].any()]
-    return torch.cat([x[part].diff(n=n, dim=0) for part in parts])
-
-
-def masks(batch: int, time: int, share: float) -> Tensor:
-    return torch.rand(batch, time, generator=torch.Generator().manual_seed(4)) < share
+    return torch.cat([x[part].diff(n=n, dim=0).square() for part in parts])
 
 
 TARGET = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(0))
 PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
 SUFFIX = torch.arange(9) >= torch.tensor([4, 1, 0])[:, None]
-ALL, VALID, STARTS = torch.ones(3, 9).bool(), masks(3, 12, 0.7), masks(3, 12, 0.25)
+DRAWN = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
+ALL, VALID, STARTS = torch.ones(3, 9).bool(), DRAWN < 0.7, DRAWN < 0.25
 
 
 def diffposetalk(mask: Tensor) -> Loss:
@@ -78,45 +75,36 @@ def diffposetalk_smooth(vertices: Tensor) -> Tensor:
 
 
 def steps_within(x: Tensor) -> Tensor:
-    return 0.5 * x.square().mean() + 2.0 * differences(x, starts=STARTS).square().mean()
+    return 0.5 * x.square().mean() + 2.0 * squares(x, starts=STARTS).mean()
 
 
-@pytest.mark.parametrize(
-    ("name", "ours", "theirs", "shape"),
-    [
-        ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0), diffposetalk(ALL), (3, 9, 6)),
-        ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0, PREFIX), diffposetalk(PREFIX), (3, 9, 6)),
-        ("masked_by_second_step", lambda f, x: f(x, TARGET, 2.0, 5.0, SUFFIX), diffposetalk(SUFFIX), (3, 9, 6)),
-        ("smoothness_of_joints", lambda f, x: f(x), lambda x: 0.5 * differences(x).square().sum(), (2, 9, 5, 3)),
-        (
-            "smoothness_of_joints",
-            lambda f, x: f(x, VALID.float()),
-            lambda x: 0.5 * differences(x, VALID).square().sum(),
-            (3, 12, 5, 3),
-        ),
-        ("curvature", lambda f, x: f(x.flatten(2), 1.0, valid=PREFIX), diffposetalk_smooth, (3, 9, 4, 3)),
-        ("curvature", lambda f, h: f(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), (3, 9, 6)),
-        (
-            "curvature",
-            lambda f, x: f(x, 1.0, valid=VALID, starts=STARTS),
-            lambda x: differences(x, VALID, STARTS, n=2).square().mean(),
-            (3, 12, 6),
-        ),
-        (
-            "penalty_of_trajectories",
-            lambda f, x: f({"embed": x, "is_init": STARTS[..., None]}, 0.5, 2.0),
-            steps_within,
-            (3, 12, 5),
-        ),
-        (
-            "action_smoothness",
-            lambda f, x: f(x, STARTS.roll(-1, 1), 2.0),
-            lambda x: 2.0 * differences(x, starts=STARTS).square().mean(),
-            (3, 12, 5),
-        ),
-        ("penalty_of_steps", lambda f, x: f(x.unbind(1), 0.5, 2.0, STARTS), steps_within, (3, 12, 5)),
-    ],
-)
+# the name of a function, a call of it, its formula, and the shape of the argument
+RECIPES: list[tuple[str, Loss, Loss, tuple[int, ...]]] = [
+    ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0), diffposetalk(ALL), (3, 9, 6)),
+    ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0, PREFIX), diffposetalk(PREFIX), (3, 9, 6)),
+    ("masked_by_second_step", lambda f, x: f(x, TARGET, 2.0, 5.0, SUFFIX), diffposetalk(SUFFIX), (3, 9, 6)),
+    ("smoothness_of_joints", lambda f, x: f(x), lambda x: 0.5 * squares(x).sum(), (2, 9, 5, 3)),
+    ("smoothness_of_joints", lambda f, x: f(x, VALID.float()), lambda x: 0.5 * squares(x, VALID).sum(), (3, 12, 5, 3)),
+    ("curvature", lambda f, x: f(x.flatten(2), 1.0, valid=PREFIX), diffposetalk_smooth, (3, 9, 4, 3)),
+    ("curvature", lambda f, h: f(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), (3, 9, 6)),
+    ("curvature", lambda f, x: f(x, 1.0, VALID, STARTS), lambda x: squares(x, VALID, STARTS, n=2).mean(), (3, 12, 6)),
+    (
+        "penalty_of_trajectories",
+        lambda f, x: f({"embed": x, "is_init": STARTS[..., None]}, 0.5, 2.0),
+        steps_within,
+        (3, 12, 5),
+    ),
+    (
+        "action_smoothness",
+        lambda f, x: f(x, STARTS.roll(-1, 1), 2.0),
+        lambda x: 2 * squares(x, starts=STARTS).mean(),
+        (3, 12, 5),
+    ),
+    ("penalty_of_steps", lambda f, x: f(x.unbind(1), 0.5, 2.0, STARTS), steps_within, (3, 12, 5)),
+]
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs", "shape"), RECIPES)
 def test_a_recipe_equals_the_formula(name: str, ours: Any, theirs: Loss, shape: tuple[int, ...]) -> None:
     function = recipe(name)
     check(lambda x: ours(function, x), theirs, *shape)
@@ -176,26 +164,20 @@ def test_recurrent_ppo(page: Path, name: str) -> None:
     stock.policy.sequence.register_forward_hook(lambda module, args, output: kept.append(output))
     padded = 0
     for data in ours.rollout_buffer.get(32):
-        gradients = []
         ours.logger.dump()  # which forgets the terms so far
-        for policy in (ours.policy, stock.policy):
-            actions = data.actions.long().flatten()
-            inputs = data.observations, actions, data.lstm_states, data.episode_starts
-            values, log_prob, _ = policy.evaluate_actions(*inputs)
-            loss = values.mean() + log_prob.mean()
-            if policy is stock.policy:
-                x = kept.pop()
-                mask = (data.mask > 1e-8).view(x.shape[:2])
-                padded += int((~mask).sum())
-                counts = mask if name == "regularize" else torch.ones_like(mask)
-                ar, tar = x[counts].square().mean(), differences(x, counts).square().mean()
-                loss = loss + 2.0 * ar + 1.0 * tar
-                logged = [ours.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
-                assert logged == pytest.approx([float(ar), float(tar)], rel=1e-5)
-            policy.zero_grad()
-            loss.backward()
-            gradients.append([weight.grad.clone() for weight in policy.lstm_actor.parameters()])
-        torch.testing.assert_close(gradients[0], gradients[1])
+        inputs = data.observations, data.actions.long().flatten(), data.lstm_states, data.episode_starts
+        results = [policy.evaluate_actions(*inputs) for policy in (ours.policy, stock.policy)]
+        losses = [values.mean() + log_prob.mean() for values, log_prob, _ in results]
+        x = kept.pop()
+        mask = (data.mask > 1e-8).view(x.shape[:2])
+        padded += int((~mask).sum())
+        counts = mask if name == "regularize" else torch.ones_like(mask)
+        terms = [x[counts].square().mean(), squares(x, counts).mean()]
+        logged = [ours.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
+        assert logged == pytest.approx([float(term) for term in terms], rel=1e-5)
+        losses[1] = losses[1] + 2.0 * terms[0] + 1.0 * terms[1]
+        weights = [[*policy.lstm_actor.parameters()] for policy in (ours.policy, stock.policy)]
+        torch.testing.assert_close(*map(torch.autograd.grad, losses, weights))
     assert padded
     ours.policy.set_training_mode(False)
     x = torch.randn(2, 3, 4, requires_grad=True)
