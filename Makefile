@@ -135,7 +135,7 @@ docs: .venv/docs
 	    printf '# %s\n\n````python\n%s\n````\n' "$$file" "$$(cat $$file)" > build/docs/$${file%.py}.md; done
 	.venv/bin/jupyter-nbconvert --log-level=WARN --to markdown --output-dir build/docs/examples \
 	    --output fastai_notebook examples/fastai_lm.ipynb
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet  # the theme announces its successor
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build  # which counts no warnings if it is --quiet; the theme announces its successor
 
 # PyTorch brings an OpenMP runtime. A second one in the wheel would start threads of its own.
 wheel: .venv/wheel

@@ -18,16 +18,14 @@ from tests.language_model import VOCABULARY, gap, hooks_of
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
 
-REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-    (0, {}, TypeError, "learn: expected a Learner, got int"),
+# the part of the learner that is of a subclass, if any, the options of `fuse`, and the error
+REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, ValueError, r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'"),
     (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
     (None, {"beta": 3.0}, TypeError, "beta: expected no coefficient in fuse"),
+    ("regularizer", {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class; add"),
+    ("dropout", {"dropout": True}, ValueError, "to swap, got Mine"),
 ]
-
-
-def subclassed(instance: Any) -> None:
-    instance.__class__ = type("Mine", (type(instance),), {})
 
 
 class LearnerContract(Contract):
@@ -155,17 +153,19 @@ class LearnerContract(Contract):
             self.unfuse(learn)
         assert self.regularizers(learn) == []
 
-    @pytest.mark.parametrize(("given", "options", "error", "message"), REJECTED)
-    def test_fuse_rejects_and_swaps_nothing(self, given: Any, options: Any, error: Any, message: str) -> None:
+    @pytest.mark.parametrize(("subclassed", "options", "error", "message"), REJECTED)
+    def test_fuse_rejects_and_swaps_nothing(self, subclassed: Any, options: Any, error: Any, message: str) -> None:
         learn = self.learner()
+        if subclassed:
+            part = self.regularizer(learn) if subclassed == "regularizer" else learn.model[1].output_dp
+            part.__class__ = type("Mine", (type(part),), {})
         parts = [*self.callbacks(learn), *learn.model.modules()]
         with pytest.raises(error, match=message):
-            self.fuse(learn if given is None else given, **options)
+            self.fuse(learn, **options)
         assert all(a is b for a, b in zip([*self.callbacks(learn), *learn.model.modules()], parts, strict=True))
         assert hooks_of(learn.model) == 0
 
-    def test_a_subclass_of_the_callback_is_not_swapped(self) -> None:
-        learn = self.learner()
-        subclassed(self.regularizer(learn))
-        with pytest.raises(ValueError, match=rf"the learner has no {self.fused.__name__} of fastai's own class; add"):
-            self.fuse(learn)
+    def test_only_a_learner_is_fused(self) -> None:
+        for call in (self.fuse, self.unfuse):
+            with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
+                call(0)

@@ -1,4 +1,4 @@
-"""The README, docs/ and docstrings: each snippet runs by itself, and their links and commands exist."""
+"""The README, docs/ and docstrings: each snippet runs by itself, and commands exist; `make docs` checks the links."""
 
 from __future__ import annotations
 
@@ -192,15 +192,8 @@ def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_commands_and_files_of_a_page_exist(page: Path) -> None:
+def test_commands_and_files_of_a_page_exist(page: Path) -> None:
     text = page.read_text()
-    for link in re.findall(r"\]\((?!https://)([^)\s]+)\)", text):
-        name, _, heading = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
-        assert target.exists(), link
-        if heading:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
-            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, link
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(r"(?:`|^ {4})make\s([a-z][\w-]*)", text, re.MULTILINE):
         assert target in targets, f"make {target}"
