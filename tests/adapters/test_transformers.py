@@ -34,7 +34,6 @@ from tests.language_model import ALPHA, BATCH, BETA, TIME, VOCABULARY, assert_sa
 # transformers and its imports warn.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
 pytestmark.append(pytest.mark.usefixtures("quick_collections"))
-transformers.logging.set_verbosity_error()
 
 EXAMPLES = 24
 TIMEOUT = 120  # seconds, for processes that import all this anew
@@ -114,6 +113,7 @@ def arguments(**options: Any) -> Any:
 @pytest.fixture(autouse=True)
 def folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run in a folder, and put the environment back, which `TrainingArguments` of some releases change."""
+    transformers.logging.set_verbosity_warning()  # which an example changes
     monkeypatch.chdir(tmp_path)
     with mock.patch.dict(os.environ):
         yield
@@ -170,12 +170,6 @@ class TestContract(TrainerContract):
 
     adapter = partial(RegularizedTrainer, nn.Identity())
     example = 'RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")'
-
-    @pytest.fixture(autouse=True)
-    def default_verbosity(self) -> Iterator[None]:
-        transformers.logging.set_verbosity_warning()
-        yield
-        transformers.logging.set_verbosity_error()
 
     def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
         steps: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
