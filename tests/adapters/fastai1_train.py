@@ -136,31 +136,13 @@ def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> No
     assert any(length != 20 for length, *_ in spy.steps)
 
 
-class Late(Callback):
-    """Fail when training ends, before other callbacks may."""
-
-    _order = -1000
-
-    def on_train_end(self, **_: Any) -> None:
-        raise ArithmeticError("the end failed")
-
-
-class Batches(Callback):
-    def __init__(self, do: Callable[[], object]) -> None:
-        self.do = do
-
-    def on_batch_begin(self, train: bool, **_: Any) -> None:
-        if train:
-            self.do()
-
-
 class TestContract(LearnerContract):
     """One process runs it for one release."""
 
     stock, fused, time = Stock, RNNTrainer, TIME
     fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
     learner, trained = staticmethod(learner), staticmethod(trained)
-    at_batches, callbacks = Batches, staticmethod(attrgetter("callbacks"))
+    callbacks = staticmethod(attrgetter("callbacks"))
 
     def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
         if accumulated > 1:
@@ -171,9 +153,17 @@ class TestContract(LearnerContract):
         learn.callbacks += [Stock(learn, alpha=2.0, beta=1.0, **STOCK)] * regularized
         return learn
 
+    def at_batches(self, do: Callable[[], None]) -> Any:
+        made = Callback()
+        made.on_batch_begin = lambda train, **_: do() if train else None
+        return made
+
     def cut_off(self, learn: Any) -> None:
+        failing = Callback()
+        failing._order = -1000  # before other callbacks, whose training then does not end
+        failing.on_train_end = mock.Mock(side_effect=ArithmeticError("the end failed"))
         with pytest.raises(ArithmeticError, match="the end failed"):
-            trained(learn, Late())
+            trained(learn, failing)
 
     def begin_anew(self, learn: Any) -> None:
         learn.create_opt(1e-3)
@@ -192,11 +182,11 @@ class TestContract(LearnerContract):
 
 def test_a_learner_of_a_model_that_returns_only_its_output_is_exported_without_a_callback() -> None:
     learn, seen = fuse(TestContract().learner_of(TestContract().net()), **PATHS), []
-    learn.callbacks.append(Batches(lambda: None))
+    learn.callbacks.append(Callback())
     own = learn.callbacks
     with mock.patch.object(Learner, "export", lambda self: seen.extend(self.callbacks), create=True):
         learn.export()
-    assert [type(x) for x in seen] == [Batches]
+    assert [type(x) for x in seen] == [Callback]
     assert learn.callbacks is own
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,6 @@ def spy(seen: list[dict[str, Any]]) -> Any:
     return on("after_loss", look)
 
 
-SETTINGS: dict[str, Callable[[], list[Any]]] = {
-    "accumulation and clip": lambda: [fa.GradientClip(0.1), fa.GradientAccumulation(16)],
-    "bf16": lambda: [fa.MixedPrecision("bf16")],
-    "fp16": lambda: [fa.MixedPrecision("fp16", init_scale=256.0)],
-}
-
-
 @pytest.fixture
 def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU fastai's mixed precision does nothing: it names CUDA. No CPU has LSTMs in float16."""
@@ -121,12 +114,12 @@ def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{amp}.GradScaler", lambda _, **options: torch.amp.GradScaler("cpu", **options))
 
 
-@pytest.mark.parametrize("setting", [pytest.param(x, marks=[pytest.mark.processor] * (x == "bf16")) for x in SETTINGS])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.processor), "fp16"])
 @pytest.mark.usefixtures("cpu_amp")
-def test_trains_the_stock_weights(setting: str) -> None:
-    cbs, want = SETTINGS[setting], make(metrics=fa.accuracy)
+def test_trains_the_stock_weights_in_mixed_precision(dtype: str) -> None:
+    cbs, want = partial(fa.MixedPrecision, dtype, init_scale=256.0), make(metrics=fa.accuracy)
     expected = trained(want, cbs=cbs())
-    close = 1e-3 if setting == "bf16" else 1e-5  # fastai rounds the differences to bfloat16
+    close = 1e-3 if dtype == "bf16" else 1e-5  # fastai rounds the differences to bfloat16
     fused, plain, other = (make(metrics=fa.accuracy) for _ in range(3))
     for got in (fuse(fused, dropout=True), fuse(plain), by_hand(other, *rnn_cbs(ALPHA, BETA))):
         assert gap(trained(got, cbs=cbs()), expected) < close
@@ -136,19 +129,15 @@ def test_trains_the_stock_weights(setting: str) -> None:
         assert gap(trained(other, cbs=cbs()), expected) > 5 * close
 
 
-def classifier(rows: list[Any], **options: Any) -> Any:
-    dls = fa.DataLoaders(fa.DataLoader(rows, bs=8), fa.DataLoader(rows[:8], bs=8))
-    config = fa.awd_lstm_clas_config | SMALL
-    model = fa.get_text_classifier(fa.AWD_LSTM, VOCABULARY, 2, seq_len=8, config=config, **options)
-    return fa.TextLearner(dls, model, ALPHA, BETA, loss_func=fa.CrossEntropyLossFlat())
-
-
 @pytest.mark.parametrize("max_len", [None, 16])
 def test_text_classifiers_with_padding_and_without(max_len: int | None) -> None:
     """Fastai pads by whole chunks before a text, and by the rest behind it; half of the batch is padding here."""
     texts = [torch.randint(2, VOCABULARY, (n,)) for n in (30, 29, 21, 17, 16, 9, 3, 1)]
     padded = [fa.pad_chunk(fa.TensorText(x), pad_idx=1, seq_len=8, pad_len=30).as_subclass(Tensor) for x in texts]
     rows = [(fa.TensorText(x), torch.tensor(i % 2)) for i, x in enumerate(padded)]
+    dls, config = fa.DataLoaders(*[fa.DataLoader(rows, bs=8)] * 2), fa.awd_lstm_clas_config | SMALL
+    model = fa.get_text_classifier(fa.AWD_LSTM, VOCABULARY, 2, seq_len=8, config=config, max_len=max_len)
+    learn = fa.TextLearner(dls, model, ALPHA, BETA, loss_func=fa.CrossEntropyLossFlat())
 
     def check(learn: Any) -> None:
         raw = learn.rnn.raw_out
@@ -159,7 +148,7 @@ def test_text_classifiers_with_padding_and_without(max_len: int | None) -> None:
         checked.append(raw)
 
     checked: list[Tensor] = []
-    trained(fuse(classifier(rows, max_len=max_len), valid=lambda x: x != 1), cbs=on("after_loss", check))
+    trained(fuse(learn, valid=lambda x: x != 1), cbs=on("after_loss", check))
     assert checked
 
 
@@ -222,7 +211,8 @@ class TestContract(LearnerContract):
     def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
         rows = [(ids, ids) for ids in IDS]
         dls = fa.DataLoaders(fa.DataLoader(rows, bs=BATCH), fa.DataLoader(rows[:BATCH], bs=BATCH))
-        cbs = [fa.GradientAccumulation(accumulated * BATCH), *[fa.RNNRegularizer(2.0, 1.0)] * regularized]
+        cbs = [fa.GradientAccumulation(accumulated * BATCH), fa.GradientClip(0.1)]
+        cbs += [fa.RNNRegularizer(2.0, 1.0)] * regularized
         return fa.Learner(dls, model, lambda outputs, _: outputs["loss"], opt_func=fa.SGD, cbs=cbs)
 
     def trained(self, learn: Any, *callbacks: Any) -> Tensor:
