@@ -45,17 +45,6 @@ class Elementwise(nn.Module):
         return raw, raw.narrow(time, -1, 1)
 
 
-class Wrapper(nn.Module):
-    """Calls an LSTM."""
-
-    def __init__(self, *sizes: int, batch_first: bool) -> None:
-        super().__init__()
-        self.rnn, self.batch_first = nn.LSTM(*sizes, batch_first=batch_first), batch_first
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        return self.rnn(x, state)
-
-
 class Loop(nn.Module):
     """Runs a cell over all time steps."""
 

@@ -25,11 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from fastreg.attach.step import OUTCOMES
-from tests.language_model import Elementwise, Locked, Loop, Quantizer, Wrapper
+from tests.language_model import Elementwise, Locked, Loop, Quantizer
 from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
-KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "cell": Loop, "wrapper": Wrapper, "elementwise": Elementwise}
+KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "cell": Loop, "elementwise": Elementwise}
 DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "none": lambda _: nn.Identity(),
     "plain, not attached": lambda _: nn.Dropout(P),

@@ -42,11 +42,6 @@ within = {
 }
 
 
-def each(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test with each kind of RNN and of dropout."""
-    return lm.each_dropout(pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])(test))
-
-
 # Layouts
 
 LINEAR, SHAPE = nn.Linear(HIDDEN, HIDDEN), (BATCH, TIME, HIDDEN)
@@ -267,6 +262,11 @@ COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
         m.reg.clear(),
         ((a := m(x)).loss, [a]),
     )[2],
+    "after a run that is cleared before its dropout": lambda m, x: (
+        raw := m.rnn(x)[0],
+        m.reg.clear(),
+        (m.dropout(raw), (a := m(x)).loss, [a])[1:],
+    )[2],
     "a dropout in evaluation": lambda m, x: (m.dropout.eval(), ((a := m(x)).loss, [a]))[1],
     "frozen": lambda m, x: last_of_two(freeze(m), x),
     "frozen in a later step": lambda m, x: (m.reg.on_backward_begin(m(x).loss), last_of_two(freeze(m), x))[1],
@@ -277,7 +277,8 @@ COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
 }
 
 
-@each
+@lm.each_dropout
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize("step", COUNTED)
 def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
     model = Attached(kind, dropout)
@@ -295,23 +296,17 @@ def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
 # Another module beside the model, and whether its run counts
 BESIDE: dict[str, tuple[Callable[[nn.GRU, Tensor], Any], bool]] = {
     "a run": (lambda rnn, x: rnn(x)[0], True),
-    "frozen": (lambda rnn, x: rnn.requires_grad_(False)(x)[0], True),
-    "a run that the loss does not depend on": (lambda rnn, x: rnn(x)[0].detach(), False),
-    "no run": (lambda rnn, x: x, False),
     "evaluation": (lambda rnn, x: rnn.eval()(x)[0], False),
-    "no gradients": (lambda rnn, x: torch.no_grad()(rnn)(x)[0], False),
+    "no gradients": (lambda rnn, x: no_grad(rnn)(x)[0], False),
 }
 
 
 @pytest.mark.parametrize("beside", BESIDE)
-def test_every_attached_module_counts_and_one_that_was_never_called_is_warned_of_once(beside: str, device: str) -> None:
+def test_a_module_beside_the_model_may_be_on_another_device(beside: str, device: str) -> None:
     (step, counts), model, x = BESIDE[beside], Attached(nn.LSTM, PLAIN), lm.inputs()
     model.reg.attach(other := lm.gru().to(device))
     run, raw = model(x), step(other, x.to(device)).cpu()
-    idle = pytest.warns(UserWarning, match="the attached GRU was never called") if beside == "no run" else nullcontext()
-    with idle:
-        model.check(run, *[lm.Run(raw, raw, None, raw)] * counts, loss=run.loss + raw.sin().sum())
-    model.check(model(x))
+    model.check(run, *[lm.Run(raw, raw, None, raw)] * counts, loss=run.loss + raw.sin().sum())
 
 
 @lm.each_dropout
@@ -559,9 +554,9 @@ def test_the_graph_of_a_run_goes_with_its_outputs(end: str, dropout: Any) -> Non
 
 
 @pytest.mark.usefixtures("no_collections")
-@each
-def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(kind: Any, dropout: Any) -> None:
-    model = Attached(kind, dropout)
+@lm.each_dropout
+def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
     run = model(lm.inputs())
     memory = [weakref.ref(x.untyped_storage()) for x in (run.raw, run.dropped)]
     total = model.reg.on_backward_begin(run.loss)
@@ -737,13 +732,13 @@ def test_states_without_memory_of_their_own_are_marked_as_views() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@each
-def test_an_attached_model_is_exported_in_training(kind: Any, dropout: Any) -> None:
+@lm.each_dropout
+def test_an_attached_model_is_exported_in_training(dropout: Any) -> None:
     class Model(Attached):
         def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(x).loss
 
-    model = Model(kind, dropout)
+    model = Model(nn.GRU, dropout)
     torch.export.export(model, (lm.inputs(),), strict=False)
     model.check(Attached.forward(model, lm.inputs()))
 

@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
+from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from tests.conftest import gpu, more
 from tests.exact import check_dropout, check_penalty
-from tests.language_model import VOCABULARY, Triple, criterion, formula
+from tests.language_model import VOCABULARY, Triple, attached, criterion, formula, regularizer
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +65,7 @@ def train(wrap: Any, attaches: bool) -> None:
     torch.manual_seed(0)
     model, plain = Triple(), Triple()
     plain.load_state_dict(model.state_dict())
-    regularizer = RNNRegularizer(2.0, 1.0)
-    if attaches:
-        regularizer.attach(model.rnn, model.dropout)
+    reg = attached(model) if attaches else regularizer()
     both = [wrap(model), wrap(plain)]
     optimizers = [torch.optim.SGD(x.parameters(), 0.5) for x in both]
     half = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
@@ -77,12 +75,12 @@ def train(wrap: Any, attaches: bool) -> None:
             torch.manual_seed(step)
             decoded, raw, dropped = outer(tokens)
             loss = criterion(decoded, tokens)
-            if outer is both[0]:
-                if not attaches:
-                    regularizer.on_loss_begin((decoded, raw, dropped))
-                loss = regularizer.on_backward_begin(loss)
-            else:
+            if outer is both[1]:
                 loss = loss + formula(raw, dropped, time=1)
+            else:
+                if not attaches:
+                    reg.on_loss_begin((decoded, raw, dropped))
+                loss = reg.on_backward_begin(loss)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -145,10 +143,10 @@ def check_attached_dtensors() -> None:
     torch.manual_seed(0)
     whole, results = torch.randn(5, 7, 3), []
     for split in (torch.clone, partial(distribute_tensor, device_mesh=mesh(), placements=[Shard(0)])):
-        regularizer, module, x = RNNRegularizer(2.0, 1.0), nn.Identity(), split(whole).requires_grad_()
-        with regularizer.attach(module, batch_first=True):
-            raw, state = module((2 * x, x.sum(1)))
-            total: Any = regularizer.on_backward_begin(raw.sum() + state.sum())
+        reg, module, x = regularizer(), nn.Identity(), split(whole).requires_grad_()
+        reg.attach(module, batch_first=True)
+        raw, state = module((2 * x, x.sum(1)))
+        total: Any = reg.on_backward_begin(raw.sum() + state.sum())
         gradients = [torch.autograd.grad(total, x)[0]]
         for scale in (0.5, torch.tensor(0.5)):
             penalty = fused_ar_tar(2 * x, 2 * x, 2.0, 1.0)

@@ -262,15 +262,6 @@ def test_recomputations_do_not_fill_the_memory() -> None:
 # What is dropped, and said
 
 
-@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
-def test_a_run_that_is_cleared_before_its_dropout_is_none(dropout: Any) -> None:
-    model = Attached(nn.LSTM, dropout)
-    raw, _ = model.rnn(lm.inputs())
-    model.reg.clear()
-    model.dropout(raw)
-    model.check(model(lm.inputs()))
-
-
 @each_dropout
 def test_runs_of_others_stay_when_a_handle_is_removed(dropout: Any) -> None:
     model, other = Attached(nn.LSTM, dropout), lm.gru()
