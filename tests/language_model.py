@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -223,6 +225,15 @@ def tokens(*shape: int, device: str = "cpu") -> Tensor:
 
 def criterion(decoded: Tensor, x: Tensor) -> Tensor:
     return F.cross_entropy(decoded.flatten(0, -2), x.flatten())
+
+
+def warned(function: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """Return the result of a function, and its warnings, which have to point to the tests."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    assert all(Path(x.filename).is_relative_to(Path(__file__).parent) for x in caught)
+    return result, [str(x.message) for x in caught]
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -46,8 +46,7 @@ random_bits = torch.Generator().manual_seed(5)
 MASKS = {name: torch.rand(BATCH, 8, generator=random_bits) < p for name, p in (("valid", 0.8), ("starts", 0.3))}
 # Events of a forward in one of the layers, and their frequencies. The last events need an attached dropout.
 EVENTS = {"": 20, "the net checkpointed": 2, "the RNN checkpointed": 2, "the RNN and its dropout checkpointed": 2}
-EVENTS |= {"the dropout left out": 1, "the dropout twice": 1, "a quantizer without gradients": 4}
-TWICE = "attach: the attached {} got the same output of the {} twice, and AR is defined for one dropped tensor; {}"
+EVENTS |= {"the dropout left out": 1, "a quantizer without gradients": 4}
 QUANTIZED = "attach: no loss can find the penalty, as the output of the attached {} needs no gradient; {}"
 
 
@@ -90,8 +89,6 @@ class Net(nn.Module):
         raw, state = layer(*given)
         if event == "the dropout left out":
             return raw, state, raw
-        if event == "the dropout twice":
-            dropout(raw)
         return raw, state, dropout(raw)
 
 
@@ -199,23 +196,17 @@ class ByHand:
 
     def outcome(self, loss: Tensor) -> tuple[str, list[Run]]:
         """Return the case of a loss in the table of outcomes, and the runs that count."""
-        reached = self.reached(loss)
-        found = [run for run in reached if not (run.ended or run.frozen)]
-        latest = {run.module: run for run in self.recent}
-        constants = [run for run in latest.values() if run.frozen and not run.ended]
         if any(run.terms is None for run in self.runs):
             return "a dropout did not get raw", []
-        case = "the loss depends on runs"
-        if not found:
-            kinds = {*self.most().values()}
-            are_frozen = all(self.frozen.get(x, False) for x in self.dropouts)
-            if not (kinds == {2} or (not kinds and are_frozen)):
-                return "the loss depends on no run", []
-            case = "only frozen modules ran"
-        counted = [*found, *constants]
+        found = [run for run in self.reached(loss) if not (run.ended or run.frozen)]
+        kinds, are_frozen = {*self.most().values()}, all(self.frozen.get(x, False) for x in self.dropouts)
+        if not found and kinds != {2} and (kinds or not are_frozen):
+            return "the loss depends on no run", []
+        latest = {run.module: run for run in self.recent}
+        counted = [*found, *(run for run in latest.values() if run.frozen and not run.ended)]
         if any(run.identity != self.play.identity for run in found):
-            case = "a coefficient changed"
-        return case, counted
+            return "a coefficient changed", counted
+        return "the loss depends on runs" if found else "only frozen modules ran", counted
 
     def idle(self) -> list[str]:
         """Return the case of each module that was never called, which is warned of once."""
@@ -288,7 +279,8 @@ class Play:
         self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers"])
         self.counts.update([f"shared {self.shared}", f"frozen {self.frozen}", f"batch first {self.batch_first}"])
         self.reg = RNNRegularizer(0, 0)
-        options: Any = {name: partial(self.part, mask) for name, mask in self.masks.items()}
+        time = int(self.batch_first)
+        options: Any = {name: lambda x, *_, m=mask: m[:, : x.shape[time]] for name, mask in self.masks.items()}
         for layer, at in {layer: i for i, layer in enumerate(self.net.layers)}.items():
             dropout = None if self.dropouts[at] in NOT_ATTACHED else self.net.dropouts[at]
             self.reg.attach(layer, dropout, **options)
@@ -296,9 +288,6 @@ class Play:
             self.reg.attach(self.net.beside, **options)
         self.change_coefficients()
         self.by_hand = ByHand(self, self.plain)
-
-    def part(self, mask: Tensor, x: Tensor, *_: Any) -> Tensor:
-        return mask[:, : x.shape[int(self.batch_first)]]
 
     def note(self, kind: str, more: str = "") -> None:
         """Note an event, and count its kind."""
@@ -353,8 +342,8 @@ class Play:
         steps, event, at = 3 if self.compiled else draw.randint(2, 6), "", draw.randrange(len(self.kinds))
         beside = self.has_beside and (self.compiled or draw.random() < 0.8)
         if kind == "train":
-            of_dropout = 0 if self.dropouts[at] in NOT_ATTACHED else 3 if self.dropouts[at] == "quantizer" else 2
-            count = 2 if self.compiled else 4 + of_dropout
+            name = self.dropouts[at]
+            count = 2 if self.compiled else 4 if name in NOT_ATTACHED else 6 if name == "quantizer" else 5
             event = draw.choices([*EVENTS][:count], [*EVENTS.values()][:count])[0]
         self.checkpointed = self.checkpointed or "checkpointed" in event
         self.note(f"call: {kind} {event}", f"is call {len(self.calls)}; layer {at}")
@@ -369,7 +358,7 @@ class Play:
             has_tar = self.coefficients[1] > 0 or self.identity is not self.coefficients  # a tensor may not be 0
             runs = self.by_hand.runs[before:]
             lost = [run for run in runs if run.terms and run.frozen and run.raw.requires_grad and has_tar]
-            error = "" if i else TWICE * ("twice" in event) or QUANTIZED * bool(lost)
+            error = "" if i else QUANTIZED * bool(lost)
             with torch.set_grad_enabled(kind != "no gradients"), self.announced(error):
                 tensors, states = through(*given)
             made.insert(0, (tensors | {f"state {j}": x for j, x in enumerate(tree_leaves(states))}, states))

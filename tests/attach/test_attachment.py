@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -582,12 +581,7 @@ FORGOTTEN: dict[str, Callable[[Attached, Any], Any]] = {
 
 def backwards(model: Attached, count: int, step: Any = FORGOTTEN["not called"]) -> list[str]:
     """Run steps without the penalty, and return their warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(count):
-            step(model, model(lm.inputs()))
-    assert all(x.filename == __file__ for x in caught)
-    return [str(x.message) for x in caught]
+    return [x for _ in range(count) for x in lm.warned(partial(step, model, model(lm.inputs())))[1]]
 
 
 @lm.each_dropout
@@ -801,18 +795,21 @@ def test_an_import_without_gradients_breaks_no_step() -> None:
     python("-c", f"import torch\nwith torch.inference_mode():\n    import fastreg\n{attach}\n{step}")
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
-def test_copies_keep_the_hooks_of_others_alone(duplicate: Callable[[Any], Any]) -> None:
-    rnn, reg, x = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), torch.randn(2, 3, 4)
-    rnn.register_forward_hook(lm.doubled)
-    reg.attach(rnn)
-    twin = duplicate(rnn)
-    with torch.no_grad():
-        twin.weight_ih_l0.zero_()
-    torch.testing.assert_close(twin(x), lm.doubled(twin, (), twin.forward(x)))
-    with pytest.raises(RuntimeError, match="nothing was captured"):
-        lm.penalty_of(reg, twin(x)[0])
-    assert lm.hooks_of(twin) == 0
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_copies_of_copies_keep_the_hooks_of_others_alone_and_attach_again(dropout: Any) -> None:
+    model: Any = nn.ModuleDict({"rnn": lm.gru(), "dropout": dropout(0.1)})
+    model["rnn"].register_forward_hook(lm.doubled)
+    for generation in range(50):
+        model = copy.deepcopy(model) if generation % 2 else lm.pickled(model)
+        assert lm.hooks_of(model) == 0
+        reg = lm.regularizer()
+        reg.attach(model["rnn"], model["dropout"])
+    hooks = [x for m in model.values() for x in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    assert {type(x).__name__ for x in hooks} == {"Hook", "function"}
+    assert len(hooks) <= 5
+    dropped = model["dropout"](raw := model["rnn"](x := lm.inputs())[0])
+    torch.testing.assert_close(raw, 2 * nn.GRU.forward(model["rnn"], x)[0])
+    torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
 
 
 # Arguments and results that are refused

@@ -116,7 +116,3 @@ def test_a_function_of_masks_that_returns_no_mask_is_a_type_error(mask: Any, got
     masks = Masks(starts=lambda *_: mask).of_batch(lambda: [torch.ones(2, 5)])
     with pytest.raises(TypeError, match=rf"^starts: expected the callable to return a mask, .* or None, got {got}$"):
         masks.of(inputs())
-
-
-def test_masks_of_none_are_none() -> None:
-    assert Masks(valid=lambda *_: None).of() == {"valid": None, "starts": None}

@@ -50,13 +50,10 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
     model, reg, (decoded, raw, dropped) = captured(by_hooks)
     loss, penalty = lm.criterion(decoded, lm.tokens()), lm.formula(raw, dropped, 1)
     before = loss.item()
-    if alone:
-        terms = reg.take(loss)
-        assert isinstance(terms, ARTAR)
-        assert (reg.ar, reg.tar) == terms[1:]
-        lm.check_gradients(model, terms.penalty, penalty)
-    else:
-        lm.check_gradients(model, reg.on_backward_begin(loss), loss + penalty)
+    terms = reg.take(loss) if alone else None
+    total = reg.on_backward_begin(loss) if terms is None else terms.penalty
+    lm.check_gradients(model, total, penalty if alone else loss + penalty)
+    assert not alone or (isinstance(terms, ARTAR) and (reg.ar, reg.tar) == terms[1:])
     assert loss.item() == before
     assert not any(x is None or x.requires_grad for x in (reg.ar, reg.tar))
     torch.testing.assert_close((reg.ar, reg.tar), (dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()))

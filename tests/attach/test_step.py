@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import copy, deepcopy
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -19,17 +18,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests import language_model as lm
-from tests.language_model import FUSED, HIDDEN, PLAIN, STARTS, VALID, Attached, Run, each_dropout
-
-
-def warned(function: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """Return the result of a function, and its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        result = function()
-    assert all(x.filename == __file__ for x in caught)
-    return result, [str(x.message) for x in caught]
-
+from tests.language_model import HIDDEN, PLAIN, STARTS, VALID, Attached, Run, each_dropout
 
 # A frozen module beside the model
 
@@ -127,7 +116,7 @@ def test_runs_over_one_step_are_warned_of_once_and_with_tar_from_four_on_refused
             with pytest.raises(RuntimeError, match=rf"the LSTM ran {count} times over one .*stack its outputs"):
                 model.reg.on_backward_begin(loss)
         else:
-            total, messages = warned(partial(model.reg.on_backward_begin, loss))
+            total, messages = lm.warned(partial(model.reg.on_backward_begin, loss))
             want = loss + lm.formula(longer.raw, longer.dropped, 1, beta=beta)
             want = want + sum(lm.ALPHA * run.dropped.square().mean() for run in runs)
             lm.check_gradients(model, total, want)
@@ -147,7 +136,7 @@ def test_a_batch_of_one_along_a_stated_axis_is_no_time_step_without_tar(
     reg.attach(module, time_dim=axis)
     xs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     loss = torch.stack([module(x).sum() for x in xs]).sum()
-    total, messages = warned(partial(reg.on_backward_begin, loss))
+    total, messages = lm.warned(partial(reg.on_backward_begin, loss))
     torch.testing.assert_close(total, loss + sum(lm.ALPHA * x.square().mean() for x in xs))
     assert len(messages) == count
 
@@ -159,15 +148,6 @@ def test_an_error_comes_before_the_warning_of_another_module(counts: Any) -> Non
     losses = [model(x).loss for _ in range(counts[0])] + [other(x)[0].sum() for _ in range(counts[1])]
     with pytest.raises(RuntimeError, match="ran 4 times over one time step"):  # a warning is an error, too
         model.reg.on_backward_begin(torch.stack(losses).sum())
-
-
-def test_a_trainer_that_attaches_in_each_step_is_told_once() -> None:
-    model, found = Attached(), []
-    for _ in range(3):
-        model.attach_anew()
-        loss = model(lm.inputs()[:, :1]).loss + model(lm.inputs()[:, :1]).loss
-        found.append(len(warned(partial(model.reg.on_backward_begin, loss))[1]))
-    assert found == [1, 0, 0]
 
 
 # What is taken for what
@@ -216,21 +196,6 @@ def test_masks_that_a_fused_dropout_is_called_with_are_shown() -> None:
 
 
 # Memory
-
-
-def test_attaching_copies_of_copies_leaves_no_idle_hooks() -> None:
-    reg = lm.regularizer()
-    for dropout in (PLAIN, FUSED):
-        model: Any = nn.ModuleDict({"rnn": lm.gru(), "dropout": dropout(0.1)})
-        for generation in range(100):
-            model = deepcopy(model) if generation % 2 else lm.pickled(model)
-            reg = lm.regularizer()
-            reg.attach(model["rnn"], model["dropout"])
-        hooks = [x for m in model.values() for x in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-        assert len(hooks) <= 4
-        assert {type(x).__module__ for x in hooks} == {"fastreg.attach.attachment"}
-        dropped = model["dropout"](raw := model["rnn"](lm.inputs())[0])
-        torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
 
 
 def test_a_run_whose_raw_is_gone_keeps_no_masks() -> None:
