@@ -135,13 +135,6 @@ def without(*packages: str) -> Iterator[None]:
         yield
 
 
-def import_without(adapter: str, *packages: str) -> None:
-    """Import an adapter anew where the packages that it needs are not installed."""
-    with mock.patch.dict(sys.modules), without(*packages):
-        sys.modules.pop(adapter, None)
-        import_module(adapter)
-
-
 @pytest.fixture(autouse=True)
 def start() -> None:
     """Let every test begin with the same seed and without plans, so that a failure repeats."""

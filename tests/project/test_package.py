@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import torch
 import fastreg
 import fastreg.__main__ as main
 from fastreg.call import backends
-from tests.conftest import CPU, ROOT, import_without, more, python, skip_on_formula
+from tests.conftest import CPU, ROOT, more, python, skip_on_formula, without
 
 HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
@@ -124,8 +125,11 @@ RELEASES = {"fastai": "'fastai>=2'", "fastai1": "'fastai<2'", "lightning": "ligh
 
 @pytest.mark.parametrize("adapter", RELEASES)
 def test_a_missing_framework_is_named(adapter: str) -> None:
-    with pytest.raises(ImportError, match=rf"^fastreg\.{adapter}: .*; pip install {RELEASES[adapter]}( accelerate)?$"):
-        import_without(f"fastreg.{adapter}", "fastai", "lightning", "pytorch_lightning", "transformers")
+    said = rf"^fastreg\.{adapter}: .*; pip install {RELEASES[adapter]}( accelerate)?$"
+    with without(f"fastreg.{adapter}", "fastai", "lightning", "pytorch_lightning", "transformers"):
+        del sys.modules[f"fastreg.{adapter}"]  # it is imported anew
+        with pytest.raises(ImportError, match=said):
+            import_module(f"fastreg.{adapter}")
 
 
 @more
