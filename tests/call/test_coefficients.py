@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer
 from fastreg.call.backends import cpu_tensors_by
 from tests import language_model as lm
 from tests.calls import CALLS, MORE_CALLS, calls, everything, leaves, total
@@ -61,15 +61,6 @@ def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_ba
     beta.fill_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         got.backward()
-
-
-def test_an_infinite_term_of_no_weight(device: str) -> None:
-    raw = torch.tensor([[[1.0], [torch.inf], [2.0]]], device=device)
-    for coefficients in (numbers(device, 0.0, 0.0), (0.0, 0.0)):
-        for call in (fused_ar_tar, torch.compile(fused_ar_tar, backend="aot_eager")):
-            got = call(raw, raw, *coefficients, return_terms=True)
-            assert got.penalty == 0
-            assert got.ar == got.tar == torch.inf
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.backends import cpu_tensors_by
 from tests.calls import CALLS, MORE_CALLS, Call, calls, deterministic, everything, leaves
 from tests.conftest import by_triton, memory_of, skip_on_formula
 from tests.exact import check_penalty, truth
@@ -49,18 +50,24 @@ def test_a_term_that_is_off_is_not_read(device: str) -> None:
     assert fused_ar_tar(None, None, 0, 0) == 0
 
 
+@pytest.mark.parametrize("by_formula", [True, False])
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (2.0, 0.0), (0.0, 0.0)])
-def test_a_term_whose_coefficient_is_0_is_only_measured(alpha: float, beta: float, same: bool, device: str) -> None:
+def test_a_term_whose_coefficient_is_0_is_only_measured(
+    alpha: float, beta: float, same: bool, by_formula: bool, device: str
+) -> None:
     raw, dropped = torch.randn(2, 2, 5, 8, device=device).unbind()
     raw[0, 1, 2] = dropped[0, 1, 2] = torch.inf
     raw.requires_grad_()
     dropped = raw if same else dropped.requires_grad_()
-    got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
+    with cpu_tensors_by(None) if by_formula else nullcontext():
+        got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
+        want = fused_ar_tar(raw, dropped, alpha, beta)
+        of_tensors = fused_ar_tar(raw, dropped, *torch.tensor([alpha, beta], device=device).unbind())
     torch.testing.assert_close(got.ar, dropped.detach().square().mean())
     torch.testing.assert_close(got.tar, raw.detach().diff(dim=1).square().mean())
-    want = fused_ar_tar(raw, dropped, alpha, beta)
     assert torch.equal(got.penalty, want)
+    assert torch.equal(of_tensors, want)
     assert got.penalty.requires_grad == want.requires_grad == bool(alpha or beta)
     for scale in (1, 3) if alpha or beta else ():  # the forward expects the first
         options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import leaves
+from tests.calls import CALLS, Call, leaves
 from tests.conftest import INTERPRETED, memory_of, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -40,25 +40,16 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     return [*torch.autograd.grad(got, inputs, upstream)]
 
 
+KINDS: dict[str, Call] = {name: CALLS[name] for name in ("pair", "same", "lengths", "alpha0")}
+KINDS["raw needs none"] = lambda r, d: fused_ar_tar(r.detach(), d, 2.0, 1.0)
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        *[("two", dtype) for dtype in (FLOAT, DOUBLE, HALF, BF16)],
-        *[(kind, FLOAT) for kind in ("same", "lengths", "raw alone", "raw needs none")],
-    ],
-    ids=str,
+    ("kind", "dtype"), [*[("pair", x) for x in (DOUBLE, HALF, BF16)], *[(kind, FLOAT) for kind in KINDS]], ids=str
 )
 def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
-    raw, dropped = leaves(7, dtype, device)
-    if kind == "raw needs none":
-        raw = raw.detach()
-    second = {"same": raw, "raw alone": None}.get(kind, dropped)
-    options: Any = {"lengths": torch.tensor([7, 0, 3])} if kind == "lengths" else {}
-
-    def call() -> Tensor:
-        return fused_ar_tar(raw, second, 0.0 if second is None else 2.0, 1.0, **options)
-
-    inputs = [x for x in (raw, dropped) if x.requires_grad and (x is not dropped or second is dropped)]
+    xs = leaves(7, dtype, device)
+    call, inputs = functools.partial(KINDS[kind], *xs), xs[kind == "raw needs none" :]
     upstream = [torch.tensor(x, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device) for x in UPSTREAM]
     wanted = [alone(call, grad, inputs) for grad in upstream]  # before all others, as each is expected after it
     for grad, want in zip(upstream, wanted, strict=True):

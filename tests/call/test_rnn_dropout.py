@@ -24,7 +24,8 @@ OTHER = torch.arange(TIME).expand(BATCH, -1) != 3
 def check_own(dropout: Any, raw: Tensor, alpha: float = 3.0, beta: float = 5.0) -> None:
     """Check that a dropout uses its own coefficients, and counts all steps."""
     dropped, taken = dropout(raw), dropout.take()
-    torch.testing.assert_close(taken.penalty, lm.formula(raw, dropped, 1, alpha, beta))
+    squared = raw if dropout.ar_of == "raw" else dropped
+    torch.testing.assert_close(taken.penalty, lm.formula(raw, squared, 1, alpha, beta))
     assert dropout.take() is None
 
 
@@ -40,19 +41,20 @@ def loaded(dropout: FusedRNNDropout) -> Any:
 
 
 @pytest.mark.parametrize("of", [float, torch.tensor], ids=["numbers", "tensors"])
-@pytest.mark.parametrize("p", [0.3, 0.0])
-def test_an_attached_dropout_uses_the_coefficients_of_the_regularizer_and_keeps_its_own(p: float, of: Any) -> None:
-    (rnn, dropout), reg = (lm.gru(), FusedRNNDropout(p, 3.0, 5.0)), lm.regularizer()
-    with reg.attach(rnn, dropout, valid=lambda _: VALID):
+@pytest.mark.parametrize(("p", "ar_of"), [(0.3, "dropped"), (0.3, "raw"), (0.0, "dropped")])
+def test_an_attached_dropout_takes_masks_and_coefficients_of_the_regularizer(p: float, ar_of: Any, of: Any) -> None:
+    (rnn, dropout), reg = (lm.gru(), FusedRNNDropout(p, 3.0, 5.0, ar_of=ar_of)), lm.regularizer()
+    with reg.attach(rnn, dropout, valid=lambda _: VALID, starts=lambda _: STARTS):
         for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0), (0.5, 0.25)):
             reg.alpha, reg.beta = of(alpha), of(beta)
             raw, dropped = lm.run(rnn, dropout)
             assert dropout.take() is None
-            want = fused_ar_tar(raw, dropped, alpha, beta, valid=VALID, return_terms=True)
+            squared = raw if ar_of == "raw" else dropped
+            want = fused_ar_tar(raw, squared, alpha, beta, valid=VALID, starts=STARTS, return_terms=True)
             loss = dropped.sin().sum()
             lm.check_gradients(rnn, reg.on_backward_begin(loss), loss + want.penalty)
             torch.testing.assert_close((reg.ar, reg.tar), want[1:])
-        assert str(dropout) == str(FusedRNNDropout(p, 3.0, 5.0))
+        assert str(dropout) == str(FusedRNNDropout(p, 3.0, 5.0, ar_of=ar_of))
         check_own(dropout, lm.inputs())  # of another module's output
         assert dropout.state_dict() == {}
     check_own(dropout, rnn(lm.inputs())[0])
