@@ -84,14 +84,6 @@ def test_a_mistake_is_told(mistake: Mistake, kind: type[Exception], message: str
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def again(mistake: Callable[[Any], Any], x: Any) -> None:
-    """Make a mistake three times with one object; only the first time may warn."""
-    for number in range(3):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if number == 0 else "error")
-            mistake(x)
-
-
 def attached(dropout: FusedRNNDropout) -> None:
     """Run a dropout attached, and then twice without the regularizer."""
     rnn, reg = lm.gru(), lm.regularizer()
@@ -145,10 +137,13 @@ def test_what_is_right_is_silent(right: Mistake) -> None:
     ],
 )
 def test_a_warning_comes_once_for_each_object_and_again_for_its_copy(mistake: Any, made: Any, message: str) -> None:
-    again(mistake, one := made())
-    for duplicate in (copy.deepcopy, lm.pickled):
+    one = made()
+    for duplicate in (lambda x: x, copy.deepcopy, lm.pickled):
         twin = duplicate(one)
         with pytest.warns(UserWarning, match=message):
+            mistake(twin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             mistake(twin)
 
 
