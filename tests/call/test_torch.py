@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import CALLS, MORE_CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, mask_for, total
+from tests.calls import CALLS, MORE_CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, total
 from tests.conftest import more, skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -143,8 +143,7 @@ class TestCompile:
 
     def test_one_graph_for_all_values_of_coefficients_in_tensors(self) -> None:
         def call(alpha: Tensor, beta: Tensor, r: Tensor, d: Tensor) -> Any:
-            dropped, terms = fused_dropout_ar_tar(r * d, 0.4, alpha, beta, mask=mask_for(r), return_terms=True)
-            return dropped, terms, fused_ar_tar(r, d, alpha, beta, return_terms=True)
+            return CALLS["mask"](r, d, alpha, beta), CALLS["layers"](r, d, alpha, beta)
 
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(call, fullgraph=True, backend=counter)
