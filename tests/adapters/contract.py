@@ -58,6 +58,7 @@ def ids_of(batch: Any) -> Tensor:
     return batch if isinstance(batch, Tensor) else batch["input_ids"]
 
 
+COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 MASKS: dict[str, Any] = {"valid": lambda batch: ids_of(batch) != 3, "starts": lambda batch: ids_of(batch) == 2}
 # the layers that are written out, the options of the model, of the adapter, and the number of accumulated batches

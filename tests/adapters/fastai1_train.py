@@ -51,7 +51,7 @@ from torch import Tensor  # noqa: E402
 from torch.optim import SGD  # noqa: E402
 
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
-from tests.adapters.contract import BATCH, IDS, PATHS  # noqa: E402
+from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS  # noqa: E402
 from tests.adapters.learners import ALPHA, BETA, LearnerContract  # noqa: E402
 from tests.conftest import without  # noqa: E402
 from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
@@ -150,7 +150,7 @@ class TestContract(LearnerContract):
         loader = DataLoader([(ids, ids) for ids in IDS], BATCH)
         data = DataBunch(loader, loader, path=tempfile.mkdtemp())
         learn = Learner(data, model, SGD, loss_func=lambda outputs, _: outputs["loss"])
-        learn.callbacks += [Stock(learn, alpha=2.0, beta=1.0, **STOCK)] * regularized
+        learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
 
     def at_batches(self, do: Callable[[], None]) -> Any:

@@ -16,7 +16,7 @@ from tests.adapters.contract import PATHS, Contract
 from tests.language_model import VOCABULARY, gap, hooks_of
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
-COEFFICIENTS = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
+SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
 
 # the part of the learner that is of a subclass, if any, the options of `fuse`, and the error
 REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
@@ -66,7 +66,7 @@ class LearnerContract(Contract):
         return {} if options is None else vars(self.regularizer(learn))
 
     @pytest.mark.parametrize("dropout", [False, True])
-    @pytest.mark.parametrize("coefficients", COEFFICIENTS)
+    @pytest.mark.parametrize("coefficients", SCHEDULES)
     def test_a_schedule_trains_the_stock_weights(self, coefficients: tuple[float, float], dropout: bool) -> None:
         def schedule() -> None:
             kinds.add(type(learn.model[1].output_dp))
@@ -76,7 +76,7 @@ class LearnerContract(Contract):
         own, now = learn.model[1].output_dp, self.regularizer(learn)
         stock = self.stock_weights(*coefficients)
         assert gap(self.trained(learn, self.at_batches(schedule)), stock) < 1e-5
-        assert all(gap(stock, self.stock_weights(*x)) > 1e-4 for x in COEFFICIENTS if x != coefficients)
+        assert all(gap(stock, self.stock_weights(*x)) > 1e-4 for x in SCHEDULES if x != coefficients)
         assert now.ar > 0 <= now.tar  # the last batch of fastai v2 has one time step
         assert {issubclass(kind, FusedRNNDropout) for kind in kinds} == {dropout}
         assert learn.model[1].output_dp is own

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.measure.timing import threads
 from fastreg import fused_ar_tar
-from tests.adapters.contract import BATCH, IDS, PATHS
+from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS
 from tests.adapters.learners import ALPHA, BETA, LearnerContract
 from tests.conftest import skip_without, without
 from tests.language_model import VOCABULARY, Model, Triple, gap, hooks_of
@@ -212,7 +212,7 @@ class TestContract(LearnerContract):
         rows = [(ids, ids) for ids in IDS]
         dls = fa.DataLoaders(fa.DataLoader(rows, bs=BATCH), fa.DataLoader(rows[:BATCH], bs=BATCH))
         cbs = [fa.GradientAccumulation(accumulated * BATCH), fa.GradientClip(0.1)]
-        cbs += [fa.RNNRegularizer(2.0, 1.0)] * regularized
+        cbs += [fa.RNNRegularizer(**COEFFICIENTS)] * regularized
         return fa.Learner(dls, model, lambda outputs, _: outputs["loss"], opt_func=fa.SGD, cbs=cbs)
 
     def trained(self, learn: Any, *callbacks: Any) -> Tensor:

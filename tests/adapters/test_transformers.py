@@ -28,7 +28,7 @@ import transformers  # noqa: E402
 from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import DATA, Net, TrainerContract  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, Net, TrainerContract  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, TIME, VOCABULARY, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -65,7 +65,6 @@ def of_library(name: str, rnn: str, **options: Any) -> Any:
 mamba = of_library("Mamba", "backbone.layers.1", state_size=4)
 mamba2 = of_library("Mamba2", "backbone.layers.1", num_heads=4, head_dim=4, n_groups=1, chunk_size=4, state_size=4)
 xlstm = of_library("xLSTM", "backbone.blocks.1", hidden_size=16, num_heads=2)
-COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 
