@@ -362,7 +362,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Attachment", "changes in place", "if version_of(raw) != call.version:", "if False:"),
         ("Attachment", "packed dropped", "return dropped if result is rows else", "return dropped if True else"),
         ("Attachment", "raw of another module", " and call.attachment is self", ""),
-        ("Attachment", "a call that a copy of raw has", "isinstance(call, Call) and call", "call and call"),
         ("Attachment", "a module that returns its input", "return\n        if other in", "pass\n        if other in"),
         ("Attachment", "raw inside an attached module", "if other in module.modules() or", "if"),
         ("Attachment", "raw around an attached module", " or module in other.modules():", ":"),

@@ -219,6 +219,14 @@ def hooks_of_others(m: Attached, x: Tensor) -> Any:
     return (run := m(x.requires_grad_())).loss, [run]
 
 
+def shared(m: Attached, x: Tensor) -> Any:
+    """Run two modules, one behind the other, with the same dropout."""
+    m.reg.attach(other := lm.gru(), None if type(m.dropout) is nn.Identity else m.dropout)
+    raw, _ = other((first := m(x)).dropped)
+    second = m.end(raw, m.dropout(raw))
+    return first.loss + second.loss, [first, second]
+
+
 # Parts of a model that a checkpoint may run; each function returns the run.
 REGIONS: dict[str, Callable[[Attached, Tensor], Any]] = {
     "the model": cp,
@@ -256,15 +264,11 @@ COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
         (a.loss, [a]),
     )[2],
     "hooks of others": hooks_of_others,
+    "a shared dropout": shared,
     "after a slice and clear()": lambda m, x: (
         setattr(m, "kept", [raw := m.rnn(x)[0], m.dropout(raw[:, 1:])]),
         m.reg.clear(),
         ((a := m(x)).loss, [a]),
-    )[2],
-    "after a run that is cleared before its dropout": lambda m, x: (
-        raw := m.rnn(x)[0],
-        m.reg.clear(),
-        (m.dropout(raw), (a := m(x)).loss, [a])[1:],
     )[2],
     "a dropout in evaluation": lambda m, x: (m.dropout.eval(), ((a := m(x)).loss, [a]))[1],
     "frozen": lambda m, x: last_of_two(freeze(m), x),
@@ -317,7 +321,9 @@ def test_a_loss_in_evaluation_or_without_gradients_is_returned_itself(dropout: A
             loss = model.train(training)(lm.inputs()).loss
             assert model.reg.on_backward_begin(loss) is loss
             assert model.reg.take(loss) is None
+        raw, _ = model.train().rnn(lm.inputs())
         model.reg.clear()
+        model.dropout(raw)  # whose run is cleared, and belongs to no loss
     torch.func.grad(lambda x: model.eval()(x).loss)(lm.inputs())  # an error in training
 
 
@@ -343,6 +349,14 @@ def around(m: Attached, x: Tensor) -> Tensor:
         return m(x).loss
 
 
+def behind(m: Attached, x: Tensor) -> Tensor:
+    """Attach a module, and a part of it that runs behind it."""
+    whole, part = lm.Returning(), nn.Identity()
+    whole.add_module("part", part)
+    with m.reg.attach(whole), m.reg.attach(part, batch_first=True):
+        return part(whole(x)).sum()
+
+
 def reentrant(m: Attached, x: Tensor) -> Tensor:
     return checkpoint(lambda y: m(y).loss, x.clone().requires_grad_(), use_reentrant=True)  # pyright: ignore
 
@@ -364,7 +378,7 @@ LATE = "attach: the attached LSTM runs in a backward, where its penalty is lost;
 GAP = r"attached \w+ did not get the output of the LSTM: something lies between .* a full backward hook.*clear\(\)"
 TWICE = "got the same output of the LSTM twice, and AR is defined for one dropped tensor"
 SHARED = r"attach: this LSTM shares .*Use DistributedDataParallel .*remove\(\) .* attach again"
-INSIDE = "is regularized already, by another attached module|did not get the output"
+INSIDE = "is regularized already, by another attached module"
 TRANSFORM = r"attach: no loss can find the penalty of the attached LSTM under a transform .*fused_ar_tar"
 QUANTIZED = "attach: no loss can find the penalty, as the output of the attached Quantizer needs no gradient; let"
 ALL, WITH, NONE = (None, PLAIN, FUSED), (PLAIN, FUSED), (None,)
@@ -384,6 +398,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
     "forward-mode AD": (dual, TRANSFORM, ALL),
     "a trace": (lambda m, x: torch.jit.trace(m, x, check_trace=False), TRANSFORM, ALL),
     "the model around": (around, INSIDE, ALL),
+    "a part behind the whole": (behind, INSIDE, ALL),
     "the model as a dropout": (as_a_dropout, "of the Linear is regularized already", ALL),
     "a step a run": (lambda m, x: sum(m(y).loss for y in x.split(1, 1)), r"LSTM ran 7 times over one .*stack", ALL),
     "packed steps": (lambda m, x: sum(m.rnn(packed(y, 1, 1, 1))[0].data.sum() for y in x.split(1, 1)), "7 times", NONE),
