@@ -231,9 +231,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/call/arguments.py": [
         ("_expect", "errors of values alone", "raise error(", "raise ValueError("),
         ("check_range", "lengths or marks that are too large", " or greatest > most", ""),
-        ("check_range", "lengths or marks below 0", "least < 0 or", "False or"),
         ("check_range", "marks as large as lengths", 'else (1, "0 or 1")', 'else (time, "0 or 1")'),
-        ("_check_batch_sizes", "sizes below 1", "min(values, default=0) > 0", "True"),
         ("_check_batch_sizes", "sizes that grow", " and values == sorted(values)[::-1]", ""),
         ("check_layer", "layers of other sizes", "sizes_of(x, time_dim) == sizes_of(y, time_dim)", "True"),
         ("_check_layer", "batch sizes of a subclass", "plain(x.batch_sizes)", "x.batch_sizes"),
@@ -249,8 +247,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("compute", "coefficients of any value", "and 0 <= alpha < inf and 0 <= beta < inf", ""),
         ("compute", "an option without a hash", "except TypeError:", "except ZeroDivisionError:"),
         ("facts_of", "no shape", "facts += x.shape, x.stride()", "facts += x.dim(), x.stride()"),
-        ("facts_of", "no strides", "x.shape, x.stride(), x.dtype", "x.shape, 0, x.dtype"),
-        ("facts_of", "no dtype", "x.stride(), x.dtype, x.device", "x.stride(), 0, x.device"),
         ("facts_of", "no alignment", "address % 16 == 0, ", "0, "),
         ("facts_of", "whether a gradient is needed left out", "% 16 == 0, x.requires_grad", "% 16 == 0, 0"),
         ("facts_of", "tensors that are no memory", "(address := x.data_ptr())", "((address := x.data_ptr()) or True)"),

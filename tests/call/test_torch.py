@@ -73,22 +73,22 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 
 class TestCompile:
     @pytest.mark.parametrize(
-        ("name", "backend", "dynamic", "shapes", "count"),
+        ("name", "backend", "shapes", "count"),
         [
-            *[(name, "aot_eager", None, [*TIMES, (3, 1)], 4) for name in ("pair", "drawn")],
-            ("lengths", "aot_eager", None, TIMES, 2),
-            pytest.param("others", "aot_eager", None, TIMES, 3, marks=more),
-            *[pytest.param(x, "aot_eager", None, SIZES, 2, marks=more) for x in ("drawn_lengths", "marks_time_first")],
-            pytest.param("drawn", "inductor", True, TIMES[::3], 2, marks=[needs_compiler, more]),
+            *[(name, "aot_eager", [*TIMES, (3, 1)], 4) for name in ("pair", "drawn")],
+            ("lengths", "aot_eager", TIMES, 2),
+            pytest.param("others", "aot_eager", TIMES, 3, marks=more),
+            *[pytest.param(name, "aot_eager", SIZES, 2, marks=more) for name in ("drawn_lengths", "marks_time_first")],
+            pytest.param("drawn", "inductor", TIMES[::3], 2, marks=[needs_compiler, more]),
         ],
         ids=str,
     )
     def test_all_sizes_take_few_compilations(
-        self, name: str, backend: str, dynamic: bool | None, shapes: list[tuple[int, int]], count: int
+        self, name: str, backend: str, shapes: list[tuple[int, int]], count: int
     ) -> None:
         """All sizes take two; a single step takes one more, and so do two steps if all steps count."""
         counter = CompileCounterWithBackend(backend)
-        compiled = torch.compile(COMPILED[name], fullgraph=True, dynamic=dynamic, backend=counter)
+        compiled = torch.compile(COMPILED[name], fullgraph=True, backend=counter)
         for batch, time in shapes:
             with torch._inductor.config.patch(fallback_random=True):  # otherwise it draws by another generator
                 check(compiled, COMPILED[name], time, batch)
