@@ -245,13 +245,12 @@ class Refused(Exception):
 class Play:
     """A random sequence of training steps."""
 
-    def __init__(self, seed: int, compiles: bool | None = None) -> None:
+    def __init__(self, seed: int, compiles: float = 0.2) -> None:
+        """Draw a net from a seed, which is compiled by chance."""
         draw = self.draw = random.Random(seed)
         torch.manual_seed(seed)
         count, self.has_beside = draw.randint(1, 3), draw.random() < 0.7
-        drawn = draw.random() < 0.2
-        self.compiled = drawn if compiles is None else compiles
-        self.batch_first, self.keeps = draw.random() < 0.7, draw.random() < 0.6
+        self.compiled, self.batch_first, self.keeps = [draw.random() < p for p in (compiles, 0.7, 0.6)]
         self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
         self.frozen = draw.choices(["", "first", "all"], [7, 2, 1])[0]
         self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))

@@ -296,20 +296,15 @@ def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
         model.reg.on_backward_begin(loss)
 
 
-# Another module beside the model, and whether its run counts
-BESIDE: dict[str, tuple[Callable[[nn.GRU, Tensor], Any], bool]] = {
-    "a run": (lambda rnn, x: rnn(x)[0], True),
-    "evaluation": (lambda rnn, x: rnn.eval()(x)[0], False),
-    "no gradients": (lambda rnn, x: no_grad(rnn)(x)[0], False),
-}
-
-
-@pytest.mark.parametrize("beside", BESIDE)
-def test_a_module_beside_the_model_may_be_on_another_device(beside: str, device: str) -> None:
-    (step, counts), model, x = BESIDE[beside], Attached(nn.LSTM, PLAIN), lm.inputs()
-    model.reg.attach(other := lm.gru().to(device))
-    run, raw = model(x), step(other, x.to(device)).cpu()
-    model.check(run, *[lm.Run(raw, raw, None, raw)] * counts, loss=run.loss + raw.sin().sum())
+@pytest.mark.parametrize("mode", ["training", "evaluation", "no gradients"])
+def test_a_module_beside_the_model_may_be_on_another_device(mode: str, device: str) -> None:
+    model, other = Attached(nn.LSTM, PLAIN), lm.gru().to(device).train(mode != "evaluation")
+    model.reg.attach(other)
+    run = model(lm.inputs())
+    with torch.set_grad_enabled(mode != "no gradients"):
+        raw = other(lm.inputs().to(device))[0].cpu()
+    beside = [lm.Run(raw, raw, None, raw)] * (mode == "training")
+    model.check(run, *beside, loss=run.loss + raw.sin().sum())
 
 
 @lm.each_dropout

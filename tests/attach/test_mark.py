@@ -24,25 +24,12 @@ from tests.samples import BF16, DOUBLE, FLOAT, HALF
 X, LEAF = torch.randn(3, 4), torch.tensor(2.0, requires_grad=True)
 
 
-def number(dtype: torch.dtype = FLOAT) -> Tensor:
-    """Return a leaf, to which `x + 0` passes its gradient."""
-    return torch.tensor(2.0, dtype=dtype, requires_grad=True)
-
-
 def passed(raw: Tensor, dropped: Tensor, scale: Any) -> Tensor:
     return with_penalty(dropped, fused_ar_tar(raw, dropped, ALPHA, BETA), scale)
 
 
-def same(raw: Tensor, scale: Any) -> Tensor:
-    return passed(raw, raw, scale)
-
-
 def fused(raw: Tensor, scale: Any) -> Tensor:
     return with_penalty(*fused_dropout_ar_tar(raw, 0.4, ALPHA, BETA), scale)
-
-
-def gradients(loss: Tensor, module: nn.Module, **options: Any) -> list[Tensor]:
-    return [*torch.autograd.grad(loss, [*module.parameters()], **options)]
 
 
 def accumulated(loss: Tensor, module: nn.Module) -> list[Tensor | None]:
@@ -61,7 +48,7 @@ def accumulated(loss: Tensor, module: nn.Module) -> list[Tensor | None]:
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BF16, FLOAT), (FLOAT, DOUBLE), (HALF, BF16)], ids=str)
 def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale: Any) -> None:
-    x, leaf = X.clone().to(dtypes[0]).requires_grad_(needs), number(dtypes[1])
+    x, leaf = X.clone().to(dtypes[0]).requires_grad_(needs), LEAF.detach().to(dtypes[1], copy=True).requires_grad_()
     given = scale.clone() if isinstance(scale, Tensor) else scale
     y = with_penalty(x, leaf + 0, given)
     if isinstance(given, Tensor):
@@ -85,7 +72,7 @@ BACKWARDS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], int]] = {
 
 @pytest.mark.parametrize("how", BACKWARDS)
 def test_each_backward_through_the_view_adds_it(how: str) -> None:
-    (backward, times), x, leaf = BACKWARDS[how], X.clone().requires_grad_(), number()
+    (backward, times), x, leaf = BACKWARDS[how], X.clone().requires_grad_(), LEAF.detach().clone().requires_grad_()
     y = with_penalty(x, leaf * 1, 0.5)
     backward(y.sum(), y.sin().sum(), x)
     assert (0 if leaf.grad is None else leaf.grad) == 0.5 * times
@@ -109,7 +96,7 @@ def test_a_loss_with_the_norm_of_its_gradient_which_contains_the_gradient_of_the
         total = loss + 0.5 * lm.formula(raw, dropped, 1) if plain else loss
         first = torch.autograd.grad(total, [raw, *rnn.parameters()], create_graph=True)
         norm = torch.stack([x.square().sum() for x in first]).sum()
-        results.append((first, gradients(total + norm, rnn, retain_graph=True)))
+        results.append((first, torch.autograd.grad(total + norm, [*rnn.parameters()], retain_graph=True)))
     torch.testing.assert_close(*results)
 
 
@@ -153,7 +140,9 @@ def test_activation_checkpointing(region: str, reentrant: bool, scale: Any, arou
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize(("call", "scale"), [(same, 0.5), (fused, torch.tensor(0.5))])
+@pytest.mark.parametrize(
+    ("call", "scale"), [(lambda raw, scale: passed(raw, raw, scale), 0.5), (fused, torch.tensor(0.5))]
+)
 def test_torch_compile_and_compiled_autograd(call: Any, scale: Any) -> None:
     rnn, counter = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)), CompileCounterWithBackend("aot_eager")
 
@@ -167,7 +156,7 @@ def test_torch_compile_and_compiled_autograd(call: Any, scale: Any) -> None:
         for forward, backward in ((run, nullcontext), (compiled, nullcontext), (run, of_autograd)):
             torch.manual_seed(seed)
             loss = forward(lm.inputs()).square().sum()
-            first = gradients(loss, rnn, retain_graph=True)
+            first = torch.autograd.grad(loss, [*rnn.parameters()], retain_graph=True)
             with backward():
                 results.append((loss, first, accumulated(loss, rnn)))
         for got in results[1:]:

@@ -35,16 +35,6 @@ def constant(frozen: nn.Module, x: Tensor) -> Run:
 
 
 @each_dropout
-def test_frozen_modules_before_a_trainable_head(dropout: Any, frozen: nn.GRU) -> None:
-    model = Attached(nn.LSTM, dropout)
-    model.reg.attach(frozen)
-    model.rnn.requires_grad_(False)
-    for _ in range(2):
-        first = constant(frozen, lm.inputs())
-        model.check(model(first.raw), first)
-
-
-@each_dropout
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, frozen: nn.GRU) -> None:
     model = Attached(nn.LSTM, dropout)
