@@ -122,7 +122,6 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
     code = [snippet for page in PAGES for snippet in snippets(page) if framework_of(snippet) == V1]
     assert code
     program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.adapters.fastai1_train import learner\n"
         "from tests.project.test_docs import check_examples\n"
         + "".join(f"exec({snippet!r}, {{'__name__': '__main__'}})\n" for snippet in code)
