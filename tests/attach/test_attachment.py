@@ -742,7 +742,7 @@ def test_an_attached_model_is_exported_in_training(dropout: Any) -> None:
         def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             return super().forward(x).loss
 
-    model = Model(nn.GRU, dropout)
+    model = Model(nn.LSTM, dropout)
     torch.export.export(model, (lm.inputs(),), strict=False)
     model.check(Attached.forward(model, lm.inputs()))
 

@@ -262,9 +262,9 @@ def test_a_run_costs_no_more_among_1000_in_a_step_than_among_100(dropout: Any) -
 
     def cost(count: int) -> float:
         kept = list[Tensor]()
-        instructions_of_all = instructions(lambda: kept.extend(model.dropout(model.rnn(2 * x)) for _ in range(count)))
+        spent = instructions(lambda: kept.extend(model.dropout(model.rnn(2 * x)) for _ in range(count)))
         model.reg.on_backward_begin(torch.stack(kept).sum())
-        return instructions_of_all / count
+        return spent / count
 
     assert 0 < cost(1000) < 1.1 * cost(100)
 
