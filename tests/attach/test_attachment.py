@@ -534,6 +534,13 @@ def test_a_marked_tensor_shows_the_gradient_of_the_loss_and_raw_before_a_dropout
     torch.testing.assert_close([*seen, run.dropped.grad], [of_loss, of_loss])
 
 
+def test_ar_of_raw_stays_when_a_hook_of_others_replaces_dropped() -> None:
+    model = Attached(nn.LSTM, partial(FusedRNNDropout, ar_of="raw"))
+    model.dropout.register_forward_hook(lm.doubled)
+    run = model(lm.inputs())
+    model.check(run._replace(dropped=run.raw))
+
+
 # The lifetime of a run
 
 
