@@ -92,7 +92,7 @@ class Sample:
 
 def _samples() -> Iterator[Sample]:
     odd_sizes = [(2, 37, 201), (1, 5, 3), (2, 1, 7), (1, 1, 1), (4, 9, 1), (2, 2, 16), (5, 3), (1, 8), (1, 150, 2)]
-    for shape in odd_sizes:
+    for shape in [*odd_sizes, (0, 5, 8), (3, 0, 8), (3, 5, 0), (0, 4)]:
         yield Sample(shape)
         yield Sample(shape, same=True, batch_first=False)
     for dtype in (HALF, BF16, DOUBLE):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg import fused_ar_tar
 from fastreg.call.backends import cpu_tensors_by
 from tests.calls import CALLS, MORE_CALLS, Call, calls, deterministic, everything, leaves
 from tests.conftest import by_triton, memory_of, skip_on_formula
@@ -73,25 +73,6 @@ def test_a_term_whose_coefficient_is_0_is_only_measured(
         options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         gradients = [torch.autograd.grad(scale * x, (raw, dropped), **options) for x in (got.penalty, want)]
         assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8), (3, 5, 0), (0, 0), (0, 4)])
-@pytest.mark.parametrize("same", [True, False])
-def test_empty_is_zero(shape: tuple[int, ...], same: bool, device: str) -> None:
-    raw = torch.randn(shape, device=device, requires_grad=True)
-    dropped = raw if same else torch.randn(shape, device=device, requires_grad=True)
-    axis: Any = {"time_dim": len(shape) - 2}
-    results = fused_ar_tar(raw, dropped, 2.0, 1.0, return_terms=True, **axis)
-    assert all(x == 0 for x in results)
-    assert [x.requires_grad for x in results] == [True, False, False]
-    results.penalty.backward()
-    assert raw.grad is not None
-    assert raw.grad.shape == shape
-    lengths = torch.zeros(shape[:-2] or 1, dtype=torch.int64)
-    kept, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, lengths=lengths, **axis)
-    assert kept.shape == shape
-    assert penalty == 0
-    (kept.sum() + penalty).backward()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
