@@ -80,3 +80,12 @@ def test_nothing_dropped_is_raw_itself(alpha: float, beta: float, options: dict[
     assert torch.equal(measured.penalty, got)
     assert measured.ar.isinf()
     assert measured.tar.isinf()
+
+
+def test_both_terms_off(device: str) -> None:
+    skip_on_formula(device)
+    raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    _, got = fused_dropout_ar_tar(raw, 0.5, 0, 0)
+    for graph in (False, True):
+        (gradient,) = torch.autograd.grad(got, raw, create_graph=graph, retain_graph=True)
+        assert (gradient == 0).all()
