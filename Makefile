@@ -125,7 +125,7 @@ lint: .venv/lint
 	$(PYTEST) -q tests/project/test_typing.py
 
 # The site has the layout of the checkout, so that each relative link works in both.
-# Each example gets a page with its code.
+# Each example gets a page with its code. A warning fails the build, but not with --quiet. The theme announces its successor.
 PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md bench/results/*.svg examples/*.py examples/*.ipynb)
 docs: .venv/docs
 	rm -rf build/docs build/site
@@ -135,7 +135,7 @@ docs: .venv/docs
 	    printf '# %s\n\n````python\n%s\n````\n' "$$file" "$$(cat $$file)" > build/docs/$${file%.py}.md; done
 	.venv/bin/jupyter-nbconvert --log-level=WARN --to markdown --output-dir build/docs/examples \
 	    --output fastai_notebook examples/fastai_lm.ipynb
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build  # which counts no warnings if it is --quiet; the theme announces its successor
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 # PyTorch brings an OpenMP runtime. A second one in the wheel would start threads of its own.
 wheel: .venv/wheel
