@@ -122,7 +122,7 @@ lint: .venv/lint
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 	.venv/bin/lint-imports --no-cache
-	$(PYTEST) -q tests/project/test_typing.py
+	$(PYTEST) -q tests/project/test_docs.py -k pyright
 
 # The site has the layout of the checkout, so that each relative link works in both.
 # Each example gets a page with its code. A warning fails the build, but not with --quiet. The theme announces its successor.

@@ -1,4 +1,4 @@
-"""The README, docs/ and docstrings: each snippet runs by itself, and commands exist; `make docs` checks the links."""
+"""The README, docs/ and docstrings: snippets run, figures are right, commands exist; `make docs` checks the links."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import doctest
 import re
 import runpy
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -24,6 +25,8 @@ from tests.language_model import BATCH, HIDDEN, TIME
 
 pytestmark = pytest.mark.main
 
+README = ROOT / "README.md"
+README_TEXT = README.read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
 V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
@@ -131,11 +134,51 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
 
 
 def test_the_readme_replaces_the_formula_by_its_equal() -> None:
-    first, *_ = snippets(page := ROOT / "README.md")
+    first, *_ = snippets(README)
     torch.manual_seed(0)
-    names = run(first, page)
+    names = run(first, README)
     torch.testing.assert_close(names["fused"], names["penalty"])
     assert names["penalty"] > 1
+
+
+def test_the_readme_has_at_most_950_words() -> None:
+    seen = re.sub(r"<!--.*?-->", "", README_TEXT, flags=re.DOTALL)
+    assert len([word for word in seen.split() if re.search(r"\w", word)]) <= 950
+
+
+def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "getting-started.md"
+    (code,) = [code for code in snippets(page) if "padded to" in code]
+    run(code, page)
+    output = capsys.readouterr().out
+    found = re.findall(r"padded to +(\d+): TAR by .mean\(\) ([\d.]+), by fastreg ([\d.]+)", output)
+    (table,) = re.findall(r"^\| TAR of one batch.*?\n\n", README_TEXT, re.MULTILINE | re.DOTALL)
+    head, _, usual, fused = [re.findall(r"\| ([\d.]+)(?= )", line) for line in table.splitlines() if line]
+    assert [head, usual, fused] == [list(column) for column in zip(*found, strict=True)]
+    assert len({*usual}) == len(usual) > len({*fused}) == 1
+
+
+def test_a_single_time_step_has_no_changes() -> None:
+    raw = torch.randn(4, 1, 8)
+    assert torch.isnan((raw[:, 1:] - raw[:, :-1]).pow(2).mean())
+    assert fused_ar_tar(raw, None, 0.0, 1.0) == 0
+
+
+def test_random_calls_give_the_numbers_of_the_formula() -> None:
+    ((command, calls),) = re.findall(
+        r"`python (-m tests.random_calls [^`]*)`[^.]*? compares (\d+) random calls", README_TEXT
+    )
+    output = python(*command.split()).stdout
+    assert re.findall(r" 0 wrong: .*'calls': (\d+)", output) == [calls]
+
+
+def test_the_table_shows_the_limit_of_attach_on_small_lstms() -> None:
+    assert "On small LSTMs `attach` costs more than the eager formula" in README_TEXT
+    head, row = (
+        re.findall(rf"^\| {x}.*\|$", README_TEXT, re.MULTILINE)[0].split("|") for x in ("batch x time", "LSTM")
+    )
+    added = dict(zip((x.strip(" `") for x in head), (x.split("±")[0] for x in row), strict=True))
+    assert float(added["attach"]) > float(added["formula"])
 
 
 def test_the_api_page_shows_the_signatures_and_docstrings_of_the_code() -> None:
@@ -201,3 +244,30 @@ def test_commands_and_files_that_pages_name_exist() -> None:
     files = set(re.findall(r"`((?:tests|bench|examples|fastreg|kernels|attach|call)/[\w./]+)`", text))
     assert "tests/conftest.py" in files
     assert not [file for file in files if not ((ROOT / file).exists() or (ROOT / "fastreg" / file).exists())]
+
+
+CALLS = """
+from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
+from torch import Tensor, ones
+from typing_extensions import assert_type
+
+
+def either(wanted: bool) -> None:
+    raw = ones(3, 7, 16)
+    assert_type(fused_ar_tar(raw, raw, 2.0, 1.0), Tensor)
+    assert_type(fused_ar_tar(raw, raw, 2.0, 1.0, return_terms=True), ARTAR)
+    assert_type(fused_ar_tar(raw, raw, 2.0, 1.0, return_terms=wanted), Tensor | ARTAR)
+    assert_type(fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0), tuple[Tensor, Tensor])
+    assert_type(fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0, return_terms=True), tuple[Tensor, ARTAR])
+    either = fused_dropout_ar_tar(raw, 0.1, 2.0, 1.0, return_terms=wanted)
+    assert_type(either, tuple[Tensor, ARTAR] | tuple[Tensor, Tensor])
+"""
+
+
+@pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed: make lint installs it")
+def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
+    for page in (README, ROOT / "docs" / "behaviour.md"):
+        code = [snippet for snippet in snippets(page) if framework_of(snippet) is None]
+        (tmp_path / f"{page.stem}.py").write_text("\n".join([*code, CALLS]))
+    (tmp_path / "fastreg").symlink_to(ROOT / "fastreg")
+    python("-m", "pyright", "--pythonpath", sys.executable, "README.py", "behaviour.py", folder=tmp_path)
