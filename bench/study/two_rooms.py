@@ -3,7 +3,7 @@
 `python -m bench.study.two_rooms` adds each run as a line to bench/results/two_rooms.jsonl. Runs that the file has are
 not repeated, so an interrupted experiment continues. All runs take less than an hour on one core. Then it renders the
 page beside that file, and the parts in README.md and docs/recipes.md. No figure is typed:
-tests/project/test_two_rooms.py fails when a page disagrees with the JSON lines.
+tests/project/test_study.py fails when a page disagrees with the JSON lines.
 """
 
 from __future__ import annotations

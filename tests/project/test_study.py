@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from bench.measure import report, timing
-from bench.study import demo, training
+from bench.study import demo, training, two_rooms
 from bench.study import report as study_report
 from bench.study import run as study
 from bench.study.awd_lstm import AWDLSTM, Dropouts
 from bench.study.corpus import batches
 from bench.study.report import COEFFICIENTS, Run, Study
+from bench.study.two_rooms import CHOICE_SEEDS, COMPARISONS, FRESH_SEEDS, Job
+from examples import two_rooms as example
+from examples.two_rooms import Weights
 from tests.conftest import more
 
 pytestmark = pytest.mark.main
@@ -162,3 +165,74 @@ def test_what_is_committed_is_what_was_studied() -> None:
     for page, part in study_report.PAGES.items():
         text = page.read_text()
         assert report.with_part(text, part(studied), study_report.BEGIN) == text
+
+
+def planned(job: Job, success: float) -> two_rooms.Run:
+    return two_rooms.Run(
+        *job[:3], success + 0.1, success - 0.1, two_rooms.facts_of(job.steps), {"device": "a processor"}
+    )
+
+
+STRAIGHT, TAR, CLOSE = Weights(0.1, 0.3, 0.0), Weights(1.0, 1.0, 3.0), Weights(0.3, 0.3, 10.0)
+
+
+def test_settings_are_chosen_by_their_mean_and_compared_in_pairs() -> None:
+    means = {STRAIGHT: 0.5, STRAIGHT._replace(beta=1.0): 0.3, TAR: 0.7, CLOSE: 0.65, TAR._replace(beta=0.0): 0.4}
+    runs = [planned(Job(weights, seed), success) for weights, success in means.items() for seed in CHOICE_SEEDS]
+    runs.append(planned(Job(Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0]), 0.89))  # with only one seed
+    runs.append(planned(Job(CLOSE, 11), 0.9))  # no seed of the choice
+    settings = two_rooms.chosen(runs)
+    assert [*settings.values()] == [TAR._replace(beta=0.0), TAR, STRAIGHT]
+    for distractor, steps in COMPARISONS.values():
+        for i, seed in enumerate(reversed(FRESH_SEEDS)):
+            changes = {TAR: 0.1 + 0.01 * (i % 2), STRAIGHT: 0.0, TAR._replace(beta=0.0): -0.1}
+            runs += [
+                planned(Job(weights, seed, distractor, steps), 0.5 + change - 0.2 * distractor + 0.02 * i)
+                for weights, change in changes.items()
+            ]
+    table = two_rooms.summary(runs)
+    # 0.00 to 0.18 in steps of 0.02: a standard deviation of 0.0606, and over the root of ten 0.019
+    assert cells(table, "only the dot", "without TAR, weights chosen anew", "0.1, 0.3, 0") == [
+        *("0.590 ± 0.019", "0.690 ± 0.019", "0.490 ± 0.019", "+0.105 ± 0.002")
+    ]
+    assert cells(table, "with a distractor", "without TAR")[-1] == "+0.205 ± 0.002"
+    assert cells(table, "with a distractor", "with TAR")[1:] == ["0.495 ± 0.020", "0.595 ± 0.020", "0.395 ± 0.020", ""]
+
+
+def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[Job] = []
+
+    def train(weights: Weights, seed: int, steps: int, distractor: bool) -> Weights:
+        if len(trained) == 100 and not before:
+            raise KeyboardInterrupt
+        trained.append(Job(weights, seed, distractor, steps))
+        return weights
+
+    monkeypatch.setattr(example, "train", train)
+    monkeypatch.setattr(
+        example, "success", lambda model, _: (0.5, 0.1 + model.variance / 10 if model.beta == 0 else 0.5)
+    )
+    file, before = tmp_path / "rooms.jsonl", ""
+    with pytest.raises(KeyboardInterrupt):
+        two_rooms.run_all(file)
+    before = file.read_text()
+    assert before.count("\n") == 100
+    two_rooms.run_all(file)
+    assert file.read_text().startswith(before)
+    runs = two_rooms.load(file)
+    assert [run.job for run in runs] == trained
+    assert len({*trained}) == len(trained) == 80 + 24 + 8 * 2 + 3 * 10 * 3
+
+
+def test_what_is_committed_is_what_was_measured_in_two_rooms() -> None:
+    file = two_rooms.COMMITTED
+    runs = two_rooms.load(file)
+    done = {run.job for run in runs}
+    assert len(done) == len(runs)
+    assert done == {*two_rooms.jobs(file)}, "runs are missing: run `python -m bench.study.two_rooms`"
+    assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in runs)
+    assert two_rooms.chosen(runs) == example.SETTINGS, "the example has the weights that were chosen"
+    assert file.with_suffix(".md").read_text() == two_rooms.page(runs), "run `python -m bench.study.two_rooms`"
+    for page, part in two_rooms.PAGES.items():
+        text = page.read_text()
+        assert report.with_part(text, part(runs), two_rooms.BEGIN) == text
