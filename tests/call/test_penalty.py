@@ -1,4 +1,4 @@
-"""`fused_ar_tar` against the formula in float64: values, gradients of any order, and the function around them."""
+"""`fused_ar_tar` against the formula in float64: values, gradients, memory, and coefficients that are tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
 
-from fastreg import fused_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
 from fastreg.call.backends import cpu_tensors_by
-from tests.calls import CALLS, MORE_CALLS, Call, calls, deterministic, everything, leaves
+from tests import language_model as lm
+from tests.calls import CALLS, MORE_CALLS, Call, calls, deterministic, everything, leaves, total
 from tests.conftest import by_triton, memory_of, skip_on_formula
 from tests.exact import check_penalty, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, SAMPLES, Sample
@@ -64,8 +66,8 @@ def test_a_term_whose_coefficient_is_0_is_only_measured(
         got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True)
         want = fused_ar_tar(raw, dropped, alpha, beta)
         of_tensors = fused_ar_tar(raw, dropped, *torch.tensor([alpha, beta], device=device).unbind())
-    torch.testing.assert_close(got.ar, dropped.detach().square().mean())
-    torch.testing.assert_close(got.tar, raw.detach().diff(dim=1).square().mean())
+    assert_close(got.ar, dropped.detach().square().mean())
+    assert_close(got.tar, raw.detach().diff(dim=1).square().mean())
     assert torch.equal(got.penalty, want)
     assert torch.equal(of_tensors, want)
     assert got.penalty.requires_grad == want.requires_grad == bool(alpha or beta)
@@ -85,7 +87,7 @@ def test_infinity_and_nan_spread_as_in_the_formula(where: str, dtype: torch.dtyp
     xs = [x.detach().requires_grad_() for x in (raw, dropped)]
     doubles = [x.detach().double().requires_grad_() for x in xs]
     got, want = fused_ar_tar(*xs, 2.0, 1.0, return_terms=True), truth(*doubles, 2.0, 1.0)
-    torch.testing.assert_close([x.double() for x in got], [*want], rtol=1e-6, atol=0, equal_nan=True)
+    assert_close([x.double() for x in got], [*want], rtol=1e-6, atol=0, equal_nan=True)
     for x, y in zip(torch.autograd.grad(got.penalty, xs), torch.autograd.grad(want.penalty, doubles), strict=True):
         assert x.isfinite().equal(y.isfinite())
         assert x.isnan().equal(y.isnan())
@@ -95,7 +97,7 @@ def test_infinity_and_nan_spread_as_in_the_formula(where: str, dtype: torch.dtyp
 def test_half_precision_differences_do_not_overflow(dtype: torch.dtype, device: str) -> None:
     raw = torch.tensor([4e4, -4e4], dtype=dtype, device=device).repeat(4).reshape(1, 8, 1)
     step = 2 * raw[0, 0, 0].double().item()
-    torch.testing.assert_close(fused_ar_tar(raw, raw, 0.0, 1.0).item(), step**2, rtol=1e-6, atol=0)
+    assert_close(fused_ar_tar(raw, raw, 0.0, 1.0).item(), step**2, rtol=1e-6, atol=0)
 
 
 def live_tensors() -> set[int]:
@@ -155,3 +157,62 @@ def test_the_forward_allocates_only_the_gradients_that_are_needed(mode: Any, nee
     if not by_triton("cpu"):  # an interpreted launch makes its ticket
         assert not any("zeros" in event.name for event in record.events())
     assert [[*raw.shape], []] not in [event.input_shapes for event in record.events() if event.name == "aten::fill_"]
+
+
+# Coefficients that are tensors, read where the activations are
+
+NAMES = "pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation"
+by_call = calls(*NAMES, of=CALLS | MORE_CALLS)
+
+
+def numbers(device: str, *values: float, dtype: torch.dtype = FLOAT) -> list[Tensor]:
+    return [torch.tensor(x, device=device, dtype=dtype) for x in values]
+
+
+def step(call: Any, xs: list[Tensor], *coefficients: Any) -> list[Tensor]:
+    return everything(lambda *xs: call(*xs, *coefficients), xs)
+
+
+@by_call
+@pytest.mark.parametrize("by_formula", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(FLOAT, FLOAT), (FLOAT, DOUBLE), (FLOAT, HALF), (BF16, DOUBLE), (DOUBLE, FLOAT)], ids=str
+)
+def test_the_same_bits_as_of_items(
+    call: Any, dtype: torch.dtype, kind: torch.dtype, by_formula: bool, device: str
+) -> None:
+    """No dtype holds 0.7 or 0.001, so each rounds them in its own way."""
+    xs, (alpha, beta) = leaves(5, dtype, device), numbers(device, 0.7, 0.001, dtype=kind)
+    with cpu_tensors_by(None) if by_formula else nullcontext():
+        want = step(call, xs, alpha.item(), beta.item())
+        for coefficients in ((alpha, beta), (alpha.item(), beta)):
+            assert_close(step(call, xs, *coefficients), want, rtol=0, atol=0)
+
+
+@by_call
+def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_backward(call: Any, device: str) -> None:
+    xs = leaves(device=device)
+    alpha, beta = numbers(device, 0.0, 0.0)
+    for a, b in ((2.0, 1.0), (0.0, 3.0), (1.5, 0.0)):
+        alpha.fill_(a)
+        beta.fill_(b)
+        assert_close(step(call, xs, alpha, beta), step(call, xs, a, b), rtol=0, atol=0)
+    got = total(call(*xs, alpha, beta))
+    beta.fill_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got.backward()
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, FusedRNNDropout])
+def test_a_regularizer_and_a_dropout_keep_the_very_tensor(kind: Any, device: str) -> None:
+    """It may also come from inference mode."""
+    with torch.inference_mode():
+        (alpha,) = numbers(device, 2.0)
+    reg, module = RNNRegularizer(alpha, 1.0), FusedRNNDropout(0.5, alpha, 1.0)
+    assert reg.alpha is module.alpha is alpha
+    with torch.inference_mode():
+        alpha.fill_(3.0)
+    rnn, dropout = lm.gru().to(device), kind(0.5)
+    reg.attach(rnn, dropout)
+    raw, dropped = lm.run(rnn, dropout, lm.inputs().to(device))
+    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1, alpha=3.0))
