@@ -256,7 +256,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_facts_of_other", "a plan for each number of rows", "shape[1:] if is_dense", "shape if is_dense"),
         ("facts_of", "kernels: no dtype of numbers", "x.dtype, x.device", "x.dtype if x.dim() else 0, x.device"),
         ("keep", "plans without end", "len(PLANS) >= SIZE", "False"),
-        ("keep", "one old plan a call", "[: SIZE // 2 : 2]", "[:1]"),
         ("key_of", "layers that are the same or not", "else are_same(first, second)", "else 0"),
         ("key_of", "no options", "*options, *map", "*map"),
         ("key_of", "True is 1", ", *map(type, options)", ""),

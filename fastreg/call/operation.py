@@ -113,14 +113,9 @@ def key_of(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
 
 
 def keep(key: Any, plan: Plan) -> None:
-    """Keep a plan under a key; threads may do this at the same time.
-
-    If the memory is full, drop every other plan of its older half. Then a loop over somewhat more kinds of calls than
-    fit into the memory still finds most of their plans.
-    """
+    """Keep a plan under a key, and drop all others if the memory is full; threads may do this at the same time."""
     if len(PLANS) >= SIZE:
-        for old in [*PLANS][: SIZE // 2 : 2]:
-            PLANS.pop(old, None)  # another thread may have dropped it
+        PLANS.clear()
     one_of: dict[Any, Any] = {}  # equal facts share memory
     key = tuple([one_of.setdefault((type(x), x), x) for x in key])
     plan.facts = [one_of.setdefault((type(x), x), x) for x in plan.facts]
