@@ -399,7 +399,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Step", "notes that an attachment takes with it", "self.notes.setdefault(module, set())", "set()"),
         ("Step", "a handle that is removed", "        self.sites.remove(site)", "        pass"),
         ("Step", "a call that is not noted", 'site.notes.add("called")', "pass"),
-        ("Step", "calls in a backward", "if current() == -1:", "if True:"),
         ("Step", "calls without gradients", "site.most = max(site.most, NO_GRADIENTS)", "pass"),
         ("Step", "a run before a call without gradients", "max(site.most, NO_GRADIENTS)", "NO_GRADIENTS"),
         ("Step", "a list that grows", "if len(self.runs) % 1000 == 0:", "if False:"),

@@ -174,8 +174,7 @@ class Step:
         site.notes.add("called")
         if torch.is_grad_enabled():
             return True
-        if current() == -1:  # a call in a backward belongs to an earlier loss
-            site.most = max(site.most, NO_GRADIENTS)
+        site.most = max(site.most, NO_GRADIENTS)
         return False
 
     def begin(self, site: Site, given: Sequence[Coefficient], waits: bool) -> Run:

@@ -47,22 +47,6 @@ def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, 
         model.check(beside, loss=model.head(beside.raw).sum())
 
 
-def test_a_call_without_gradients_in_a_backward_belongs_to_no_later_loss(frozen: nn.GRU) -> None:
-    model, x = Attached(nn.GRU), lm.inputs().requires_grad_()
-    model.reg.attach(frozen)
-
-    def region(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            model.rnn(x)
-        return x.sin()
-
-    frozen(lm.inputs())
-    loss = model(x).loss + checkpoint(region, x, use_reentrant=False).sum()  # pyright: ignore
-    model.reg.on_backward_begin(loss).backward()
-    beside = constant(frozen, lm.inputs())
-    model.check(beside, loss=model.head(beside.raw).sum())
-
-
 def test_a_later_loss_of_a_trained_module_is_refused_beside_a_frozen_one(frozen: nn.GRU) -> None:
     model = Attached(nn.GRU)
     model.reg.attach(frozen)
