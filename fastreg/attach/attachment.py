@@ -90,7 +90,7 @@ class Hooked:
         vars(self.module)["_forward_hooks"].move_to_end(self.hooks[0].handle.id)
 
     def remove(self) -> None:
-        """Remove the hooks; if another hook calls this, PyTorch still calls them in this forward."""
+        """Remove the hooks; those that others have moved to another module do nothing from now on."""
         for hook in self.hooks:
             hook.handle.remove()
             hook.function = nothing
@@ -206,7 +206,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
             )
         raw = source.raw_of(result)
         rows = data_of(raw)
-        self._check_apart(rows, source.module)
+        self._check_apart(rows)
         given, masks = (owner.alpha, owner.beta), source.masks.of(*args, **kwargs)
         packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
         run = None if again else step.begin(self, given, source.dropout is not None)
@@ -238,7 +238,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         at = {i: address_of(x) for i, x in tensors.items()}
         memory = [*at.values(), *map(address_of, tensors_in(inputs).values())]
         marked = {
-            i: mark(run, x, x is rows or at[i] is None or memory.count(at[i]) > 1)
+            i: mark(run, x, x is rows or memory.count(at[i]) > 1)
             for i, x in tensors.items()
             if x.requires_grad and (is_dropped or x is not rows)
         }
@@ -282,7 +282,6 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
                 "Dropout(inplace=False), and apply no operation like relu_() to that output"
             )
         rows = data_of(result)
-        self._check_apart(rows, self.source.dropout)
         self._form(call, run, raw, rows, kwargs.get("loan"))
         if run is None or not rows.requires_grad:
             return None
@@ -298,21 +297,19 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
                 return call, raw
         return None, None
 
-    def _check_apart(self, rows: Tensor, module: Any) -> None:
-        """Check that no attached module inside or around a module regularizes the same output.
+    def _check_apart(self, rows: Tensor) -> None:
+        """Check that no attached module inside the module regularizes the same output.
 
         Args:
-            rows: the output, or the rows of a `PackedSequence`.
-            module: the module, or the dropout.
+            rows: raw, or the rows of a `PackedSequence`.
         """
         call: Any = rows.__dict__.get(KEY)
         found: Any = call.attachment if call else rows.grad_fn.run.site if is_marked(rows) else None  # pyright: ignore
-        if found is None or (other := found.source.module) is module:
-            return
-        if other in module.modules() or module in other.modules():
+        module = self.source.module
+        if found is not None and found.source.module is not module and found.source.module in module.modules():
             raise RuntimeError(
-                f"attach: the output of the {self.names['module']} is regularized already, by another attached module "
-                "that contains it or that it contains; attach only one of them"
+                f"attach: the output of the {self.names['module']} is regularized already, by an attached module "
+                "inside it; attach only one of them"
             )
 
     def _form(self, call: Call, run: Run | None, raw: Tensor, dropped: Tensor, loan: Loan | None) -> None:

@@ -16,7 +16,7 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return an output in which a function has replaced each tensor.
 
     Tuples, lists, dictionaries, packed sequences and model outputs are copied. Any other object is returned unchanged,
-    and so is a sparse or nested tensor.
+    and so is a sparse tensor.
 
     Raises:
         TypeError: a dictionary cannot be copied, or refuses new items.
@@ -25,7 +25,7 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if kind is tuple or kind is list:
         return kind([mapped(x, function) for x in result])
     if isinstance(result, Tensor):
-        return function(result) if result.layout is torch.strided and not result.is_nested else result
+        return function(result) if result.layout is torch.strided else result
     make = getattr(kind, "_make", None) if isinstance(result, tuple) else None
     if make is not None:  # of a named tuple, such as a packed sequence
         return make([mapped(x, function) for x in result])
@@ -53,7 +53,7 @@ def tensors_in(result: Any) -> dict[int, Tensor]:
 
 
 def address_of(x: Tensor) -> Any:
-    """Return where the memory of a tensor starts, or `None` for a subclass that may have no memory."""
+    """Return where the memory of a tensor starts, or `None` for a subclass: any two of them may share memory."""
     if type(x) is not Tensor and type(x := plain(x)) is not Tensor:
         return None
     return x.data_ptr() - x.storage_offset() * x.itemsize  # to ask the storage takes longer
