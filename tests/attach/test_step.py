@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from copy import copy
@@ -163,22 +162,7 @@ def test_reprs_say_what_is_taken_for_what(text: str) -> None:
     assert repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers=None)"
 
 
-def test_masks_that_a_fused_dropout_is_called_with_are_shown() -> None:
-    model = Attached(nn.LSTM, FusedRNNDropout)
-    model.dropout(model.rnn(lm.inputs())[0], valid=VALID)
-    assert "valid (3, 7): only valid steps count" in repr(model.handle)
-
-
 # Memory
-
-
-def test_a_run_whose_raw_is_gone_keeps_no_masks() -> None:
-    rnn, reg, masks = lm.gru(), lm.regularizer(), []
-
-    reg.attach(rnn, nn.Dropout(0.1), valid=lambda _: (x := VALID.clone(), masks.append(weakref.ref(x)))[0])
-    rnn(lm.inputs())  # its dropout does not run
-    rnn(lm.inputs())
-    assert [x() for x in masks] == [None, None]
 
 
 @pytest.mark.parametrize("dropout", [None, PLAIN])

@@ -143,7 +143,6 @@ CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "other floats": (lambda x: x.double() if x.is_floating_point() else x, "", ""),
     "a row less": (lambda x: x[:-1] if x.dim() else x, "shape", "not enough values"),
     "a count or bit less": (lambda x: x if x.is_floating_point() else x[:-1], "", "not enough values"),
-    "counts and bits as floats": (lambda x: x if x.is_floating_point() else x.float(), "", "not implemented"),
 }
 COUNTED = {"all steps": {}, "lengths": {"lengths": torch.tensor([7, 0, 3])}, "valid": {"valid": torch.ones(3, 7) > 0}}
 
