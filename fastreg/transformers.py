@@ -150,7 +150,6 @@ class RegularizedTrainer(Trainer):
     def _regularized(self) -> Iterator[None]:
         """Add the penalty to the loss of `accelerator.backward`; sum up the terms."""
         accelerator, backward, passed = self.accelerator, self.accelerator.backward, False
-        own = vars(accelerator).get("backward")  # another wrapper may have made it an attribute
 
         def regularized_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
@@ -167,10 +166,7 @@ class RegularizedTrainer(Trainer):
         try:
             yield
         finally:
-            if own is None:
-                del accelerator.backward
-            else:
-                accelerator.backward = own
+            accelerator.backward = backward
         if not passed:
             raise RuntimeError(
                 "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added; "

@@ -493,7 +493,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("RegularizedTrainer", "no batch for masks", "lambda: [batch]", "lambda: [None]"),
         ("RegularizedTrainer", "no error without a penalty", "        if not passed:", "        if False:"),
         ("RegularizedTrainer", "the model of PEFT", "_inner(self.model), l", "self.model, l"),
-        ("RegularizedTrainer", "a wrapper's backward lost", "accelerator.backward = own", "del accelerator.backward"),
+        ("RegularizedTrainer", "a backward wrapped twice", "accelerator.backward = backward", "pass"),
     ],
     "fastreg/fastai.py": [
         ("RNNRegularizer", "no paths in a copy", "copy(self.paths),", "type(self)().paths,"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -35,36 +35,15 @@ from tests.language_model import ALPHA, BATCH, BETA, TIME, VOCABULARY, assert_sa
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
 pytestmark.append(pytest.mark.usefixtures("quick_collections"))
 
-EXAMPLES = 24
 TIMEOUT = 120  # seconds, for processes that import all this anew
 
 
-class LanguageModel(lm.Model):
-    """A model that takes no `num_items_in_batch`: its loss is a mean over the batch."""
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__(p=p)
-
-    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Any:  # pyright: ignore
-        logits, _, _ = self.activations(input_ids)
-        return {"loss": lm.criterion(logits, input_ids), "logits": logits}
+def mamba() -> Any:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
 
 
-def of_library(name: str, rnn: str, **options: Any) -> Any:
-    """Return a maker of a small language model of transformers; it has the path of the last block."""
-
-    def make() -> Any:
-        sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2}
-        config = getattr(transformers, f"{name}Config")(**(sizes | options))
-        return getattr(transformers, f"{name}ForCausalLM")(config)
-
-    make.rnn = rnn  # pyright: ignore[reportFunctionMemberAccess]
-    return make
-
-
-mamba = of_library("Mamba", "backbone.layers.1", state_size=4)
-mamba2 = of_library("Mamba2", "backbone.layers.1", num_heads=4, head_dim=4, n_groups=1, chunk_size=4, state_size=4)
-xlstm = of_library("xLSTM", "backbone.blocks.1", hidden_size=16, num_heads=2)
+LAST = "backbone.layers.1"
 IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
 
 
@@ -75,24 +54,22 @@ def labelled(batch: Any) -> Tensor:
 class Formula(transformers.Trainer):
     """Adds the penalty in `compute_loss`, and keeps the loss without it and the terms: one batch an optimizer step."""
 
-    def __init__(self, *args: Any, rnn: str, valid: Any = labelled, **options: Any) -> None:
+    def __init__(self, *args: Any, valid: Any = labelled, **options: Any) -> None:
         super().__init__(*args, **options)
         self.valid, self.terms, self.losses, self.raw = valid, [], [], []
-        model: Any = self.model.get_base_model() if isinstance(self.model, Wrapper) else self.model
-        model.get_submodule(rnn).register_forward_hook(lambda _, __, output: self.raw.append(output))
+        self.model.get_submodule(LAST).register_forward_hook(lambda _, __, output: self.raw.append(output))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         valid = self.valid and self.valid(inputs)  # a model may take the labels out
         loss = super().compute_loss(model, inputs, *args, **options)
         self.losses.append(loss.detach())
         raw = self.raw.pop()
-        raw = raw[0] if isinstance(raw, tuple) else raw
         penalty, *terms = fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid, return_terms=True)
         self.terms.append(torch.stack(terms))
         return loss + penalty
 
 
-def examples(count: int = EXAMPLES) -> list[dict[str, Tensor]]:
+def examples(count: int = 24) -> list[dict[str, Tensor]]:
     """Make sequences of different lengths, padded on the left to one length."""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(1, VOCABULARY, (count, TIME), generator=random)
@@ -118,13 +95,12 @@ def folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield
 
 
-def trainer_of(make: Callable[[], Any], args: Any, kind: Any = RegularizedTrainer, **options: Any) -> Any:
-    """Make a trainer of a model from its seed; the regularized ones and the formula get their own arguments."""
+def trainer_of(kind: Any = RegularizedTrainer, args: Any = None, **options: Any) -> Any:
+    """Make a trainer of a small Mamba, always with the same weights; the regularized ones get their own arguments."""
     if issubclass(kind, RegularizedTrainer):
-        options = COEFFICIENTS | options
-    if issubclass(kind, (RegularizedTrainer, Formula)):
-        options = {"rnn": getattr(make, "rnn", "rnn")} | options
-    return kind(**({"model": lm.seeded(make), "args": args, "train_dataset": examples()} | options))
+        options = COEFFICIENTS | {"rnn": LAST} | options
+    defaults = {"model": lm.seeded(mamba), "args": args or arguments(), "train_dataset": examples()}
+    return kind(**(defaults | options))
 
 
 def fit(*args: Any, **options: Any) -> Any:
@@ -149,21 +125,6 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
     return total / num_items_in_batch
 
 
-class Wrapper(LanguageModel):
-    """Gives another model with its modules, as `PeftModel` does."""
-
-    def get_base_model(self) -> nn.Module:
-        return nn.ModuleDict({"inside": self.rnn})
-
-
-# model, arguments of the regularized training beside one batch a step, options of the trainer
-SETTINGS: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
-    "mamba2": (mamba2, {}, {}),
-    "accumulation of a loss per token": (LanguageModel, IN_PARTS, {"compute_loss_func": per_item, "valid": None}),
-    "peft": (Wrapper, {}, {"rnn": "inside"}),
-}
-
-
 class TestContract(TrainerContract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
@@ -180,18 +141,29 @@ class TestContract(TrainerContract):
         return trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_trains_the_weights_of_the_formula(setting: str) -> None:
-    make, args, options = SETTINGS[setting]
-    written_out = fit(make, arguments(), Formula, **options)
-    assert_same(fit(make, arguments(**args), **options), written_out)
-    loss = options.get("compute_loss_func")
-    assert_different(written_out, fit(make, arguments(), transformers.Trainer, compute_loss_func=loss))
+def test_a_path_in_the_model_that_peft_wraps() -> None:
+    class Wrapper(Net):
+        def get_base_model(self) -> nn.Module:
+            return nn.ModuleDict({"inside": self.second})
+
+    model, formula, fit_one = lm.seeded(Wrapper), lm.seeded(partial(Net, "second")), TestContract().fit
+    fit_one(model, {"rnn": "inside"})
+    fit_one(formula)
+    assert_same_weights(model, formula)
+
+
+@pytest.mark.parametrize(
+    ("args", "options"), [({}, {}), (IN_PARTS, {"valid": None, "compute_loss_func": per_item})], ids=["masks", "parts"]
+)
+def test_trains_the_weights_of_the_formula(args: dict[str, Any], options: dict[str, Any]) -> None:
+    written_out = fit(Formula, **options)
+    assert_same(fit(args=arguments(**args), **options), written_out)
+    assert_different(written_out, fit(transformers.Trainer, compute_loss_func=options.get("compute_loss_func")))
 
 
 def test_coefficients_of_zero_change_nothing() -> None:
     args, data = arguments(**IN_PARTS, max_grad_norm=1.0), examples(5)
-    trainer, stock = fit(mamba, args, alpha=0.0, beta=0.0), fit(mamba, args, transformers.Trainer)
+    trainer, stock = fit(args=args, alpha=0.0, beta=0.0), fit(transformers.Trainer, args)
     assert_same(trainer, stock, rtol=0, atol=0)
     assert trainer.model.state_dict().keys() == stock.model.state_dict().keys()
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(stock.evaluate(data)["eval_loss"])
@@ -210,13 +182,13 @@ def in_a_process(rank: int, folder: str) -> list[tuple[dict[str, Tensor], dict[s
     trainers = []
     for size, steps in (6, 1), (2, 3):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        trainers.append(fit(mamba2, arguments(ddp_backend="gloo", **options), valid=None))
+        trainers.append(fit(args=arguments(ddp_backend="gloo", **options), valid=None))
     return [(dict(trainer.model.state_dict()), trainer.state.log_history[0]) for trainer in trainers]
 
 
 @more
 def test_processes_change_nothing(tmp_path: Path, monkeypatch: Any, pytestconfig: Any) -> None:
-    whole = fit(mamba2, arguments(), valid=None)
+    whole = fit(valid=None)
     want = whole.state.log_history[0]
     monkeypatch.chdir(pytestconfig.rootpath)  # from where the processes import this
     context = multiprocessing.get_context("forkserver")
@@ -229,11 +201,11 @@ def test_processes_change_nothing(tmp_path: Path, monkeypatch: Any, pytestconfig
 
 
 def test_logs() -> None:
-    written_out = fit(mamba2, arguments(num_train_epochs=2), Formula, valid=None)
+    written_out = fit(Formula, arguments(num_train_epochs=2), valid=None)
     terms = torch.stack(written_out.terms)
     often: dict[str, Any] = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 5}
     for options in {}, IN_PARTS:
-        trainer = fit(mamba2, arguments(**often, **options), valid=None, eval_dataset=examples(5))
+        trainer = fit(args=arguments(**often, **options), valid=None, eval_dataset=examples(5))
         logged = [x for x in trainer.state.log_history if "loss" in x]
         assert [x for x in trainer.state.log_history if "ar" in x] == logged
         got = torch.tensor([[x["ar"], x["tar"]] for x in logged])
@@ -244,7 +216,7 @@ def test_logs() -> None:
 
 def test_checkpoints() -> None:
     args = arguments(save_strategy="steps", save_steps=1, **IN_PARTS)
-    whole, resumed = fit(mamba, args), trainer_of(mamba, args)
+    whole, resumed = fit(args=args), trainer_of(args=args)
     resumed.train(resume_from_checkpoint="out/checkpoint-1")
     assert_same(resumed, whole, rtol=0, atol=0)
 
@@ -261,25 +233,25 @@ def both(*kinds: type) -> type:
 
 
 def test_subclasses_of_trainer_on_either_side() -> None:
-    written_out = fit(LanguageModel, arguments(), both(Formula, OwnLoss))
-    assert_same(fit(LanguageModel, arguments(), both(RegularizedTrainer, OwnLoss)), written_out)
-    assert_same(fit(LanguageModel, arguments(), both(OwnLoss, RegularizedTrainer)), written_out)
-    assert_different(fit(LanguageModel, arguments(), OwnLoss), written_out)
+    written_out = fit(both(Formula, OwnLoss))
+    assert_same(fit(both(RegularizedTrainer, OwnLoss)), written_out)
+    assert_same(fit(both(OwnLoss, RegularizedTrainer)), written_out)
+    assert_different(fit(OwnLoss), written_out)
 
 
 def test_models_that_the_trainer_makes() -> None:
     making: dict[str, Any] = {"model": None, "model_init": lambda: lm.seeded(mamba)}
-    assert_different(fit(mamba, arguments(), **making), fit(mamba, arguments(), transformers.Trainer, **making))
+    assert_different(fit(**making), fit(transformers.Trainer, **making))
 
 
 def test_a_mask_that_the_trainer_takes_out_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"padding counts in AR and TAR, as the forward of xLSTMForCausalLM takes no"):
-        fit(xlstm, arguments())
+    with pytest.warns(UserWarning, match=r"padding counts in AR and TAR, as the forward of Net takes no"):
+        fit(model=Net(), rnn="rnn")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        fit(xlstm, arguments(), valid=labelled)
-        fit(xlstm, arguments(), valid=None)
-        fit(LanguageModel, arguments())
+        fit(model=Net(), rnn="rnn", valid=lambda batch: batch["input_ids"] != 0)
+        fit(model=Net(), rnn="rnn", valid=None)
+        fit()
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
@@ -291,13 +263,14 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
             trainer.regularizer.alpha = trainer.regularizer.beta = 0.0
             trainer.compute_loss_func = error and mock.Mock(side_effect=error)
 
-    trainer = trainer_of(mamba, arguments(**IN_PARTS), callbacks=[Stop()])
+    trainer = trainer_of(args=arguments(**IN_PARTS), callbacks=[Stop()])
+    backward = trainer.accelerator.backward
     with pytest.raises(error) if error else nullcontext():
         trainer.train()
     assert hooks_of(trainer.model) == 0
-    assert "backward" not in vars(trainer.accelerator)
+    assert trainer.accelerator.backward == backward
     assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
-    assert_different(trainer, fit(mamba, arguments()))
+    assert_different(trainer, fit())
 
 
 def test_a_loss_that_never_passes_accelerate_is_refused() -> None:
@@ -308,12 +281,4 @@ def test_a_loss_that_never_passes_accelerate_is_refused() -> None:
             return loss.detach()
 
     with pytest.raises(RuntimeError, match=r"did not go through accelerator\.backward"):
-        fit(LanguageModel, arguments(), both(RegularizedTrainer, Own))
-
-
-def test_a_backward_that_another_wrapper_has_set_stays() -> None:
-    trainer = trainer_of(mamba, arguments())
-    trainer.accelerator.backward = own = mock.Mock(side_effect=trainer.accelerator.backward)
-    trainer.train()
-    assert vars(trainer.accelerator)["backward"] is own
-    assert own.call_count == trainer.state.global_step
+        fit(both(RegularizedTrainer, Own))
