@@ -255,12 +255,6 @@ def assert_other_weights(model: nn.Module, other: nn.Module) -> None:
         assert_same_weights(model, other, rtol=1e-3, atol=1e-4)
 
 
-def tolerance_of_bfloat16(model: nn.Module, untrained: nn.Module) -> dict[str, float]:
-    """Return the rounding of a training: autograd rounds wherever it adds gradients, hooks add in float32."""
-    largest = max(map(gap, model.parameters(), untrained.parameters()))
-    return {"rtol": 0.0, "atol": torch.finfo(torch.bfloat16).eps * largest}
-
-
 def regularizer(**options: Any) -> RNNRegularizer:
     return RNNRegularizer(ALPHA, BETA, **options)
 

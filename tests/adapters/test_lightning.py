@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.conftest import more, skip_without
 
@@ -30,22 +29,22 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Depre
 
 
 class Module(Net, pl.LightningModule):
-    """Trains itself; `result` is what its step returns."""
+    """Trains itself, with a second RNN that is made when a fit begins."""
 
     resets = 0
 
     def reset(self) -> None:
         self.resets += 1
 
-    def result(self, loss: Tensor, _index: int) -> Any:
-        return loss
+    def configure_model(self) -> None:
+        self.second = lm.gru()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Any) -> Any:  # pyright: ignore
         outputs = self(**batch)
         self.log("train_loss", outputs["plain"], on_step=False, on_epoch=True, batch_size=1)
-        return self.result(outputs["loss"], batch_idx)
+        return outputs["loss"]
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any) -> None:  # pyright: ignore
         self(**batch)
 
     def configure_optimizers(self) -> Any:
@@ -97,13 +96,16 @@ class TestContract(TrainerContract):
 def test_bfloat16_with_accumulation_and_clipping() -> None:
     options: Any = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
     module, formula, *_ = fit_both(callback(), **options)
-    assert_same_weights(module, formula, **lm.tolerance_of_bfloat16(formula, made()))
+    largest = max(map(lm.gap, formula.parameters(), made().parameters()))
+    # autograd rounds wherever it adds gradients, hooks add in float32
+    assert_same_weights(module, formula, rtol=0.0, atol=torch.finfo(torch.bfloat16).eps * largest)
 
 
 def test_steps_that_return_a_mapping_and_steps_that_are_skipped() -> None:
     class EveryOther(Module):
-        def result(self, loss: Tensor, index: int) -> Any:
-            return None if index % 2 else UserDict(loss=loss, more=1)
+        def training_step(self, batch: Any, batch_idx: int) -> Any:  # pyright: ignore
+            loss = super().training_step(batch)
+            return None if batch_idx % 2 else UserDict(loss=loss, more=1)
 
     def look(_trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
         seen.append(bool(outputs and outputs.get("more")))
@@ -139,28 +141,18 @@ def test_a_module_that_optimizes_by_hand_is_refused() -> None:
     assert_left_alone(module)
 
 
-class Failing(Module):
-    """Fails in a step."""
-
-    fails = True
-
-    def result(self, loss: Tensor, index: int) -> Any:
-        if self.fails and index == 2:
-            raise KeyError("in a step")
-        return loss
-
-
 @pytest.mark.parametrize("anew", [False, True])
 def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
     """The next fit has the same callback or a new one, and finds no trace of the wrapper that was left."""
-    module, formula, one = made(kind=Failing), made("rnn"), callback()
+    module, formula, one = made(), made("rnn"), callback()
+    in_a_step = module.decoder.register_forward_hook(mock.Mock(side_effect=[None, None, KeyError]))
     failing = pl.callbacks.LambdaCallback(on_exception=mock.Mock(side_effect=ArithmeticError))
     with pytest.raises(ArithmeticError):
         fit(module, failing, one)  # Lightning does not tell the second of the error
     assert lm.hooks_of(module) > 0
     module.load_state_dict(formula.state_dict())
     module.zero_grad()
-    module.fails = False
+    in_a_step.remove()
     logged = fit(module, callback() if anew else one)
     fit(formula)
     assert_same_weights(module, formula)
@@ -212,30 +204,13 @@ def test_two_callbacks_add_their_penalties_and_log_the_mean() -> None:
 
 def test_a_copy_made_while_training_has_its_own_step() -> None:
     """An average of weights makes such a copy."""
-
-    def copy_it(_trainer: Any, module: Any, *_: Any) -> None:
-        trainer, module._trainer = module._trainer, None
-        copies.append(copy.deepcopy(module))
-        module._trainer = trainer
-
     copies: list[Any] = []
-    fit(made(), callback(), pl.callbacks.LambdaCallback(on_train_batch_end=copy_it))
+    copy_it = pl.callbacks.LambdaCallback(
+        on_train_batch_end=lambda _t, module, *_: copies.append(copy.deepcopy(module))
+    )
+    fit(made(), callback(), copy_it)
     plain = made()
     plain.load_state_dict(copies[-1].state_dict())
     fit(copies[-1])
     fit(plain)
     assert_same_weights(copies[-1], plain)
-
-
-class Late(Module):
-    """Makes its RNN when the fit begins; its step has no index."""
-
-    def configure_model(self) -> None:
-        self.rnn = self.late = lm.gru()
-
-    def training_step(self, batch: Any) -> Any:  # pyright: ignore
-        return super().training_step(batch, 0)
-
-
-def test_a_module_that_is_made_late() -> None:
-    assert_same_weights(*fit_both(callback(rnn="late"), kind=Late)[:2])
