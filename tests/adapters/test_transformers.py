@@ -38,9 +38,11 @@ pytestmark.append(pytest.mark.usefixtures("quick_collections"))
 TIMEOUT = 120  # seconds, for processes that import all this anew
 
 
-def mamba() -> Any:
+def mamba2() -> Any:
+    """Make a small Mamba 2; for a Mamba, transformers 4 does not divide the losses of accumulated batches."""
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}
-    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+    sizes |= {"num_heads": 4, "head_dim": 4, "n_groups": 1, "chunk_size": 4}
+    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes))
 
 
 LAST = "backbone.layers.1"
@@ -96,10 +98,10 @@ def folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def trainer_of(kind: Any = RegularizedTrainer, args: Any = None, **options: Any) -> Any:
-    """Make a trainer of a small Mamba, always with the same weights; the regularized ones get their own arguments."""
+    """Make a trainer of a small Mamba2, always with the same weights; the regularized ones get their own arguments."""
     if issubclass(kind, RegularizedTrainer):
         options = COEFFICIENTS | {"rnn": LAST} | options
-    defaults = {"model": lm.seeded(mamba), "args": args or arguments(), "train_dataset": examples()}
+    defaults = {"model": lm.seeded(mamba2), "args": args or arguments(), "train_dataset": examples()}
     return kind(**(defaults | options))
 
 
@@ -240,7 +242,7 @@ def test_subclasses_of_trainer_on_either_side() -> None:
 
 
 def test_models_that_the_trainer_makes() -> None:
-    making: dict[str, Any] = {"model": None, "model_init": lambda: lm.seeded(mamba)}
+    making: dict[str, Any] = {"model": None, "model_init": lambda: lm.seeded(mamba2)}
     assert_different(fit(**making), fit(transformers.Trainer, **making))
 
 
