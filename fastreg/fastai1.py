@@ -117,6 +117,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
+        _freed(learn)
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
         given: dict[str, Any] = {"output": output, "batch_first": batch_first, "time_dim": time_dim}
@@ -258,10 +259,11 @@ def _freed(learn: Any) -> list[Any]:
     """Return the callbacks of a learner, without the hooks of a fit that was cut off."""
     if not isinstance(learn, Learner):
         raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
-    for cb in learn.callbacks:
+    callbacks = getattr(learn, "callbacks", [])  # a learner that is being purged has none
+    for cb in callbacks:
         if type(cb) is RNNTrainer:
             cb.on_train_end()
-    return learn.callbacks
+    return callbacks
 
 
 def _stock(cb: Any) -> Any:
