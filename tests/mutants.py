@@ -254,7 +254,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("facts_of", "a coefficient of 0 like another", "(x != 0,)", "(True,)"),
         ("_facts_of_other", "packed rows in any layout", "if is_dense else shape", "if True else shape"),
         ("_facts_of_other", "a plan for each number of rows", "shape[1:] if is_dense", "shape if is_dense"),
-        ("facts_of", "kernels: no dtype of numbers", "x.dtype, x.device", "x.dtype if x.dim() else 0, x.device"),
+        ("facts_of", "no dtype of coefficients", "x.dtype, x.device", "x.dtype if x.dim() else 0, x.device"),
         ("keep", "plans without end", "len(PLANS) >= SIZE", "False"),
         ("key_of", "layers that are the same or not", "else are_same(first, second)", "else 0"),
         ("key_of", "no options", "*options, *map", "*map"),

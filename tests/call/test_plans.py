@@ -99,6 +99,7 @@ BASE = {
 PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     **{f"penalty, {name}": (fused_ar_tar, {}, change) for name, change in PENALTY.items()},
     **{f"dropout, {name}": (fused_dropout_ar_tar, {}, change) for name, change in DROPOUT.items()},
+    "dtype of alpha": (fused_ar_tar, {"alpha": torch.tensor(2.0)}, {"alpha": torch.tensor(2.0).double()}),
     "valid, a subclass": (fused_ar_tar, {"valid": VALID}, {"valid": VALID.as_subclass(Decorated)}),
     "packed, one tensor in both": (fused_ar_tar, PACKED, TWICE),
     "packed, a subclass": (fused_ar_tar, PACKED, DECORATED),
