@@ -14,10 +14,10 @@ PYTEST = .venv/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest: one for each core, at most four, as each loads PyTorch and the frameworks.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
-# What make test runs: cases that are not marked as more, and each fifth case of a test in the slow interpreter. Where both
-# are empty, as in .ci/run, it runs what make test-more runs, too.
+# What make test runs: cases that are not marked as more, and each fifth case of a test in the slow interpreter. make
+# test-more runs the others, and .ci/run more than make test does.
 MOST ?= -m "not more"
-FIFTH ?= --sample=5
+INTERPRETED ?= --sample=5
 
 .PHONY: help demo study test test-compiled test-interpreted test-more test-fast test-ptx test-ptx-newest test-ptx-oldest mutants \
     test-oldest test-newest test-plain test-fakegpu bench lint docs wheel sdist clean
@@ -61,11 +61,11 @@ test-compiled: .venv/test .venv/frameworks
 
 test-interpreted: .venv/test
 	@echo "== the same samples through the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise" $(FIFTH) tests/kernels tests/call
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise" $(INTERPRETED) tests/kernels tests/call
 
 test-more: .venv/test .venv/frameworks
 	@echo "== what make test leaves out, and all samples through the interpreter"
-	@$(MAKE) --no-print-directory --keep-going test-compiled test-interpreted MOST="-m more" FIFTH=
+	@$(MAKE) --no-print-directory --keep-going test-compiled test-interpreted MOST="-m more" INTERPRETED=
 
 test-fast: .venv/test
 	@echo "== the essential tests, less than a minute on two cores; make test and make test-more run all"

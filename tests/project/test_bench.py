@@ -192,7 +192,7 @@ def test_help_shows_help(module: str, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 WHY = {
     "aborts": "the process ended with status -6",
-    "hangs": "out of time after 20 s",
+    "hangs": "out of time after 8 s",
     "raises": "ValueError: no",
     "is too large": "does not fit in the device's memory",
     "aborts in a turn": "the process ended with status -6",
@@ -201,7 +201,7 @@ WHY = {
 
 def bench(folder: Path, *options: str, fails: bool) -> str:
     """Run `python -m pytest bench` with cases that fail; return its output."""
-    own = f"--lines={folder}/lines", f"--benchmark-json={folder}/json", "--limit=20", "--tb=short"
+    own = f"--lines={folder}/lines", f"--benchmark-json={folder}/json", "--limit=8", "--tb=short"
     command = "-m", "pytest", "bench", "-p", "tests.project.failing_cases", "-p", "no:cacheprovider"
     # With the variable of pytest-xdist, pytest-benchmark would measure nothing.
     environment = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "COLUMNS": "200"}
