@@ -192,7 +192,7 @@ def headline(study: Study) -> str:
     changes = {}
     for coefficients in study.trained[1:]:
         values = differences(study.pairs(coefficients), lambda run: run.final)
-        changes[coefficients] = f"{average(values, '+.2f')} ({lower(values)} seeds improve)"
+        changes[coefficients] = average(values, "+.2f")
     still = all(run.best == run.final for run in plain)
     ending = " The baseline was still improving: longer training may leave less." if still else ""
     of = f"{settings['layers']} layers of up to {settings['hidden']} units"
@@ -200,8 +200,8 @@ def headline(study: Study) -> str:
     return (
         f"**Perplexity fell in a small study.** An AWD-LSTM ({of}), trained on {text}, ends at a validation "
         f"perplexity of {average([run.final for run in plain], '.2f')}. TAR with `alpha=0, beta=1` changes it by "
-        f"{changes[0.0, 1.0]}, AR and TAR with `alpha=2, beta=1` by {changes[2.0, 1.0]}: mean differences between "
-        f"trainings of one seed, ± the standard error.{ending}\n"
+        f"{changes[0.0, 1.0]}, AR with `alpha=2, beta=0` by {changes[2.0, 0.0]}, and both by {changes[2.0, 1.0]}: "
+        f"means over pairs of trainings with the same seed, ± the standard error.{ending}\n"
     )
 
 

@@ -165,8 +165,8 @@ def headline(runs: list[Run]) -> str:
     success, without = (mean([run.success for run in found[alone]]) for found in (tar, anew))
     return (
         f"**A world model plans better.** In [two rooms](examples/two_rooms.py) {success:.0%} of the plans succeed "
-        f"with TAR, and {without:.0%} without it after the other weights were tuned again "
-        f"({gain(tar[alone], anew[alone])}, ten seeds). With the same other weights, TAR gains "
+        f"with TAR. Without it, after the other weights were tuned again, {without:.0%} do: the gain is "
+        f"{gain(tar[alone], anew[alone])} over ten seeds. With the same other weights, TAR gains "
         f"{gain(tar[distractor], plain[distractor])} if the images have a distractor, and "
         f"{gain(tar[short], plain[short])} after only 150 training steps: "
         "[table](docs/recipes.md#a-world-model-that-plans).\n"
