@@ -152,7 +152,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def before_batch(self) -> None:
         if sum(isinstance(cb, stock.RNNRegularizer) for cb in self.learn.cbs) > 1:
-            raise ValueError("RNNRegularizer: the learner has another one; keep one, which may have a list of paths")
+            raise ValueError("RNNRegularizer: the learner has another one; keep one, and name all modules by lists")
         if self._handle is None:  # in the first batch, and after the regularizer was removed for a while
             self._attach(self.learn.model)
         self._forget()
@@ -164,9 +164,10 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         is_captured, is_attached = captures == 1 and is_list(pred), captures == 0 and self.paths.pairs
         if not (is_captured or is_attached):
             raise TypeError(
-                f"expected (decoded, raw, dropped) from the {type(self.learn.model).__name__}, and one RNNCallback to "
-                f"capture them, got a {type(pred).__name__} and {captures} RNNCallbacks. If the model returns only its "
-                "output, name its modules, fuse(learn, rnn=..., dropout=...), and call learn.remove_cb(RNNCallback)"
+                "RNNRegularizer: expected (decoded, raw, dropped) from the "
+                f"{type(self.learn.model).__name__}, and one RNNCallback to capture them, got a {type(pred).__name__} "
+                f"and {captures} RNNCallbacks. Remove all RNNCallbacks but one. If the model returns only its output, "
+                "remove all, learn.remove_cb(RNNCallback), and name its modules, fuse(learn, rnn=..., dropout=...)"
             )
 
     def after_loss(self) -> None:
@@ -286,8 +287,9 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
     old = next(iter(_regularizers(learn, stock.RNNRegularizer, RNNRegularizer)), None)
     if old is None:
         raise ValueError(
-            "fuse: the learner has no RNNRegularizer of fastai's own class; add the callbacks of fastreg.fastai, "
-            "rnn_cbs(alpha, beta), or its RNNRegularizer(alpha, beta, rnn=..., dropout=...)"
+            "fuse: the learner has no RNNRegularizer of fastai's own class. Add one of fastreg.fastai in its place: "
+            "RNNRegularizer(alpha, beta), or all of rnn_cbs(alpha, beta) if the learner has no RNNCallback, or "
+            "RNNRegularizer(alpha, beta, rnn=..., dropout=...) if the model returns only its output"
         )
     new = RNNRegularizer(old.alpha, old.beta, vars(old).get("bptt"), dropout=dropout, **options)
     new._attach(learn.model)  # wrong arguments raise an error before anything is swapped

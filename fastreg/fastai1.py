@@ -234,8 +234,8 @@ def unfuse(learn: Learner) -> Learner:
 
     The callback keeps its position and the present coefficients. Arguments that fastai's callback lacks are lost; in
     most releases it lacks `bptt` and `adjust`. A learner that is not fused stays unchanged. If `rnn` names the modules
-    of a model that returns only its output, fastai's callback could not take this apart, and the learner is left
-    without one.
+    of a model that returns only its output, fastai's callback cannot regularize this model, and the learner has none
+    afterwards.
 
     Warns:
         UserWarning: the learner is left without a regularizer.

@@ -29,9 +29,9 @@ from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
 
 SHARED = (
-    "attach: this {} shares the hooks of the attached one, whose penalty would be lost, or its class got another "
-    "forward. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment, and "
-    "attach again"
+    "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
+    "would be lost; or the forward of its class was replaced. Use DistributedDataParallel instead of DataParallel, or "
+    "on_loss_begin; or remove() the attachment, and attach again"
 )
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
 KEY = "_fastreg_call"  # the attribute of raw that holds its call
@@ -232,8 +232,9 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         if is_dropped and id(rows) not in tensors:
             raise TypeError(
                 f"attach: expected raw as a tensor in tuples, lists, dictionaries or model outputs, got a "
-                f"{type(result).__name__} in which raw cannot be replaced, or an output= that computes raw. Let the "
-                "module return raw in a tuple; or pass raw through an nn.Identity, and attach this nn.Identity"
+                f"{type(result).__name__}, in which raw cannot be replaced. A function given as output= has to pick "
+                "a tensor, and compute nothing. Let the module return raw in a tuple; or pass raw through an "
+                "nn.Identity, and attach this nn.Identity"
             )
         at = {i: address_of(x) for i, x in tensors.items()}
         memory = [*at.values(), *map(address_of, tensors_in(inputs).values())]

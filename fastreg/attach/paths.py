@@ -72,7 +72,7 @@ class Paths:
         check_callable("output", self.output)
         check_time(self.batch_first, self.time_dim)
         if not self.pairs and (self.output, self.batch_first, self.time_dim) != (None, None, None):
-            raise TypeError("rnn: expected a path, as output, batch_first and time_dim are for named modules, got None")
+            raise TypeError("rnn: expected a path, as output, batch_first and time_dim describe its module, got None")
 
     def attach(
         self,

@@ -37,7 +37,7 @@ class RNNRegularizer:
 
     Args:
         alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`. With 0
-            the term is left out, and only measured.
+            the term is no part of the penalty, and only measured.
         beta: coefficient of TAR.
         layers: which layers `on_loss_begin` regularizes if the model returns lists with a tensor for each layer:
             `"last"`, as AWD-LSTM and fastai do, or `"all"`, as Merity et al. (2017) write it; then the penalties of all
@@ -133,11 +133,11 @@ class RNNRegularizer:
         """Capture `raw` and `dropped` of a model's output `(decoded, raw, dropped)`, and return `decoded`.
 
         A second call before `on_backward_begin` replaces the first capture. If that capture needs gradients, its
-        penalty is lost, which is warned of once. After a training step that failed, call `clear()`.
+        penalty is lost, and a warning says so once. After a training step that failed, call `clear()`.
 
         Args:
             output: a tuple or list of three; `raw` and `dropped` are `(batch, time, hidden)`, any tensors with
-                `time_dim`, a `PackedSequence`, or a list or tuple of them, one a layer.
+                `time_dim`, a `PackedSequence`, or a list or tuple with one for each layer.
             lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`.
             valid: a mask of the time steps that count, instead of lengths, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
@@ -211,9 +211,9 @@ class RNNRegularizer:
         given, self._given = self._given, None
         try:
             if not isinstance(loss, Tensor):
-                raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}")
+                raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}; do not call item() before")
             if loss.numel() != 1:  # the penalty would be added to each element
-                raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}")
+                raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}; call mean() before")
             if self._step.sites:
                 training = [x for x in self._step.sites if x.source.module.training]
                 terms = self._step.take(loss, (self.alpha, self.beta), training)
@@ -255,13 +255,13 @@ class RNNRegularizer:
     ) -> Attachment:
         """Put forward hooks on an RNN and on the dropout after it, which compute the penalty of each run.
 
-        Call it once, instead of `on_loss_begin` in each step. Every attached module counts; of an `nn.LSTM` the last
-        layer counts. `on_backward_begin` adds the penalty of each run on which the loss depends, once, with the
-        coefficients of that run's forward. A loss depends on a run through the output of the dropout, or through raw
-        without a dropout, or through another tensor that the module returned, such as a state. If a module and its
-        inputs need no gradients, its latest run counts as a constant, for the next loss. Runs in evaluation, runs
-        without gradients, and recomputations of activation checkpointing do not count. The model may be compiled before
-        or after.
+        Call it once, instead of `on_loss_begin` in each step. Every attached module is regularized; of an `nn.LSTM`
+        with several layers the last one is. `on_backward_begin` adds the penalty of each run on which the loss depends,
+        once, with the coefficients of that run's forward. A loss depends on a run through the output of the dropout, or
+        through raw without a dropout, or through another tensor that the module returned, such as a state. If a module
+        and its inputs need no gradients, its latest run counts as a constant, for the next loss. Runs in evaluation,
+        runs without gradients, and recomputations of activation checkpointing do not count. The model may be compiled
+        before or after.
 
         The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
         place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -197,7 +197,8 @@ def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
         # An adapter has already called the same function with the batch, and then the error has a note.
         if add_note is not None and not any(note.startswith(f"{name}: ") for note in notes):
             given = (*args, *kwargs.values())
-            got = [f"{type(x).__name__}{[*x.shape] if isinstance(x, Tensor) else ''}" for x in given]
+            facts = [x.shape if isinstance(x, Tensor) else x if isinstance(x, Mapping) else () for x in given]
+            got = [f"{type(x).__name__}{[*of] or ''}" for x, of in zip(given, facts, strict=True)]
             add_note(f"{name}: fastreg called this function with ({', '.join(got)})")
         raise
 

@@ -37,11 +37,12 @@ OUTCOMES = {
     "use on_loss_begin; pass use_reentrant=False to a checkpoint; after a step that ended early, call clear()",
     "all modules are in evaluation": "",
     "the loss depends on no run": "on_backward_begin: nothing was captured: the loss depends on no run of the attached "
-    "{modules}, or an earlier loss has taken it. Likely causes: a second call in one step (call on_backward_begin "
-    "once, with the sum of the losses); a forward under torch.no_grad() or in a reentrant checkpoint (pass "
-    "use_reentrant=False); a loss of other tensors, or of a detached output; a wrapper, such as WeightDrop, that calls "
-    "the forward() of the module (attach the wrapper); a copy of the model, whose hooks do nothing (attach the copy); "
-    "clear() or an error since the forward",
+    "{modules}, that is, on no call in training with gradients, or an earlier loss has taken it. Likely causes: a "
+    "second call in one step (call on_backward_begin once, with the sum of the losses); a step that leaves the module "
+    "out, as LayerDrop does (set its probability to 0, or attach what every step calls); a forward under "
+    "torch.no_grad() or in a reentrant checkpoint (pass use_reentrant=False); a loss of other tensors, or of a "
+    "detached output; a wrapper, such as WeightDrop, that calls the forward() of the module (attach the wrapper); a "
+    "copy of the model, whose hooks do nothing (attach the copy); clear() or an error since the forward",
     "nothing needs a gradient": "",
     "a coefficient changed": "on_backward_begin: alpha or beta has changed since the forward of the attached {module}, "
     "but the penalty has the coefficients of that forward; change them after the backward",

@@ -26,12 +26,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# The arguments that select the time steps that count: their dtypes, the dtypes in words, the function that converts
-# another dtype, and the reason why the argument cannot be given with a PackedSequence.
+# The arguments that select the time steps that count: their dtypes, the dtypes in words, the remedy for another dtype,
+# and the reason why the argument cannot be given with a PackedSequence.
 OWN, PAD = ", as a PackedSequence has its own lengths", "pad_packed_sequence returns a tensor"
-MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", ".bool()"
+MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", "; use .bool()"
 SELECTORS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
-    "lengths": (INTEGERS, "an integer tensor", ".long()", OWN),
+    "lengths": (INTEGERS, "an integer tensor", "; use .long(), or pass a mask as valid=", OWN),
     "valid": (*MASK, OWN),
     "starts": (*MASK, f" with a PackedSequence; {PAD}, and lengths"),
 }
@@ -319,8 +319,7 @@ def check_selectors(lengths: object, valid: object, starts: object) -> None:
     _expect(lengths is None or valid is None, "lengths and valid", "one of them, got both")
     for name, given in zip(SELECTORS, (lengths, valid, starts), strict=True):
         if given is not None:
-            dtypes, words, function, _ = SELECTORS[name]
-            _check_tensor_of(name, given, dtypes, words, f"; use {function}")
+            _check_tensor_of(name, given, *SELECTORS[name][:3])
 
 
 def check_selectors_of(x: Any, time_dim: int, selectors: Mapping[str, Any]) -> None:
@@ -334,8 +333,10 @@ def check_selectors_of(x: Any, time_dim: int, selectors: Mapping[str, Any]) -> N
         else:
             fits = shape == [batch, time] or (shape == [time] and axes_of(x, time_dim)[1] is None)
             layout = ", in every layout" if time_dim == -len(x.shape) else ""
-            words = "shape ({}, {}), batch and time steps{}, got {}"
-            _expect(fits, name, words, batch, time, layout, given.shape)
+            words = "shape ({}, {}), batch and time steps{}, got {}{}"
+            are_lengths = not fits and shape == [batch]
+            remedy = "; a mask of lengths is torch.arange(time) < lengths[:, None]" if are_lengths else ""
+            _expect(fits, name, words, batch, time, layout, given.shape, remedy)
         words = "a tensor on {}, or another device with memory, got one on meta"
         _expect(x.is_meta or not given.is_meta, name, words, x.device)
 
@@ -380,7 +381,8 @@ def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
 
 
 def _check_tensor_of(name: str, x: Any, dtypes: Sequence[torch.dtype], words: str, remedy: str = "") -> None:
-    _expect(isinstance(x, Tensor), name, "{}, got {}", words, type(x), error=TypeError)
+    made = "; use torch.tensor()" if is_list(x) else ""
+    _expect(isinstance(x, Tensor), name, "{}, got {}{}", words, type(x), made, error=TypeError)
     _expect(x.dtype in dtypes, name, "{}, got one of {}{}", words, x.dtype, remedy, error=TypeError)
     _check_dense(name, x)
 

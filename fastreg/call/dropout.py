@@ -78,7 +78,7 @@ def fused_dropout_ar_tar(
         mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`. Its shape is `(batch, 1, hidden)`
             (`(1, batch, hidden)` with `batch_first=False`), or the shape of raw; it has raw's dtype and device. It gets
             no gradient.
-        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` means `True`.
         time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
         lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Dropout applies to padding as
             to any other step, but padding counts in neither term.

@@ -69,7 +69,7 @@ def fused_ar_tar(
             activations. A tensor is read on the device, without a synchronization, and gets no gradient. A schedule may
             change it in place before each forward, also between replays of a CUDA graph.
         beta: coefficient of TAR, as for alpha.
-        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` means `True`.
         time_dim: the axis of time of tensors with one or more axes, instead of batch_first; a negative axis counts from
             the end. It is 2 for `(batch, channels, time, height, width)`. The batch is the first of the other axes. A
             tensor of two axes needs it: it is 0 for one sequence, `(time, hidden)`.

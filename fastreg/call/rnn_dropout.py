@@ -58,9 +58,9 @@ class FusedRNNDropout(nn.Module):
     Args:
         p: the probability to drop a unit, from 0 to below 1.
         alpha: coefficient of AR, as for `fused_ar_tar`; an attribute, which a schedule may change, like `beta`. If both
-            are `None`, they come from the regularizer that attaches the module; `None` beside a number is 0.
+            are `None`, they come from the regularizer that attaches the module; if only one is, it is 0.
         beta: coefficient of TAR, as for alpha.
-        batch_first: `False` for `(time, batch, hidden)`; `None` for `True`.
+        batch_first: `False` for `(time, batch, hidden)`; `None` means `True`.
         time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
         ar_of: the tensor whose mean square is AR: `"dropped"`, as in Merity et al. and fastai v2, or `"raw"`, as in
             fastai v1.
@@ -127,8 +127,8 @@ class FusedRNNDropout(nn.Module):
             loan: the coefficients of a regularizer to which the module is attached; only hooks pass it.
 
         Warns:
-            UserWarning: the penalty of the last forward was not taken; or neither the caller nor a regularizer has
-                given coefficients until the second forward in training. The module gives each warning once.
+            UserWarning: the penalty of the last forward was not taken; or the second forward in training
+                has no coefficients, neither of the module nor of a regularizer. The module gives each warning once.
         """
         untaken, self.formed = self.formed, None
         is_on_itself = is_on(self.alpha) or is_on(self.beta)
@@ -170,8 +170,8 @@ class FusedRNNDropout(nn.Module):
         """Return the penalty of the last forward, once.
 
         Returns:
-            The penalty, and its terms, which are detached. `None` if the last forward was in evaluation, or attached to
-                a regularizer, or if an earlier `take()` has returned its penalty.
+            The penalty, and its terms, which are detached. `None` if the last forward was in evaluation, or if its
+                penalty went to a regularizer, or to an earlier `take()`.
 
         Raises:
             RuntimeError: the last forward had no coefficients.

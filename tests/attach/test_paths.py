@@ -55,9 +55,9 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
         (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
         (lambda: paths_of_learner("rnn", "", {}, Masks()), "dropout: expected the attribute path .* got an empty one"),
-        (lambda: Paths(output=len), "rnn: expected a path, as output, .* are for named modules, got None"),
-        (lambda: Paths(batch_first=True), "rnn: expected a path, .* batch_first and time_dim are"),
-        (lambda: Paths(time_dim=1), "rnn: expected a path, .* batch_first and time_dim are"),
+        (lambda: Paths(output=len), "rnn: expected a path, as output, .* describe its module, got None"),
+        (lambda: Paths(batch_first=True), "rnn: expected a path, .* batch_first and time_dim describe"),
+        (lambda: Paths(time_dim=1), "rnn: expected a path, .* batch_first and time_dim describe"),
         (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
@@ -96,7 +96,7 @@ def test_modules_in_evaluation_are_warned_of_once() -> None:
     paths.warn_of_evaluation("Adapter")  # another warning would be an error
 
 
-@pytest.mark.parametrize(("name", "got"), [("valid", r"Tensor\[2, 5\], dict"), ("output", "tuple")])
+@pytest.mark.parametrize(("name", "got"), [("valid", r"Tensor\[2, 5\], dict\['mask'\]"), ("output", "tuple")])
 def test_a_note_on_an_error_in_a_function_names_it_and_its_arguments(name: str, got: str) -> None:
     """The function of masks gets the batch instead of the module's arguments."""
 
