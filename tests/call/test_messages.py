@@ -95,6 +95,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"reduction": ["mean"]}, ValueError, r"reduction: expected 'mean' or 'sum', got \['mean'\]"),
     ({"reduction": "none"}, ValueError, "reduction: expected 'mean' or 'sum', got 'none'"),
     ({"lengths": X[:, 0, 0] > 0}, TypeError, "lengths: expected an integer tensor, .* torch.bool; use .long.*valid="),
+    ({"lengths": [5, 3]}, TypeError, r"lengths: expected an integer tensor, got list; use torch.tensor\(\)"),
+    ({"valid": LENGTHS}, ValueError, r"valid: expected shape \(2, 5\), .* got \(2,\); a mask of lengths is"),
     ({"lengths": LENGTHS[:1]}, ValueError, r"lengths: expected shape \(2,\), one .*, got \(1,\)"),
     ({"raw": X[0], "lengths": LENGTHS, "time_dim": 0}, ValueError, r"lengths: expected shape \(1,\), .* got \(2,\)"),
     ({"lengths": LENGTHS + 1}, ValueError, "lengths: expected from 0 to the 5 time steps .* got 6"),
