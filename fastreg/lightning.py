@@ -104,15 +104,19 @@ class ActivationRegularization(Callback):
     on_exception = teardown  # Lightning tears nothing down after an error
     setup = teardown  # of an earlier fit: an error in another callback's on_exception leaves out ours
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state; begin the sums of AR and TAR over the steps of the epoch, and of the steps."""
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin the sums of AR and TAR over the steps of an epoch, and of the steps; a fit may resume in an epoch."""
         self._terms = torch.zeros(3, device=pl_module.device)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Reset the hidden state."""
         self.regularizer.on_epoch_begin(pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
         # Each process takes part, also one that has added no penalty, as the others wait for it.
         ar, tar, steps = trainer.strategy.reduce(self._terms, reduce_op="sum")
+        self._terms = torch.zeros_like(self._terms)
         if self.logged and steps:
             means = {"ar": ar / steps, "tar": tar / steps}
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)

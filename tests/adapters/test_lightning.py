@@ -55,14 +55,14 @@ def callback(**options: Any) -> ActivationRegularization:
     return ActivationRegularization(ALPHA, BETA, **(PATHS | options))
 
 
-def fit(module: Any, *callbacks: Any, validate: bool = False, **options: Any) -> Any:
-    """Train for an epoch of six batches, and return the logged metrics; also validate in the fit."""
+def fit(module: Any, *callbacks: Any, validate: bool = False, path: Any = None, **options: Any) -> Any:
+    """Train for an epoch of six batches, or go on from a file, and return the logged metrics; also validate."""
     torch.manual_seed(0)
     defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
     data: Any = torch.utils.data.DataLoader(DATA, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
-    trainer.fit(module, data, data if validate else None)
+    trainer.fit(module, data, data if validate else None, ckpt_path=path)
     assert_left_alone(module)
     return trainer.callback_metrics
 
@@ -131,6 +131,13 @@ def test_a_module_may_be_fitted_again_and_is_reset() -> None:
     for again in (False, True):
         fit(module, copy.deepcopy(one) if again else one, validate=True)
     assert module.resets == 2 * (1 + 1 + 1)  # epochs of training, and of validation before and after
+
+
+def test_a_fit_goes_on_within_an_epoch(tmp_path: Path) -> None:
+    fit(made(), pl.callbacks.ModelCheckpoint(tmp_path, "file", every_n_train_steps=4), enable_checkpointing=True)
+    module, formula, logged, _ = fit_both(callback(), path=tmp_path / "file.ckpt")
+    assert_same_weights(module, formula)
+    torch.testing.assert_close(logged["ar"], torch.stack(formula.terms).mean(0)[0])
 
 
 def test_a_module_that_optimizes_by_hand_is_refused() -> None:
