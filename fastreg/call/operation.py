@@ -24,7 +24,7 @@ from fastreg.call import arguments
 from fastreg.call.backends import PLANS, backend_for
 from fastreg.call.problem import ARTAR, Coefficient, Options, Place, are_same, compute_dtype, is_on, sizes_of
 from fastreg.call.reference import encoded
-from fastreg.call.torch_state import has_values, hooks_on_saved, is_deterministic, keepable, observed, plain
+from fastreg.call.torch_state import has_values, hooks_on_saved, is_deterministic, keepable, observed, plain, untraced
 from fastreg.kernels.view import Steps, Terms, Values
 
 # Enough plans for thousands of pairs of a batch size and a number of time steps. A plan takes up to 7.5 KB. Each
@@ -406,6 +406,7 @@ class Node(Function):
 _apply: Any = super(Function, Node).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@untraced  # Dynamo may compile the frame of a backward, and AOTAutograd cannot differentiate in it
 def differentiate_formula(plan: Plan, upstream: Sequence[Any], saved: Sequence[Any], values: Values) -> Sequence[Any]:
     """Differentiate the formula, so that its gradients can be differentiated again.
 

@@ -64,7 +64,8 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_autograd(backend: str) -> None:  # which fails on PyTorch's own RNNs
     modules, reg = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3)), lm.regularizer()
     loss = want = torch.zeros(())
     for module, dropout in zip(modules, (None, nn.Dropout(0.3), FusedRNNDropout(0.3)), strict=True):
@@ -74,6 +75,6 @@ def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
         loss, want = loss + dropped.sin().mean(), want + lm.formula(raw, dropped, 1)
     gradients = torch.autograd.grad(loss + want, [*modules.parameters()], retain_graph=True)
     total = reg.on_backward_begin(loss)
-    with compiled_autograd._enable(torch.compile(backend="eager")):
+    with compiled_autograd._enable(torch.compile(backend=backend)):
         total.backward()
     torch.testing.assert_close([x.grad for x in modules.parameters()], [*gradients])
