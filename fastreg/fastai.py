@@ -32,7 +32,7 @@ try:
     from fastai.callback.core import Callback
     from fastai.learner import Learner, ValueMetric, noop
     from fastai.text.models.awdlstm import RNNDropout
-    from fastai.torch_core import find_bs
+    from fastai.torch_core import find_bs, get_model
     from fastcore.foundation import L
 except ImportError as error:
     raise ImportError(f"fastreg.fastai: fastai 2 cannot be imported ({error}); pip install 'fastai>=2'") from error
@@ -218,6 +218,7 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def _attach(self, model: Any) -> None:
         """Attach to the modules at the paths; first take off the hooks that another callback has left on the model."""
+        model = get_model(model)  # without the wrapper of fastai's DistributedTrainer
         LAST.get(id(model), self)._leave()  # after a fit that was cut off, maybe of another learner of the same model
         LAST[id(model)] = self
         is_silent = getattr(self.learn, "logger", None) is noop  # in no_logging(); `fuse` attaches without a learner

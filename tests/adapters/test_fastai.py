@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.measure.timing import threads
@@ -264,6 +265,14 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert not capsys.readouterr().out
     trained(learn, cbs=on("before_batch", lambda learn: learn.model.rnn.eval()))
     assert str(learn.recorder.values[0][2]) == "nan"
+
+
+def test_paths_start_from_the_model_that_ddp_wraps() -> None:
+    learn, parallel = (of(Model, RNNRegularizer(ALPHA, BETA, **PATHS)) for _ in range(2))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parallel.model = nn.parallel.DistributedDataParallel(parallel.model)
+    assert gap(trained(parallel), trained(learn)) < 1e-5
+    dist.destroy_process_group()
 
 
 def test_fuse_keeps_where_the_callback_runs() -> None:
