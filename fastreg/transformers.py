@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
@@ -137,8 +138,11 @@ class RegularizedTrainer(Trainer):
         if valid is not attention_mask or not self.args.remove_unused_columns or "attention_mask" in taken:
             return
         data: Any = self.train_dataset
-        columns = dict.fromkeys(getattr(data, "column_names", None) or (), True)  # of a stream, which must not be read
-        if attention_mask(next(iter(data), None) if hasattr(data, "__len__") else columns) is not None:
+        example = dict.fromkeys(getattr(data, "column_names", None) or (), True)
+        if hasattr(data, "__len__") and not isinstance(data, IterableDataset):  # a stream must not be read
+            with torch.random.fork_rng(devices=()):  # because an example may draw random numbers
+                example = next(iter(data), None)
+        if attention_mask(example) is not None:
             warnings.warn(
                 f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
                 "takes no attention_mask, and the Trainer removes it from the batches: pass another valid, or None if "

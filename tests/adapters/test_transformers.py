@@ -246,9 +246,16 @@ def test_models_that_the_trainer_makes() -> None:
     assert_different(fit(**making), fit(transformers.Trainer, **making))
 
 
+class Drawn(list[Any]):  # of examples, each of which draws a random number when it is read
+    def __iter__(self) -> Any:
+        return (x for x in super().__iter__() if torch.rand(()) < 2)
+
+
 def test_a_mask_that_the_trainer_takes_out_is_warned_of() -> None:
+    nets: Any = [{"model": lm.seeded(Net), "train_dataset": Drawn(examples())} for _ in range(2)]
     with pytest.warns(UserWarning, match=r"padding counts in AR and TAR, as the forward of Net takes no"):
-        fit(model=Net(), rnn="rnn")
+        trainer = fit(rnn="rnn", alpha=0.0, beta=0.0, **nets[0])
+    assert_same(trainer, fit(transformers.Trainer, **nets[1]), rtol=0, atol=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fit(model=Net(), rnn="rnn", valid=lambda batch: batch["input_ids"] != 0)
