@@ -29,9 +29,9 @@ from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
 
 SHARED = (
-    "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
-    "would be lost; or the forward of its class was replaced. Use DistributedDataParallel instead of DataParallel, or "
-    "on_loss_begin; or remove() the attachment, and attach again"
+    "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its own weights "
+    "and its penalty would be lost; or the forward of its class was replaced. Use DistributedDataParallel instead of "
+    "DataParallel, or on_loss_begin; or remove() the attachment, and attach again"
 )
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
 KEY = "_fastreg_call"  # the attribute of raw that holds its call
@@ -47,7 +47,9 @@ class Hook:
     def __call__(self, module: nn.Module, *args: Any) -> Any:
         if module is self.module or self.function is nothing:
             return self.function(*args)
-        if module.training:  # a shallow copy or a replica shares the hooks, and torch.ao puts them on other modules
+        # A shallow copy or a replica shares the hooks, and the forward, with the weights of the hooked module. torch.ao
+        # puts the hooks on other modules, which are right in evaluation.
+        if module.training or "forward" in vars(module):
             raise RuntimeError(SHARED.format(type(module).__name__))
         return None
 
@@ -180,6 +182,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         if hooked:
             self.step.remove(self)
             self.shown = "removed"
+            self.owner = nothing  # the callback of the reference would keep the batch that an adapter's masks hold
 
     # The hooks
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,6 +21,7 @@ from fastreg.call.rnn_dropout import FusedRNNDropout
 REFUSED: dict[Any, str] = {
     nn.RNNCellBase: "a module that runs over all time steps, got {}, which runs one; attach the module that calls it, "
     "or stack its outputs and call fused_ar_tar",
+    torch.jit.ScriptModule: "a module of Python, got {}; attach the module that it was made of",
     (nn.ModuleList, nn.ModuleDict): "a module that is called itself, got {}; attach each of its modules",
 }
 

@@ -524,6 +524,15 @@ def test_the_graph_of_a_run_goes_with_its_outputs(end: str, dropout: Any) -> Non
 
 
 @pytest.mark.usefixtures("no_collections")
+def test_a_removed_handle_goes_with_the_batch_in_its_masks() -> None:
+    reg, batch = lm.regularizer(), torch.ones(2, 3)
+    handle, alive = reg.attach(lm.gru(), valid=lambda *_, kept=batch: kept), weakref.ref(batch)
+    handle.remove()
+    del handle, batch
+    assert alive() is None
+
+
+@pytest.mark.usefixtures("no_collections")
 @lm.each_dropout
 def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
@@ -695,7 +704,9 @@ def test_hooks_that_are_registered_anew_without_keywords_are_an_error_in_trainin
         with pytest.raises(RuntimeError, match="attach: this Identity shares the hooks"):
             twin(x)
         twin.eval()(x)
-        model.handle.remove()
+        with pytest.raises(RuntimeError, match=f"attach: this {type(module).__name__} shares .* its own weights"):
+            copy.copy(module.eval())(x)
+        model.train().handle.remove()
         twin.train()(x)
         model.attach_anew()
 
@@ -770,6 +781,7 @@ GRU, AXIS, TIME_FIRST = nn.GRU(1, 1, batch_first=True), FusedRNNDropout(time_dim
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
     "cell": (nn.LSTMCell(1, 1), {}, TypeError, "module: expected a module that runs .*LSTMCell, .*stack its outputs"),
+    "script": (torch.jit.ScriptModule(), {}, TypeError, "module: expected a module of Python, got ScriptModule;"),
     "list": (nn.ModuleList([GRU]), {}, TypeError, "module: expected a module that is called itself, got ModuleList"),
     "compiled": (torch.compile(GRU), {}, RuntimeError, "module: .*compiled already; attach.* it before"),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),

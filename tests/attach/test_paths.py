@@ -57,7 +57,6 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         (lambda: paths_of_learner("rnn", "", {}, Masks()), "dropout: expected the attribute path .* got an empty one"),
         (lambda: Paths(output=len), "rnn: expected a path, as output, .* describe its module, got None"),
         (lambda: Paths(batch_first=True), "rnn: expected a path, .* batch_first and time_dim describe"),
-        (lambda: Paths(time_dim=1), "rnn: expected a path, .* batch_first and time_dim describe"),
         (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
