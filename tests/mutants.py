@@ -323,6 +323,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("FusedRNNDropout", "a warning comes again", "self._warned = (*self._warned, message)", "pass"),
     ],
     "fastreg/attach/attachment.py": [
+        ("Hook", "copies in evaluation", ' or "forward" in vars(module)', ""),
+        ("Attachment", "a removed handle in a cycle", "self.owner = nothing", "pass"),
         ("Hook", "copied hooks", 'getattr, (nullcontext(self.handle), "__exit__")', "object.__reduce_ex__(self, 4)"),
         ("Hook", "ids of hooks in a pickle", "nullcontext(self.handle)", "nullcontext()"),
         ("Hook", "hooks that another module shares", "if module is self.module or", "if True or"),
@@ -477,6 +479,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("pairs_of", "a path twice", "not rnns or len({*rnns}) < len(rnns)", "not rnns"),
     ],
     "fastreg/lightning.py": [
+        ("ActivationRegularization", "sums that go on", "self._terms = torch.zeros_like(self._terms)", "pass"),
         ("ActivationRegularization", "the batch gone before its backward", "lambda: [step.batch]", "lambda: [None]"),
         ("ActivationRegularization", "warned in one fit only", "self.paths.is_warned = False", "pass"),
         ("ActivationRegularization", "no warning", "self.paths.warn_of_evaluation(", "str("),
@@ -485,6 +488,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_RegularizedStep", "only the first callback", "in self.callbacks:", "in self.callbacks[:1]:"),
     ],
     "fastreg/transformers.py": [
+        ("RegularizedTrainer", "an example draws", "torch.random.fork_rng(devices=())", "ExitStack()"),
         ("RegularizedTrainer", "the sum of batches", " / self.current_gradient_accumulation_steps", ""),
         ("RegularizedTrainer", "terms counted once", "self._terms.to(summed) + summed", "summed"),
         ("RegularizedTrainer", "terms since the start", "torch.zeros(3)\n        super", "self._terms\n        super"),
@@ -496,6 +500,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("RegularizedTrainer", "a backward wrapped twice", "accelerator.backward = backward", "pass"),
     ],
     "fastreg/fastai.py": [
+        ("RNNRegularizer", "paths from the wrapper of DDP", "model = get_model(model)", "pass"),
         ("RNNRegularizer", "no paths in a copy", "copy(self.paths),", "type(self)().paths,"),
         ("RNNRegularizer", "the learner of the original", "deepcopy(self.learn, memo)", "self.learn"),
         ("RNNRegularizer", "no bptt in a copy", "self.beta, self.bptt), memo", "self.beta), memo"),

@@ -394,10 +394,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
 @pytest.mark.parametrize(("case", "dropout"), [(case, x) for case, (*_, dropouts) in REFUSED.items() for x in dropouts])
 @pytest.mark.parametrize("beside", ["no module", "a module", "a frozen module"])
 def test_steps_that_are_refused(beside: str, case: str, dropout: Any) -> None:
-    """Beside a run of another module, on which the loss depends, some are right: it is as if the model had not run.
-
-    A frozen module hides no penalty that is lost since a loss last took one.
-    """
+    """Some are right beside a run that the loss depends on, as if the model had not run; a frozen run hides nothing."""
     step, message, _ = REFUSED[case]
     model, x, other = Attached(nn.LSTM, dropout), lm.inputs(), lm.gru()
     is_dropped = case in ("a run that is taken", "a run that is cleared")  # after which only the other module runs

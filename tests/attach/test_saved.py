@@ -45,16 +45,13 @@ def test_a_model_with_a_fused_dropout_trains(name: str, saved: Path) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_model_that_was_attached_and_its_regularizer_attach_again(own: bool, saved: Path) -> None:
-    """The regularizer is an attribute of the model, or in another file, beside the terms of a step.
-
-    Release 0.3.0 attached a regularizer with `layers`, too, which attach does not refuse if it comes from a file.
-    """
+    """The regularizer is an attribute of the model, or in another file, beside the terms of a step."""
     model = load(saved / "attached.pt")
     regularizer, terms = pickle.loads((saved / "regularizer.pkl").read_bytes())
     assert (terms.ar, terms.tar) == (regularizer.ar, regularizer.tar)
     torch.testing.assert_close(terms.penalty, 2 * terms.ar + terms.tar)
     regularizer = model.regularizer if own else regularizer
-    layers = "'all'" if saved.name == "0.3.0" else "None"
+    layers = "'all'" if saved.name == "0.3.0" else "None"  # which attach does not refuse if it comes from a file
     assert str(regularizer) == f"RNNRegularizer(alpha=2.0, beta=1.0, layers={layers}, bptt=5)"
     regularizer = pickled(regularizer)  # a file of this release
     with pytest.raises(RuntimeError, match="nothing was captured"):  # the file holds no run
