@@ -328,7 +328,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Hook", "copied hooks", 'getattr, (nullcontext(self.handle), "__exit__")', "object.__reduce_ex__(self, 4)"),
         ("Hook", "ids of hooks in a pickle", "nullcontext(self.handle)", "nullcontext()"),
         ("Hook", "hooks that another module shares", "if module is self.module or", "if True or"),
-        ("Hook", "an error in evaluation", "if module.training:", "if True:"),
+        ("Hook", "an error in evaluation", "if module.training or", "if True or"),
         ("Hook", "an error of removed hooks", " or self.function is nothing:", ":"),
         ("Hooked", "hooks stay", "            hook.handle.remove()", "            pass"),
         ("Hooked", "hooks that were moved run on", "hook.function = nothing", "pass"),
