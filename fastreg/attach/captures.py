@@ -18,12 +18,13 @@ def check_output(output: Any) -> Any:
     """
     if is_list(output) and len(output) == 3 and _are_activations(*output[1:]):
         return output
-    items = output if is_list(output) else ()
-    kinds = ", ".join(f"{type(x).__name__} of {len(x)}" if is_list(x) else type(x).__name__ for x in items)
+    came = type(output).__name__
+    if is_list(output) and output:
+        came += " of " + ", ".join(type(x).__name__ + (f" of {len(x)}" if is_list(x) else "") for x in output)
     raise TypeError(
         "on_loss_begin: expected (decoded, raw, dropped), where raw and dropped are tensors, or lists with a tensor "
-        f"for each layer; got {type(output).__name__}{' of ' * bool(kinds)}{kinds}. Let the model return (decoded, "
-        "raw, dropped), or do not change it, and call attach(rnn, dropout) once instead of on_loss_begin"
+        f"for each layer; got {came}. Let the model return (decoded, raw, dropped), or do not change it, and call "
+        "attach(rnn, dropout) once instead of on_loss_begin"
     )
 
 
