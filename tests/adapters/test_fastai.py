@@ -267,12 +267,12 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert str(learn.recorder.values[0][2]) == "nan"
 
 
-def test_paths_start_from_the_model_that_ddp_wraps() -> None:
+def test_paths_start_from_the_model_that_ddp_wraps(request: pytest.FixtureRequest) -> None:
     learn, parallel = (of(Model, RNNRegularizer(ALPHA, BETA, **PATHS)) for _ in range(2))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    request.addfinalizer(dist.destroy_process_group)
     parallel.model = nn.parallel.DistributedDataParallel(parallel.model)
     assert gap(trained(parallel), trained(learn)) < 1e-5
-    dist.destroy_process_group()
 
 
 def test_fuse_keeps_where_the_callback_runs() -> None:
