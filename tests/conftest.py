@@ -101,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if libraries := stale(ROOT / "kernels"):
         names = ", ".join(library.name for library in libraries)
         build = f"{sys.executable} setup.py --quiet build_ext"
-        pytest.exit(f"{names}: built from other sources than those in kernels/; to build them again, run\n    {build}", 1)
+        pytest.exit(f"{names}: built from other sources than those in kernels/; build them again by\n    {build}", 1)
     config.stash[STDERR] = os.dup(2)  # which pytest captures later
     if INTERPRETED:
         interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language.core")

@@ -79,6 +79,31 @@ def test_libraries_that_were_built_run() -> None:
     assert CPU is not None or not any(ROOT.glob("kernels/_cpu*.so"))
 
 
+@more
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: Path) -> None:
+    """Kernels that were never built mean the formula."""
+    tree = shutil.copytree(clone, tmp_path / "tree", symlinks=True)
+    (tree / "tests").mkdir()
+    for name in ("__init__.py", "conftest.py", "language_model.py"):
+        shutil.copy(ROOT / "tests" / name, tree / "tests")
+    (tree / "tests" / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    run, build = ["-m", "pytest", "-p", "no:cacheprovider"], ["setup.py", "--quiet", "build_ext"]
+    assert "CPU tensors take the plain formula" in python(*run, folder=tree).stdout
+    python(*build, folder=tree)
+    assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
+    (built,) = tree.glob("kernels/*.so")
+    inode = built.stat().st_ino
+    python(*build, folder=tree)
+    assert built.stat().st_ino == inode, "what is current is not built again"
+    with (tree / "kernels" / "cpu_rows.h").open("a") as header:
+        header.write("// another version\n")
+    said = python(*run, folder=tree, fails=True).stderr
+    assert re.search(rf"{built.name}: built from other sources .*\n {{4}}\S+ {' '.join(build)}\n", said), said
+    python(*build, folder=tree)
+    assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
+
+
 @pytest.mark.skipif(not HAS_AVX, reason="needs AVX2")
 def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:
     skip_on_formula("cpu")
