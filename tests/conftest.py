@@ -46,7 +46,7 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
-LIMIT = 60  # seconds for a test that starts no program
+LIMIT = 60  # seconds for a test of a call, which takes a few
 STDERR = pytest.StashKey[int]()
 LEFT_OUT: Counter[str] = Counter()  # counts the cases that cannot run here by their need
 
@@ -117,8 +117,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """End the process of a test that hangs, as a kernel holds the interpreter; tests of programs may take longer."""
-    if item.get_closest_marker("more") is None and item.path.parent.name not in ("adapters", "project"):
+    """End the process of a test in which a kernel hangs, which holds the interpreter and so leaves no other way."""
+    if item.get_closest_marker("more") is None and item.path.parent.name in ("kernels", "call"):
         faulthandler.dump_traceback_later(LIMIT, exit=True, file=item.config.stash[STDERR])
     try:
         return (yield)
