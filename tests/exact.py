@@ -107,7 +107,7 @@ def assert_gradient(
     wrong = ~(error <= allowed)  # also NaN
     if wrong.any():
         times = (error / allowed).nan_to_num(torch.inf).where(wrong, 0)
-        at = tuple(x.item() for x in torch.unravel_index(times.argmax(), times.shape))
+        at = tuple(int(x) for x in torch.unravel_index(times.argmax(), times.shape))
         found = f"got {got[at].item():.9g}, want {want[at].item():.9g} within {allowed[at].item():.3g}"
         raise AssertionError(f"{wrong.sum().item()} of {wrong.numel()} elements are wrong, at {list(at)} most: {found}")
 

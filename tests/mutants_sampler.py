@@ -1,10 +1,10 @@
-"""Test the tests: break a copy of the code in one random place at a time, and print what no test notices.
+"""Test the tests: break a copy of the code in one random place at a time, and print the faults that no test notices.
 
     python -m tests.mutants_sampler [--seed N] [--count N] [PATH...]    # in all code, or in some files and folders
 
 A mutant drops one operand of an `and` or `or`, one statement of a function, one element of a tuple, such as a key, or
-one `+ 1` or `- 1`. The tests of the code's folder must fail on it, and pass on the code as it is. A survivor lacks a
-test, or it does what the code does. The same seed draws the same places from the same code.
+one `+ 1` or `- 1`. The tests of the code's folder must fail on it, and pass on the unchanged code. A survivor lacks a
+test, or its results are those of the code. The same seed draws the same places from the same code.
 
 Triton's interpreter runs one program after the other, so faults that only a GPU shows (barriers, streams) survive.
 """
@@ -41,18 +41,15 @@ ROOMS = {
     "fastreg": ["tests/adapters"],
 }
 UNREAD = re.compile(r"fastreg/(__init__|__main__|installation)\.py")  # tests/project tests these
-LIMIT = 900  # seconds, after which tests hang; tests/conftest.py ends most of those that do
+LIMIT = 900  # seconds for the tests of a mutant; tests/conftest.py ends a test that hangs earlier
 OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not repeats_bitwise"]
-OPTIONS += [
-    "-W",
-    "error:fastreg runs the plain formula on CPUs",
-]  # else a library that fails to load would hide mutants
+OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # which would hide mutants of the kernels
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue, ast.Break)
 CPP_STATEMENT = re.compile(r"(?m)^ +((?:if \(.*\) )?(?:[\w.>\[\]*-]+ [-+|&*]?= .*|[\w:]+\(.*\)|continue|break));")
 
 
 class Mutant(NamedTuple):
-    """A part of a file, by the bytes where it begins and ends, and what takes its place."""
+    """A part of a file, by the bytes where it begins and ends, and the text that takes its place."""
 
     file: str
     start: int
@@ -81,10 +78,8 @@ class Function:
         self.bound |= {x.arg: 0 for x in function.args.args}
 
     def mutant(self, node: Any, new: bytes) -> Mutant:
-        start, stop = (
-            self.lines[node.lineno - 1] + node.col_offset,
-            self.lines[node.end_lineno - 1] + node.end_col_offset,
-        )
+        start = self.lines[node.lineno - 1] + node.col_offset
+        stop = self.lines[node.end_lineno - 1] + node.end_col_offset
         return Mutant(self.file, start, stop, new)
 
     def part(self, node: Any) -> bytes:
@@ -102,7 +97,7 @@ class Function:
         return isinstance(node, STATEMENTS) and not is_text and not is_first
 
     def mutants(self, node: Any) -> Iterator[Mutant]:
-        """Find the mutants of a statement or an expression, but not those of messages, indices and types."""
+        """Find the mutants of a statement or an expression, but leave out messages, indices and types."""
         if self.can_go(node):
             yield self.mutant(node, b"pass")
         is_tuple = isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and len(node.elts) > 1
@@ -171,7 +166,7 @@ def build(kernels: Path) -> bytes:
 
 @cache
 def library() -> bytes:
-    """Build the C++ kernels as they are."""
+    """Build the unchanged C++ kernels."""
     with TemporaryDirectory() as folder:
         subprocess.run(["cp", "-r", ROOT / "kernels", folder], check=True)
         return build(Path(folder, "kernels"))
@@ -189,7 +184,7 @@ def failure(folder: Path, tests: list[str], interpreted: bool) -> str:
             try:
                 said, _ = process.communicate(timeout=LIMIT)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # also what the tests have started
+                os.killpg(process.pid, signal.SIGKILL)  # also the processes that the tests have started
                 return "tests that hang"
         if process.returncode < 0:
             return signal.Signals(-process.returncode).name
@@ -199,7 +194,7 @@ def failure(folder: Path, tests: list[str], interpreted: bool) -> str:
 
 
 def verdict(task: tuple[str, Mutant | None]) -> str:
-    """Return what becomes of a mutant of a file, or of the code as it is."""
+    """Say whether a test fails on a mutant of a file, or on the unchanged code."""
     file, mutant = task
     room = max((room for room in ROOMS if file.startswith(room)), key=len)
     with TemporaryDirectory() as folder:
@@ -237,7 +232,7 @@ def main() -> None:
         for (file, mutant), said in zip(tasks, pool.map(verdict, tasks), strict=True):
             if mutant is None and said != "SURVIVED":
                 pool.shutdown(cancel_futures=True)
-                parser.error(f"the tests of {file} fail on the code as it is: {said}")
+                parser.error(f"the tests of {file} fail on the unchanged code: {said}")
             if mutant is not None:
                 print(f"{mutant}\n    {said}", flush=True)
                 survivors += said == "SURVIVED"
