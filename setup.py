@@ -47,10 +47,10 @@ class Build(build_ext):
         self.parallel = True
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one library, unless an earlier editable installation has built it from these sources."""
+        """Build one library, unless the source tree has it, built from these sources; a wheel has only new ones."""
         target = Path(self.get_ext_fullpath(ext.name))
         built = SOURCE.parent / target.name
-        if self.editable_mode and is_current(built):
+        if "bdist_wheel" not in self.distribution.commands and is_current(built):
             replace(target, built)
             return
         own = copy(self)  # with its own object files, as other levels compile the same source at the same time

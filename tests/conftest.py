@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import inspect
 import os
@@ -27,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastreg import FusedRNNDropout
 from fastreg.call.backends import PLANS, TRITON, backend_for
+from fastreg.kernels import cpu
 from tests.language_model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +46,8 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
+LIMIT = 60  # seconds for a test of a call, which takes a few
+STDERR = pytest.StashKey[int]()
 LEFT_OUT: Counter[str] = Counter()  # counts the cases that cannot run here by their need
 
 
@@ -82,11 +86,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line("; ".join(f"{count:,} cases need {need}" for need, count in LEFT_OUT.items()))
 
 
-def pytest_configure() -> None:
-    """Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
+def stale(kernels: Path) -> list[Path]:
+    """List the C++ libraries in a folder that were not built from the sources beside them."""
+    built_from = cpu.sources(kernels).to_bytes(8, sys.byteorder)
+    return [library for library in sorted(kernels.glob("_cpu*.so")) if built_from not in library.read_bytes()]
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End a run with libraries that were built from other sources, which would test the formula, or old code.
+
+    Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
     Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
     """
+    if libraries := stale(ROOT / "kernels"):
+        names = ", ".join(library.name for library in libraries)
+        build = f"{sys.executable} setup.py --quiet build_ext"
+        pytest.exit(f"{names}: built from other sources than those in kernels/; build them again by\n    {build}", 1)
+    config.stash[STDERR] = os.dup(2)  # which pytest captures later
     if INTERPRETED:
         interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language.core")
         names = cache(lambda package: [name for name, _ in inspect.getmembers(package, language.is_builtin)])
@@ -97,6 +113,17 @@ def pytest_configure() -> None:
             nn.LSTM(2, 2)(torch.zeros(1, 1, 2))
     except RuntimeError:
         torch.backends.mkldnn.set_flags(_enabled=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End the process of a test in which a kernel hangs, which holds the interpreter and so leaves no other way."""
+    if item.get_closest_marker("more") is None and item.path.parent.name in ("kernels", "call"):
+        faulthandler.dump_traceback_later(LIMIT, exit=True, file=item.config.stash[STDERR])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def python(

@@ -104,7 +104,12 @@ def assert_gradient(
     largest = largest if counts is None else largest * counts
     allowed = rounding(got) * want.abs() + 8 * eps(computed) * largest + info.smallest_normal * info.eps
     error = (got.double() - want).abs()
-    assert (error <= allowed).all(), f"off by {(error / allowed).max():.3g} times what is allowed"
+    wrong = ~(error <= allowed)  # also NaN
+    if wrong.any():
+        times = (error / allowed).nan_to_num(torch.inf).where(wrong, 0)
+        at = tuple(int(x) for x in torch.unravel_index(times.argmax(), times.shape))
+        found = f"got {got[at].item():.9g}, want {want[at].item():.9g} within {allowed[at].item():.3g}"
+        raise AssertionError(f"{wrong.sum().item()} of {wrong.numel()} elements are wrong, at {list(at)} most: {found}")
 
 
 def gradients_of(terms: ARTAR, coefficients: tuple[float, float], x: Tensor) -> list[Tensor]:

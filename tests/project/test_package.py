@@ -29,6 +29,25 @@ def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> 
         assert fastreg.__version__ == first, file
 
 
+PINNED = "pyproject.toml", ".pre-commit-config.yaml"
+
+
+def test_pre_commit_runs_the_ruff_of_make_lint() -> None:
+    of_lint, of_hooks = (re.findall(r'"(ruff==[\d.]+)"', (ROOT / x).read_text()) for x in PINNED)
+    assert of_lint == of_hooks
+    assert len(of_lint) == 1
+
+
+def test_workflows_and_pages_name_parts_of_the_checks() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    parts = set(re.findall(r"^#   \.ci/run (\w+)", script, re.MULTILINE))
+    assert parts <= set(re.findall(r"^(\w+)\(\) {", script, re.MULTILINE))
+    places = (".github/workflows/*.yml", "*.md", "docs/*.md", "bench/*.md")
+    pages = [page for place in places for page in ROOT.glob(place)]
+    named = {part for page in pages for part in re.findall(r"\.ci/run ([a-z]+)", page.read_text())}
+    assert {"tests", "wheel"} <= named <= parts
+
+
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy the source tree without its libraries."""
@@ -77,6 +96,31 @@ def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
 def test_libraries_that_were_built_run() -> None:
     """Otherwise the tests of the C++ kernels are skipped, though nothing is missing."""
     assert CPU is not None or not any(ROOT.glob("kernels/_cpu*.so"))
+
+
+@more
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: Path) -> None:
+    """Kernels that were never built mean the formula."""
+    tree = shutil.copytree(clone, tmp_path / "tree", symlinks=True)
+    (tree / "tests").mkdir()
+    for name in ("__init__.py", "conftest.py", "language_model.py"):
+        shutil.copy(ROOT / "tests" / name, tree / "tests")
+    (tree / "tests" / "test_nothing.py").write_text("def test_nothing(): pass\n")
+    run, build = ["-m", "pytest", "-p", "no:cacheprovider"], ["setup.py", "--quiet", "build_ext"]
+    assert "CPU tensors take the plain formula" in python(*run, folder=tree).stdout
+    python(*build, folder=tree)
+    assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
+    (built,) = tree.glob("kernels/*.so")
+    inode = built.stat().st_ino
+    python(*build, folder=tree)
+    assert built.stat().st_ino == inode, "what is current is not built again"
+    with (tree / "kernels" / "cpu_rows.h").open("a") as header:
+        header.write("// another version\n")
+    said = python(*run, folder=tree, fails=True).stderr
+    assert re.search(rf"{built.name}: built from other sources .*\n {{4}}\S+ {' '.join(build)}\n", said), said
+    python(*build, folder=tree)
+    assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
 
 
 @pytest.mark.skipif(not HAS_AVX, reason="needs AVX2")
@@ -154,14 +198,19 @@ def test_a_package_that_is_mixed_up_with_another_says_so(module: str, tmp_path: 
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[], tuple[int, str]]:
     """Return a function that runs `python -m fastreg` in this process, and returns its status and its output."""
+
+    def run() -> tuple[int, str]:
+        status = main.main()
+        return status, capsys.readouterr().out
+
     monkeypatch.setattr(sys, "argv", ["fastreg"])
-    return lambda: f"{main.main()}: {capsys.readouterr().out}"
+    return run
 
 
 def test_hidden_installations_and_another_distribution_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Callable[[], tuple[int, str]]
 ) -> None:
     for name in ("fastreg", "fastreg-rnn"):
         information = tmp_path / f"{name.replace('-', '_')}-1.2.dist-info"
@@ -172,12 +221,13 @@ def test_hidden_installations_and_another_distribution_are_named(
     monkeypatch.syspath_prepend(tmp_path)
     hidden = f"the installation in {tmp_path / 'fastreg'} is hidden, because "
     monkeypatch.chdir(ROOT)
-    assert f"{hidden}Python looks into the current folder first" in said()
+    assert f"{hidden}Python looks into the current folder first" in report()[1]
     monkeypatch.chdir(tmp_path)
-    assert f"{hidden}{ROOT} comes before it in sys.path" in said()
+    assert f"{hidden}{ROOT} comes before it in sys.path" in report()[1]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    assert f"{hidden}PYTHONPATH names {ROOT}" in said()
-    assert "the unrelated distribution 'fastreg' shares the name" in said()
+    _, said = report()
+    assert f"{hidden}PYTHONPATH names {ROOT}" in said
+    assert "the unrelated distribution 'fastreg' shares the name" in said
 
 
 def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
@@ -209,11 +259,15 @@ def test_a_release_has_absolute_links(tmp_path: Path) -> None:
     assert changelog in (tmp_path / "pyproject.toml").read_text()
 
 
-def test_a_wrong_result_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, said: Callable[[], str]) -> None:
-    assert said().startswith("0: ")
+def test_a_wrong_result_fails_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, report: Callable[[], tuple[int, str]]
+) -> None:
+    status, _ = report()
+    assert status == 0
     monkeypatch.setattr(main, "fused_ar_tar", lambda raw, dropped, *_, lengths: raw.sum() + dropped.sum())
-    assert said().startswith("1: ")
-    assert "SELF-TEST FAILED: AssertionError" in said()
+    status, said = report()
+    assert status == 1
+    assert "SELF-TEST FAILED: AssertionError" in said
 
 
 @pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")
