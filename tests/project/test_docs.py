@@ -180,7 +180,7 @@ def test_the_page_on_hooks_shows_the_table_of_outcomes_of_the_code() -> None:
 
 
 def literals() -> list[str]:
-    """Return the strings in the code of the package, with dots in the place of values."""
+    """Return the strings in the code of the package, with dots for values."""
     nodes = [node for file in (ROOT / "fastreg").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
     formatted = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
     strings = formatted + [[node] for node in nodes if isinstance(node, ast.Constant)]

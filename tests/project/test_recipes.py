@@ -72,7 +72,7 @@ def diffposetalk_smooth(vertices: Tensor) -> Tensor:
     return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[PREFIX[:, 2:]].mean()
 
 
-# the name of a function, a call of it, its formula, and the shape of the argument
+# the name of a function, how to call it, its formula, and the shape of the argument
 RECIPES: list[tuple[str, Loss, Loss, tuple[int, ...]]] = [
     ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0), diffposetalk(ALL), (3, 9, 6)),
     ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0, PREFIX), diffposetalk(PREFIX), (3, 9, 6)),
