@@ -29,11 +29,11 @@ OPTIONS = {"two_rooms.py": ["--steps", "60"]}  # to learn in seconds
 NOTEBOOK = "fastai_lm.ipynb"
 
 
-def test_every_example_is_run_and_in_the_readme_and_on_the_site() -> None:
+def test_every_example_is_run_and_on_a_page_and_on_the_site() -> None:
     files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
     assert files == {*SCRIPTS, NOTEBOOK}
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"(examples/{file})" in readme for file in files)
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/*.md"))
+    assert all(f"(../examples/{file})" in pages for file in files)
     site = (ROOT / "mkdocs.yml").read_text()
     assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in SCRIPTS)
 

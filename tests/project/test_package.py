@@ -252,7 +252,7 @@ def test_a_release_has_absolute_links(tmp_path: Path) -> None:
     python(".ci/metadata", "https://github.com/owner/name", "v1.2", str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     for link in re.findall(r"\]\(([^)]*)\)", (ROOT / "README.md").read_text().replace("](#", "](README.md#")):
-        kind = "raw" if link.endswith(".png") else "blob"
+        kind = "raw" if link.endswith((".png", ".svg")) else "blob"
         assert f"({link})" in text if link.startswith("https://") else f"/name/{kind}/v1.2/{link})" in text
     assert re.findall(r"\]\((?!https://)", text) == []
     changelog = 'Changelog = "https://github.com/owner/name/blob/v1.2/CHANGELOG.md"\nPaper = '
