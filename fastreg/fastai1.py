@@ -16,12 +16,14 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastreg.attach.paths import UNFUSED, Swap, check_no_coefficients, paths_of_learner
+from fastreg.attach.adapter import KnownAttributes
+from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
@@ -58,7 +60,7 @@ SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATC
 FUSED: dict[str, Any] = {"pairs": [("0", SWAP)], "output": last_raw, "batch_first": BATCH_FIRST}
 
 
-class RNNTrainer(RNNRegularizer, LearnerCallback):
+class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
     """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
     `ar` and `tar` are the terms of the last step. Activations are `(batch, time, hidden)`, but `(time, batch, hidden)`
@@ -105,8 +107,8 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self,
         learn: Learner,
         bptt: int | None,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient | None = None,
+        beta: Coefficient | None = None,
         adjust: bool = True,
         *,
         rnn: str | Sequence[str] | None = None,
@@ -122,14 +124,16 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
         given: dict[str, Any] = {"output": output, "batch_first": batch_first, "time_dim": time_dim}
         self.paths = paths_of_learner(rnn, dropout, FUSED, Masks(valid, starts), **given)
-        super().__init__(alpha, beta, bptt=bptt)
+        if not (self.paths.pairs or BATCH_FIRST or given["time_dim"] is not None or batch_first):
+            self.paths = replace(self.paths, batch_first=False)  # as the models of the release are time first
+        super().__init__(*coefficients_of_learner(rnn, alpha, beta), bptt=bptt)
         # A wrong path raises an error before any training.
         self.attached = self.paths.attach(self, learn.model, lambda: self.batch)
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
         self.scaled = ExitStack()  # restores the learning rate of the optimizer
         self.on_train_end()
-        learn.export = self.export
+        learn.export, self.is_made = self.export, True
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes from which `Learner.purge` makes the callback again."""
@@ -152,7 +156,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         if train and not self.paths.pairs:
-            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.paths.masks.of(*self.batch))
+            self.paths.capture(super().on_loss_begin, last_output, self.batch, print)
         return answer("last_output", last_output if self.returns_decoded() else last_output[0])
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
@@ -217,7 +221,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         >>> bool(learn1.callbacks[-1].tar > 0)
         True
     """
-    check_no_coefficients(options)
+    check_options_of_fuse(options)
     old = next((cb for cb in _freed(learn) if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if old is None:
         raise ValueError(

@@ -55,8 +55,7 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
         (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
         (lambda: paths_of_learner("rnn", "", {}, Masks()), "dropout: expected the attribute path .* got an empty one"),
-        (lambda: Paths(output=len), "rnn: expected a path, as output, .* describe its module, got None"),
-        (lambda: Paths(batch_first=True), "rnn: expected a path, .* batch_first and time_dim describe"),
+        (lambda: Paths(output=len), "rnn: expected a path, as output picks raw from what its module returns, got None"),
         (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
@@ -77,14 +76,15 @@ def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(gru(), nn.Module())
-    model[1].output_dp = own = nn.Dropout(0.1)
+    model[1].output_dp = own = nn.Dropout(0.1).eval()
     fused = {"pairs": [("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))]}
     paths = paths_of_learner(None, True, fused, Masks())
     with paths.attach(regularizer(), model, list):
-        assert type(model[1].output_dp) is FusedRNNDropout
-        model.eval()
+        fused_dropout = model[1].output_dp
+        assert (type(fused_dropout), fused_dropout.training) == (FusedRNNDropout, False)
+        model.train()
     assert model[1].output_dp is own
-    assert not own.training
+    assert own.training
 
 
 @pytest.mark.filterwarnings("error")
