@@ -21,7 +21,7 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from fastreg.attach.adapter import KnownAttributes
+from fastreg.adapter import KnownAttributes
 from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer as Regularizer
 from fastreg.attach.source import Masks
@@ -139,11 +139,11 @@ class RNNRegularizer(KnownAttributes, Regularizer, stock.RNNRegularizer):
         self._scaled = ExitStack()  # restores the learning rate of the optimizer
         self._totals = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
-        self._own_metrics: Any = None  # of the learner, during a validation by itself or within a fit
+        self._own_metrics: Any = None  # of the learner, from before_fit on until training shows that this is a fit
         self.is_made = True
 
     def before_fit(self) -> None:
-        # fastai also begins learn.validate() with this event, maybe within a fit. Only training shows a fit.
+        # fastai begins learn.validate() with this event, too, maybe within a fit: before_train tells a fit from it.
         self._own_metrics = self.learn.metrics
         self.learn.metrics = _Metrics([*_without_columns(self.learn.metrics), *self._columns])
 
@@ -264,9 +264,8 @@ def rnn_cbs(
 ) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
 
-    The regularizer is among them even if both coefficients are 0, because a schedule may raise them.
-
-    The options are its `batch_first`, `time_dim`, `valid` and `starts`.
+    The regularizer is among them even if both coefficients are 0, because a schedule may raise them. The options are
+    its `batch_first`, `time_dim`, `valid` and `starts`.
 
     Examples:
         >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]

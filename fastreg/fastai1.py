@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreg.attach.adapter import KnownAttributes
+from fastreg.adapter import KnownAttributes
 from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
@@ -69,20 +69,18 @@ class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
     Args:
         learn: the learner whose `callbacks` will contain this callback.
         bptt: the usual number of time steps.
-        alpha: coefficient of AR.
+        alpha: coefficient of AR; an attribute, which may change between batches, like `beta` and `bptt`. With `rnn`
+            one of the coefficients is required.
         beta: coefficient of TAR.
         adjust: whether the optimizer steps at `lr * seq_len / bptt`; lr is restored afterwards, also after an error.
         rnn: for a model that returns only its output, the attribute path of an RNN in it, or of any module that
             `fastreg.RNNRegularizer.attach` takes; or a list of paths, whose penalties add up.
         dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
             `None` for each RNN. Without `rnn` it may be `True`, as for `fuse`.
-        output: as for `attach`.
-        batch_first: as for `attach`.
-        time_dim: the axis of time, instead of batch_first, as for `attach`.
-        valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
-            it, or `None` if all steps count.
-        starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
-            `None`.
+        output: as for `attach`; it needs `rnn`.
+        batch_first, time_dim: as for `attach`; without `rnn`, as for `on_loss_begin`.
+        valid, starts: as for `attach`, but functions of the inputs of the batch. Without `rnn`, a mask with more steps
+            than the model returns is cut to the last steps.
 
     Warns:
         UserWarning: a training step has no penalty, because all named modules are in evaluation, once in a fit.
@@ -90,7 +88,9 @@ class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
             `(decoded, raw, dropped)`.
-        ValueError: an argument has the wrong value, or there is no `bptt` to adjust to.
+        ValueError: an argument has the wrong value, or there is no `bptt` to adjust to; in training, the activations
+            may be time first.
+        AttributeError: an attribute is set that the callback does not have; a subclass may add some.
 
     Examples:
         >>> learn1.callbacks = [RNNTrainer(learn1, bptt=16, alpha=2.0, beta=1.0)]
@@ -135,16 +135,6 @@ class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
         self.on_train_end()
         learn.export, self.is_made = self.export, True
 
-    def get_state(self, minimal: bool = True) -> dict[str, Any]:
-        """Return the attributes from which `Learner.purge` makes the callback again."""
-        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
-
-    def on_train_begin(self, **_: Any) -> None:
-        self.on_train_end()  # a fit that was cut off may not have called this
-        self.paths.is_warned = False
-        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
-            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
-
     def on_epoch_begin(self, **_: Any) -> None:
         super().on_epoch_begin(self.learn.model)
 
@@ -164,6 +154,16 @@ class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
         if loss is last_loss:
             self.paths.warn_of_evaluation("RNNTrainer")
         return answer("last_loss", loss)
+
+    def get_state(self, minimal: bool = True) -> dict[str, Any]:
+        """Return the attributes from which `Learner.purge` makes the callback again."""
+        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
+
+    def on_train_begin(self, **_: Any) -> None:
+        self.on_train_end()  # a fit that was cut off may not have called this
+        self.paths.is_warned = False
+        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
+            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust:
@@ -209,7 +209,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
             during a fit, which computes the penalty in the pass of the dropout. As in fastai v1, AR is the mean square
             of the dropout's input. With `rnn` it is the path of the dropout that gets the RNN's output.
         **options: `rnn`, `output`, `batch_first`, `time_dim`, `valid` and `starts`, as for `RNNTrainer`. `rnn` is for a
-            model that returns only its output; `valid` and `starts` are for any model.
+            model that returns only its output; without it there is no `output`.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreg.attach.adapter import Adapter, KnownAttributes
+from fastreg.adapter import Adapter, KnownAttributes
 from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks

@@ -25,7 +25,6 @@ REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, ValueError, r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'"),
     (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
     (None, {"lengths": [3]}, TypeError, "lengths: expected valid instead"),
-    (None, {"dropout": True, "time_dim": 1}, TypeError, "dropout: expected False beside batch_first or time_dim"),
     ("regularizer", {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
     ("dropout", {"dropout": True}, ValueError, "to swap, got Mine"),
 ]

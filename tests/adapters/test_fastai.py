@@ -278,11 +278,10 @@ def test_a_validation_within_an_epoch(paths: dict[str, Any], event: str) -> None
         vars(learn).update(kept)
         learn.model.train()
 
-    learn, other = fuse(of(Model if paths else Triple, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths), of(Model)
+    learn = fuse(of(Model if paths else Triple, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
     stock = of(Triple, *fa.rnn_cbs(ALPHA, BETA))
     weights = [trained(x, 2, cbs=on(event, validate)) for x in (learn, stock)]
     assert gap(*weights) < 1e-5
-    assert gap(trained(other, 2), weights[1]) > 1e-4
     assert learn.recorder.metric_names[-3:] == ["ar", "tar", "time"]
     assert all(x > 0 for x in learn.recorder.values[-1][-2:])
     assert learn.metrics == []
@@ -293,13 +292,8 @@ def test_terms_in_the_columns_of_training() -> None:
     learn = of(Triple, *rnn_cbs(ALPHA, BETA))
     learn.recorder.train_metrics = True
     trained(learn)
-    row = dict(zip(learn.recorder.metric_names[1:-1], learn.recorder.values[0], strict=True))
-    assert {name: str(x) == "nan" for name, x in row.items() if name.endswith("ar")} == {
-        "train_ar": False,
-        "train_tar": False,
-        "valid_ar": True,
-        "valid_tar": True,
-    }
+    row = zip(learn.recorder.metric_names[1:-1], learn.recorder.values[0], strict=True)
+    assert [name for name, x in row if str(x) == "nan"] == ["valid_ar", "valid_tar"]
 
 
 def test_paths_start_from_the_model_that_ddp_wraps(request: pytest.FixtureRequest) -> None:

@@ -64,7 +64,7 @@ class Adapter:
             self.paths.warn_of_evaluation(adapter)
             return None
         summed = torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)])
-        self.sums = self.sums.to(summed) + summed
+        self.sums = self.sums.to(summed.device) + summed.float()  # of one dtype in all processes
         return terms.penalty
 
     def means(self, reduce: Callable[[Tensor], Any]) -> dict[str, Any]:
