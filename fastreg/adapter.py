@@ -1,4 +1,4 @@
-"""What the adapters share: the attributes that a user may set, and the sums of the terms that a trainer logs."""
+"""Parts that adapters share: the attributes that a user may set, and the sums of the terms that a trainer logs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastreg.attach.regularizer import RNNRegularizer
 class KnownAttributes:
     """Refuse new attributes once `is_made` is set, because a misspelt `aplha` would change nothing.
 
-    Subclasses outside of fastreg may have attributes of their own.
+    Subclasses outside of fastreg may add attributes.
     """
 
     is_made = False
@@ -42,7 +42,7 @@ class Adapter:
         beta: coefficient of TAR, as for alpha.
         regularizer: the regularizer.
         paths: the paths.
-        sums: the sums of AR and of TAR over the steps since the last log, and the number of these steps.
+        sums: the sums of AR and of TAR over the steps since the last log, and the number of steps.
     """
 
     alpha, beta = of_regularizer("alpha"), of_regularizer("beta")

@@ -41,8 +41,8 @@ class RegularizedTrainer(Adapter, Trainer):
     """Train as `Trainer` does, with `alpha * AR + beta * TAR` of the named modules in the backward of each step.
 
     Combine it with a subclass of `Trainer` by inheriting from both, this class first:
-    `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`. A subclass may have a `training_step` of its
-    own, whose backward has to be that of `self.accelerator`.
+    `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`. A subclass may have its own
+    `training_step`, which has to call `self.accelerator.backward`.
 
     The penalty of an optimizer step is the mean of the penalties of its batches, over all processes. The reported loss
     does not contain it; `ar` and `tar` are logged beside the loss, as means over the batches since the last log.

@@ -176,7 +176,7 @@ def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
 
 @pytest.mark.parametrize(("same", "error"), [(True, None), (False, None), (False, ArithmeticError)])
 def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> None:
-    """A callback validates by a trainer of its own, which has the same callback of fastreg or another one."""
+    """A callback validates by another trainer, which has the same callback of fastreg or another one."""
 
     def validate(trainer: Any, module: Any) -> None:
         failing = pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error))
@@ -192,7 +192,7 @@ def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> N
 
 def test_attributes() -> None:
     class Own(ActivationRegularization):
-        """Has an attribute of its own."""
+        """Adds an attribute."""
 
     one, own = callback(), Own(ALPHA, BETA, **PATHS)
     one.alpha, one.beta = own.more, own.log_dict = 3.0, 0.5
