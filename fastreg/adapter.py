@@ -1,4 +1,9 @@
-"""Parts that adapters share: the attributes that a user may set, and the sums of the terms that a trainer logs."""
+"""Parts that adapters share: the attributes that a user may set, and the sums of the terms that a trainer logs.
+
+An adapter turns the events of a framework into three. When an epoch begins, the state of the model is reset, and
+captures are dropped. When a loss begins, the activations have been captured, by hooks or from the output of the model.
+When a backward begins, their penalty is added to the loss.
+"""
 
 from __future__ import annotations
 
