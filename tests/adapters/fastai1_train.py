@@ -220,11 +220,8 @@ def test_errors_of_the_callback() -> None:
         RNNTrainer(learn, None)
     with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn"):
         RNNTrainer(learn, 16, rnn="0")
+    with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
+        RNNTrainer(0, 16)
     fuse(learn).callbacks.append(Stock(learn, **STOCK))
     with pytest.raises(ValueError, match=r"^RNNTrainer: .* more than one"):
         learn.fit(1)
-
-
-def test_a_callback_is_of_a_learner() -> None:
-    with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
-        RNNTrainer(0, 16)

@@ -24,7 +24,6 @@ SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
 REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, ValueError, r"rnn: \w+ has no such module at 'lstm'; children of the \w+: '0', '1'"),
     (None, {"alpha": 3.0}, TypeError, "alpha: expected no coefficient in fuse"),
-    (None, {"lengths": [3]}, TypeError, "lengths: expected valid instead"),
     ("regularizer", {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
     ("dropout", {"dropout": True}, ValueError, "to swap, got Mine"),
 ]
