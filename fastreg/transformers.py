@@ -102,10 +102,10 @@ class RegularizedTrainer(Adapter, Trainer):
         starts: Callable[[Any], Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
-        paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
+        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
         regularizer = RNNRegularizer(alpha, beta)
         super().__init__(*args, **kwargs)
-        self.begin(regularizer, paths)
+        self.begin(regularizer, self.paths)  # now, so that it is an error if another class sets alpha or beta
         self._attached().close()  # shows a wrong path before any training
         # An override of `training_step` would be lost where a subclass has its own, and does not call it.
         self.training_step = partial(self._regularized_step, self.training_step)

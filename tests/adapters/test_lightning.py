@@ -178,15 +178,17 @@ def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
 def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> None:
     """A callback validates by another trainer, which has the same callback of fastreg or another one."""
 
-    def validate(trainer: Any, module: Any) -> None:
-        failing = pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error))
-        with torch.random.fork_rng(), pytest.raises(error) if error else nullcontext():  # a loader draws a seed
-            trainer_of(one if same else callback(), failing).validate(module, loader(), verbose=False)
-        module.trainer = trainer  # which Lightning leaves to the callback
+    def validate(trainer: Any, own: Any) -> None:
+        others = [one if same else callback()] * (own is module)
+        others.append(pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error)))
+        with pytest.raises(error) if error else nullcontext():
+            trainer_of(*others).validate(own, loader(), verbose=False)
+        own.trainer = trainer  # which Lightning leaves to the callback
 
-    one = callback()
-    validating = pl.callbacks.LambdaCallback(on_train_epoch_end=validate)
-    module, formula, *_ = fit_both(one, validating, max_epochs=2)
+    one, validating = callback(), pl.callbacks.LambdaCallback(on_train_epoch_end=validate)
+    module, formula = made(), made("rnn")
+    fit(module, one, validating, max_epochs=2)
+    fit(formula, validating, max_epochs=2)
     assert_same_weights(module, formula)
 
 
