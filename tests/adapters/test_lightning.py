@@ -183,7 +183,7 @@ def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> N
         others.append(pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error)))
         with pytest.raises(error) if error else nullcontext():
             trainer_of(*others).validate(own, loader(), verbose=False)
-        own.trainer = trainer  # which Lightning leaves to the callback
+        own.train().trainer = trainer  # which Lightning leaves to the callback, at least after an error
 
     one, validating = callback(), pl.callbacks.LambdaCallback(on_train_epoch_end=validate)
     module, formula = made(), made("rnn")
