@@ -83,7 +83,7 @@ def stub(node: Definition, members: list[str]) -> str:
 def listed(text: str) -> str:
     """Render the items of a part of a docstring, `name: text`, as a list."""
     items = [re.sub(r"\n +", "\n  ", item.strip()) for item in re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]]
-    return "\n".join([re.sub(r"^([\w.*]+):", r"- `\1`:", item) for item in items if not item.startswith(HIDDEN)])
+    return "\n".join([re.sub(r"^([\w.*, ]+):", r"- `\1`:", item) for item in items if not item.startswith(HIDDEN)])
 
 
 def description(node: Definition) -> str:

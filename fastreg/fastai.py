@@ -21,7 +21,8 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from fastreg.attach.paths import UNFUSED, Swap, check_no_coefficients, paths_of_learner
+from fastreg.adapter import KnownAttributes
+from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer as Regularizer
 from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
@@ -69,18 +70,19 @@ def _without_columns(metrics: Any) -> list[Any]:
     return [metric for metric in metrics if not isinstance(metric, _Column)]
 
 
-class RNNRegularizer(Regularizer, stock.RNNRegularizer):
+class RNNRegularizer(KnownAttributes, Regularizer, stock.RNNRegularizer):
     """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
-    epoch's training batches, weighted by batch size. The first three arguments are attributes that may change between
-    batches. The first training step prints which axes of each module's output are batch, time and hidden.
+    epoch's training batches, weighted by batch size. The first training step prints which axes are batch, time and
+    hidden.
 
-    fastai's `RNNCallback` captures the activations. If a model returns only its output, name its modules by `rnn` and
-    `dropout`, and leave the `RNNCallback` out.
+    fastai's `RNNCallback` captures the activations, for `fastreg.RNNRegularizer.on_loss_begin`. If a model returns
+    only its output, name its modules by `rnn` and `dropout`, and leave the `RNNCallback` out.
 
     Args:
-        alpha: coefficient of AR.
+        alpha: coefficient of AR; an attribute, which may change between batches, like `beta` and `bptt`. With `rnn`
+            one of the coefficients is required.
         beta: coefficient of TAR.
         bptt: the usual number of time steps: each optimizer step runs at `lr * seq_len / bptt`, as in AWD-LSTM, where
             `seq_len` is the second size of the batch.
@@ -88,14 +90,11 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
             a list of paths, whose penalties add up.
         dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
             `None` for each RNN.
-        output: as for `attach`.
-        batch_first: as for `attach`.
-        time_dim: the axis of time, instead of batch_first, as for `attach`.
-        valid: a function of the inputs of the batch, `valid(*learn.xb)`, that returns the mask of valid time steps, as
-            `fused_ar_tar` takes it, or `None` if all steps count. Without `rnn`, a mask with more steps than the model
-            returns is cut to the last steps, because a text classifier returns only the last steps of a long text.
-        starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
-            `None`.
+        output: as for `attach`; it needs `rnn`.
+        batch_first, time_dim: as for `attach`; without `rnn`, as for `on_loss_begin`.
+        valid, starts: as for `attach`, but functions of the inputs of the batch, `valid(*learn.xb)`. Without `rnn`, a
+            mask with more steps than the model returns is cut to the last steps, because a text classifier returns only
+            the last steps of a long text.
 
     Warns:
         UserWarning: a training step has no penalty, because all named modules are in evaluation, once in a fit.
@@ -104,7 +103,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         TypeError: an argument has the wrong type; in training without `rnn`, the model returns only its output, or no
             `RNNCallback` captures the activations.
         ValueError: an argument has the wrong value; in training, a path names no module, or the learner has another
-            regularizer.
+            regularizer, or the activations may be time first.
+        AttributeError: an attribute is set that the callback does not have; a subclass may add some.
         RuntimeError: in training, another learner has this callback, too, or the callback was added within a batch,
             after its modules had run.
 
@@ -120,8 +120,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
 
     def __init__(
         self,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient | None = None,
+        beta: Coefficient | None = None,
         bptt: int | None = None,
         *,
         rnn: str | Sequence[str] | None = None,
@@ -132,22 +132,27 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         valid: Callable[..., Tensor | None] | None = None,
         starts: Callable[..., Tensor | None] | None = None,
     ) -> None:
-        super().__init__(alpha, beta, bptt=bptt)
+        super().__init__(*coefficients_of_learner(rnn, alpha, beta), bptt=bptt)
         given: dict[str, Any] = {"output": output, "batch_first": batch_first, "time_dim": time_dim}
         self.paths = paths_of_learner(rnn, dropout, FUSED, Masks(valid, starts), **given)
         self._handle: Any = None  # the attached modules, during a fit
         self._scaled = ExitStack()  # restores the learning rate of the optimizer
-        self._totals: Any = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
+        self._totals = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
+        self._own_metrics: Any = None  # of the learner, from before_fit on until training shows that this is a fit
+        self.is_made = True
 
     def before_fit(self) -> None:
-        self._scaled, self._totals, self.paths.is_warned = ExitStack(), None, False
-        self.after_fit()  # a fit that was cut off has not called this
-        self.learn.metrics = _Metrics([*self.learn.metrics, *self._columns])
+        # fastai begins learn.validate() with this event, too, maybe within a fit: before_train tells a fit from it.
+        self._own_metrics = self.learn.metrics
+        self.learn.metrics = _Metrics([*_without_columns(self.learn.metrics), *self._columns])
 
     def before_train(self) -> None:
         if not self.learn.training:  # fastai would not call the callback in training steps
             raise RuntimeError("RNNRegularizer: another learner has this callback, too; give each learner its own")
+        if self._own_metrics is not None:  # the first epoch, maybe after a fit that was cut off
+            self._own_metrics, self._scaled, self.paths.is_warned = None, ExitStack(), False
+            self._leave()
         self._totals = [0.0, 0.0, 0]
 
     def before_batch(self) -> None:
@@ -173,9 +178,8 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     def after_loss(self) -> None:
         if not self.paths.pairs:
             (capture,) = self._captures()
-            steps, masks = capture.raw_out.shape[1], self.paths.masks.of(*self.learn.xb)
-            last = {name: mask[:, -steps:] for name, mask in masks.items() if mask is not None}
-            self.on_loss_begin((self.learn.pred, capture.raw_out, capture.out), batch_first=True, **last)
+            output = self.learn.pred, capture.raw_out, capture.out
+            self.paths.capture(self.on_loss_begin, output, self.learn.xb, self._say())
         loss = self.on_backward_begin(self.learn.loss_grad)
         if loss is self.learn.loss_grad:
             self.paths.warn_of_evaluation("RNNRegularizer")
@@ -194,13 +198,16 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         self._scaled.close()  # fastai calls it after a cancelled step, too
 
     def before_validate(self) -> None:
-        if self._totals is None:  # learn.validate() trains nothing, so there are no terms to show
+        if self._own_metrics is not None:  # nothing was trained, so there are no terms to show
             self.learn.metrics = _without_columns(self.learn.metrics)
 
     def after_fit(self) -> None:
-        self.learn.metrics = _without_columns(self.learn.metrics)
         self._forget()
-        self._leave()
+        if self._own_metrics is not None:  # the end of a validation; a fit around it goes on
+            self.learn.metrics, self._own_metrics = self._own_metrics, None
+        else:
+            self.learn.metrics = _without_columns(self.learn.metrics)
+            self._leave()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn":
@@ -221,8 +228,12 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         model = get_model(model)  # without the wrapper of fastai's DistributedTrainer
         LAST.get(id(model), self)._leave()  # after a fit that was cut off, maybe of another learner of the same model
         LAST[id(model)] = self
-        is_silent = getattr(self.learn, "logger", None) is noop  # in no_logging(); `fuse` attaches without a learner
-        self._handle = self.paths.attach(self, model, lambda: self.learn.xb, None if is_silent else print)
+        self._handle = self.paths.attach(self, model, lambda: self.learn.xb, self._say())
+
+    def _say(self) -> Any:
+        """Return the function that shows which axes are taken for what, or `None` in `no_logging()`."""
+        is_silent = getattr(self.learn, "logger", None) is noop  # `fuse` attaches without a learner
+        return None if is_silent else print
 
     def _leave(self) -> None:
         """Restore the learning rate, and take the hooks off."""
@@ -248,16 +259,19 @@ class RNNRegularizer(Regularizer, stock.RNNRegularizer):
         return self._totals[i] / (self._totals[2] or math.nan)
 
 
-def rnn_cbs(alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None) -> list[Callback]:
+def rnn_cbs(
+    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, **options: Any
+) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
 
-    The regularizer is among them even if both coefficients are 0, because a schedule may raise them.
+    The regularizer is among them even if both coefficients are 0, because a schedule may raise them. The options are
+    its `batch_first`, `time_dim`, `valid` and `starts`.
 
     Examples:
         >>> [type(cb).__name__ for cb in rnn_cbs(alpha=2.0, beta=1.0)]
         ['ModelResetter', 'RNNCallback', 'RNNRegularizer']
     """
-    return [stock.ModelResetter(), stock.RNNCallback(), RNNRegularizer(alpha, beta, bptt)]
+    return [stock.ModelResetter(), stock.RNNCallback(), RNNRegularizer(alpha, beta, bptt, **options)]
 
 
 def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **options: Any) -> Learner:
@@ -272,7 +286,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         dropout: `True` to swap also a language model's last dropout, an `RNNDropout`, for a `fastreg.FusedRNNDropout`,
             which computes the penalty in the pass of the dropout. With `rnn` it is as for `RNNRegularizer`.
         **options: `rnn`, `output`, `batch_first`, `time_dim`, `valid` and `starts`, as for `RNNRegularizer`. `rnn` is
-            for a model that returns only its output; `valid` and `starts` are for any model.
+            for a model that returns only its output; without it there is no `output`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -284,7 +298,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         >>> learn.recorder.metric_names
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
-    check_no_coefficients(options)
+    check_options_of_fuse(options)
     old = next(iter(_regularizers(learn, stock.RNNRegularizer, RNNRegularizer)), None)
     if old is None:
         raise ValueError(

@@ -16,12 +16,14 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from fastreg.attach.paths import UNFUSED, Swap, check_no_coefficients, paths_of_learner
+from fastreg.adapter import KnownAttributes
+from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
 from fastreg.call.problem import Coefficient, is_list
@@ -58,7 +60,7 @@ SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATC
 FUSED: dict[str, Any] = {"pairs": [("0", SWAP)], "output": last_raw, "batch_first": BATCH_FIRST}
 
 
-class RNNTrainer(RNNRegularizer, LearnerCallback):
+class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
     """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
     `ar` and `tar` are the terms of the last step. Activations are `(batch, time, hidden)`, but `(time, batch, hidden)`
@@ -67,20 +69,18 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     Args:
         learn: the learner whose `callbacks` will contain this callback.
         bptt: the usual number of time steps.
-        alpha: coefficient of AR.
+        alpha: coefficient of AR; an attribute, which may change between batches, like `beta` and `bptt`. With `rnn`
+            one of the coefficients is required.
         beta: coefficient of TAR.
         adjust: whether the optimizer steps at `lr * seq_len / bptt`; lr is restored afterwards, also after an error.
         rnn: for a model that returns only its output, the attribute path of an RNN in it, or of any module that
             `fastreg.RNNRegularizer.attach` takes; or a list of paths, whose penalties add up.
         dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
             `None` for each RNN. Without `rnn` it may be `True`, as for `fuse`.
-        output: as for `attach`.
-        batch_first: as for `attach`.
-        time_dim: the axis of time, instead of batch_first, as for `attach`.
-        valid: a function of the inputs of the batch that returns the mask of valid time steps, as `fused_ar_tar` takes
-            it, or `None` if all steps count.
-        starts: a function of the same inputs that returns the mask of the time steps at which segments start, or
-            `None`.
+        output: as for `attach`; it needs `rnn`.
+        batch_first, time_dim: as for `attach`; without `rnn`, as for `on_loss_begin`.
+        valid, starts: as for `attach`, but functions of the inputs of the batch. Without `rnn`, a mask with more steps
+            than the model returns is cut to the last steps.
 
     Warns:
         UserWarning: a training step has no penalty, because all named modules are in evaluation, once in a fit.
@@ -88,7 +88,9 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
     Raises:
         TypeError: an argument has the wrong type; in training without `rnn`, the model does not return
             `(decoded, raw, dropped)`.
-        ValueError: an argument has the wrong value, or there is no `bptt` to adjust to.
+        ValueError: an argument has the wrong value, or there is no `bptt` to adjust to; in training, the activations
+            may be time first.
+        AttributeError: an attribute is set that the callback does not have; a subclass may add some.
 
     Examples:
         >>> learn1.callbacks = [RNNTrainer(learn1, bptt=16, alpha=2.0, beta=1.0)]
@@ -105,8 +107,8 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self,
         learn: Learner,
         bptt: int | None,
-        alpha: Coefficient = 0.0,
-        beta: Coefficient = 0.0,
+        alpha: Coefficient | None = None,
+        beta: Coefficient | None = None,
         adjust: bool = True,
         *,
         rnn: str | Sequence[str] | None = None,
@@ -122,24 +124,16 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
         given: dict[str, Any] = {"output": output, "batch_first": batch_first, "time_dim": time_dim}
         self.paths = paths_of_learner(rnn, dropout, FUSED, Masks(valid, starts), **given)
-        super().__init__(alpha, beta, bptt=bptt)
+        if not (self.paths.pairs or BATCH_FIRST or given["time_dim"] is not None or batch_first):
+            self.paths = replace(self.paths, batch_first=False)  # as the models of the release are time first
+        super().__init__(*coefficients_of_learner(rnn, alpha, beta), bptt=bptt)
         # A wrong path raises an error before any training.
         self.attached = self.paths.attach(self, learn.model, lambda: self.batch)
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
         self.scaled = ExitStack()  # restores the learning rate of the optimizer
         self.on_train_end()
-        learn.export = self.export
-
-    def get_state(self, minimal: bool = True) -> dict[str, Any]:
-        """Return the attributes from which `Learner.purge` makes the callback again."""
-        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
-
-    def on_train_begin(self, **_: Any) -> None:
-        self.on_train_end()  # a fit that was cut off may not have called this
-        self.paths.is_warned = False
-        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
-            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
+        learn.export, self.is_made = self.export, True
 
     def on_epoch_begin(self, **_: Any) -> None:
         super().on_epoch_begin(self.learn.model)
@@ -152,7 +146,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
 
     def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
         if train and not self.paths.pairs:
-            super().on_loss_begin(last_output, batch_first=BATCH_FIRST, **self.paths.masks.of(*self.batch))
+            self.paths.capture(super().on_loss_begin, last_output, self.batch, print)
         return answer("last_output", last_output if self.returns_decoded() else last_output[0])
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
@@ -160,6 +154,16 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         if loss is last_loss:
             self.paths.warn_of_evaluation("RNNTrainer")
         return answer("last_loss", loss)
+
+    def get_state(self, minimal: bool = True) -> dict[str, Any]:
+        """Return the attributes from which `Learner.purge` makes the callback again."""
+        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
+
+    def on_train_begin(self, **_: Any) -> None:
+        self.on_train_end()  # a fit that was cut off may not have called this
+        self.paths.is_warned = False
+        if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
+            raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
 
     def on_backward_end(self, last_input: Tensor, **_: Any) -> None:
         if self.adjust:
@@ -205,7 +209,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
             during a fit, which computes the penalty in the pass of the dropout. As in fastai v1, AR is the mean square
             of the dropout's input. With `rnn` it is the path of the dropout that gets the RNN's output.
         **options: `rnn`, `output`, `batch_first`, `time_dim`, `valid` and `starts`, as for `RNNTrainer`. `rnn` is for a
-            model that returns only its output; `valid` and `starts` are for any model.
+            model that returns only its output; without it there is no `output`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -217,7 +221,7 @@ def fuse(learn: Learner, dropout: bool | str | Sequence[str | None] = False, **o
         >>> bool(learn1.callbacks[-1].tar > 0)
         True
     """
-    check_no_coefficients(options)
+    check_options_of_fuse(options)
     old = next((cb for cb in _freed(learn) if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if old is None:
         raise ValueError(

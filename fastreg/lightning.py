@@ -9,9 +9,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastreg.adapter import Adapter, KnownAttributes
 from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
@@ -25,27 +25,23 @@ except ImportError as error:
     raise ImportError("fastreg.lightning: Lightning is not installed; pip install lightning") from error
 
 
-class ActivationRegularization(Callback):
+class ActivationRegularization(KnownAttributes, Adapter, Callback):
     """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
 
     Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs does not contain
     the penalty. When an epoch of training ends, `ar` and `tar` are logged, as means over its steps, over all processes,
-    and over all callbacks of this class. If the module has a `reset()`, it is called when an epoch of training or
-    validation starts, and when an epoch of validation ends.
+    and over all callbacks of this class. If the module has a `reset()` that needs no arguments, it is called when an
+    epoch of training or validation starts, and when an epoch of validation ends.
 
     Args:
-        alpha: coefficient of AR; a schedule may change `callback.regularizer.alpha` between steps.
-        beta: coefficient of TAR; a schedule may change `callback.regularizer.beta` between steps.
+        alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
+        beta: coefficient of TAR.
         rnn: the attribute path of an RNN, or of any module that `RNNRegularizer.attach` takes; or a list of paths, from
             the first layer to the last.
         dropout: the path of the dropout that gets the RNN's output: one path for all RNNs, or a list with a path or
             `None` for each RNN.
-        output: as for `RNNRegularizer.attach`.
-        batch_first: as for `RNNRegularizer.attach`.
-        time_dim: the axis of time, instead of batch_first, as for `RNNRegularizer.attach`.
-        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
-            time)`, as `fused_ar_tar` takes it, or `None` if all steps count.
-        starts: a function of the batch that returns the mask of the time steps at which segments start, or `None`.
+        output, batch_first, time_dim: as for `RNNRegularizer.attach`.
+        valid, starts: as for `RNNRegularizer.attach`, but functions of the batch, as `training_step` gets it.
         log: whether to log `ar` and `tar`.
 
     Warns:
@@ -55,6 +51,7 @@ class ActivationRegularization(Callback):
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an argument has the wrong value; when a fit starts, a path names no module.
+        AttributeError: an attribute is set that the callback does not have; a subclass may add some.
         RuntimeError: the module optimizes by hand; in a step, as `RNNRegularizer.on_backward_begin`.
 
     Examples:
@@ -64,6 +61,9 @@ class ActivationRegularization(Callback):
         >>> sorted(trainer.callback_metrics)
         ['ar', 'tar']
     """
+
+    log: Any = None  # Lightning sets both
+    log_dict: Any = None
 
     @shown('ActivationRegularization(2.0, 1.0, rnn="lstm")')
     def __init__(
@@ -81,44 +81,28 @@ class ActivationRegularization(Callback):
         log: bool = True,
     ) -> None:
         check_flags(log=log)
-        self.regularizer = RNNRegularizer(alpha, beta)
-        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
-        self.logged = log  # Lightning sets `log` itself
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach to the modules and wrap `training_step`; by now `configure_model` has made the modules."""
-        # All callbacks of a fit share one wrapper.
-        if not isinstance(pl_module.training_step, _RegularizedStep):
-            pl_module.training_step = _RegularizedStep(pl_module)
-        step = pl_module.training_step
-        say = pl.utilities.rank_zero_info
-        step.undo.enter_context(self.paths.attach(self.regularizer, pl_module, lambda: [step.batch], say))
-        step.callbacks.append(self)
-        self.paths.is_warned = False
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Take off the wrapper of `training_step`, and the hooks of all callbacks that share it."""
-        if isinstance(pl_module.training_step, _RegularizedStep):
-            pl_module.training_step.undo.close()
-
-    on_exception = teardown  # Lightning tears nothing down after an error
-    setup = teardown  # of an earlier fit: an error in another callback's on_exception leaves out ours
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin the sums of AR and TAR over the steps of an epoch, and of the steps; a fit may resume in an epoch."""
-        self._terms = torch.zeros(3, device=pl_module.device)
+        paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
+        self.begin(RNNRegularizer(alpha, beta), paths)
+        self.logged, self.is_made = log, True
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reset the hidden state."""
+        """Begin an epoch: reset the hidden state."""
         self.regularizer.on_epoch_begin(pl_module)
+
+    def after_step(self, output: Any) -> Any:
+        """Begin a backward: return what `training_step` returned with the penalty added to the loss."""
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
+            return output
+        penalty = self.penalty_of(loss, "ActivationRegularization")
+        if penalty is None:
+            return output
+        return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
-        # Each process takes part, also one that has added no penalty, as the others wait for it.
-        ar, tar, steps = trainer.strategy.reduce(self._terms, reduce_op="sum")
-        self._terms = torch.zeros_like(self._terms)
-        if self.logged and steps:
-            means = {"ar": ar / steps, "tar": tar / steps}
+        means = self.means(lambda sums: trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum"))
+        if self.logged:
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -127,28 +111,36 @@ class ActivationRegularization(Callback):
 
     on_validation_epoch_end = on_validation_epoch_start
 
-    def after_step(self, output: Any) -> Any:
-        """Return what `training_step` returned with the penalty added to the loss, and sum up the terms."""
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
-            return output
-        terms = self.regularizer.take(loss)
-        if terms is None:
-            self.paths.warn_of_evaluation("ActivationRegularization")
-            return output
-        self._terms = self._terms + torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)]).to(self._terms)
-        total = loss + terms.penalty
-        return {**output, "loss": total} if isinstance(output, Mapping) else total
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach to the modules and wrap `training_step`; by now `configure_model` has made the modules."""
+        # All callbacks of a fit share one wrapper.
+        if not isinstance(pl_module.training_step, _RegularizedStep):
+            pl_module.training_step = _RegularizedStep(pl_module, trainer)
+        step = pl_module.training_step
+        say = pl.utilities.rank_zero_info
+        step.undo.enter_context(self.paths.attach(self.regularizer, pl_module, lambda: [step.batch], say))
+        step.callbacks.append(self)
+        self.begin(self.regularizer, self.paths)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
+        """Take off the wrapper of `training_step`, and the hooks of all callbacks that share it."""
+        step = pl_module.training_step
+        # Another trainer may test or validate the module within a fit, which then goes on.
+        if isinstance(step, _RegularizedStep) and (step.trainer is trainer or step.trainer.state.status != "running"):
+            step.undo.close()
+
+    on_exception = teardown  # Lightning tears nothing down after an error
+    setup = teardown  # of an earlier fit: an error in another callback's on_exception leaves out ours
 
 
 class _RegularizedStep:
     """Wrap `training_step` to add penalties to its loss; a copy or a pickle of the module has a plain step."""
 
-    def __init__(self, pl_module: Any) -> None:
+    def __init__(self, pl_module: Any, trainer: Any) -> None:
         self.own = vars(pl_module).get("training_step")  # Lightning sets one when it compiles the module
         self.step = pl_module.training_step
         update_wrapper(self, self.step)  # Lightning reads its signature
-        self.pl_module, self.batch = pl_module, None
+        self.pl_module, self.trainer, self.batch = pl_module, trainer, None
         self.callbacks: list[ActivationRegularization] = []
         self.undo = ExitStack()  # takes off the hooks, and then this wrapper
         self.undo.callback(self._remove)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch import Tensor
 
+from fastreg.adapter import Adapter
 from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
@@ -37,44 +37,43 @@ def attention_mask(batch: Any) -> Tensor | None:
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
-class RegularizedTrainer(Trainer):
+class RegularizedTrainer(Adapter, Trainer):
     """Train as `Trainer` does, with `alpha * AR + beta * TAR` of the named modules in the backward of each step.
 
     Combine it with a subclass of `Trainer` by inheriting from both, this class first:
-    `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`.
+    `class RegularizedSFTTrainer(RegularizedTrainer, SFTTrainer): ...`. A subclass may have its own
+    `training_step`, which has to call `self.accelerator.backward`.
 
     The penalty of an optimizer step is the mean of the penalties of its batches, over all processes. The reported loss
     does not contain it; `ar` and `tar` are logged beside the loss, as means over the batches since the last log.
     Evaluation and prediction are unchanged.
 
     Args:
-        *args: as for `Trainer`, or the other base class.
-        **kwargs: as for `Trainer`, or the other base class.
-        alpha: coefficient of AR; a schedule may change `trainer.regularizer.alpha` between steps.
-        beta: coefficient of TAR; a schedule may change `trainer.regularizer.beta` between steps.
+        *args, **kwargs: as for `Trainer`, or the other base class.
+        alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
+        beta: coefficient of TAR.
         rnn: the attribute path of a module in the model, or in the model that PEFT wraps, which may be any module that
             `RNNRegularizer.attach` takes; or a list of paths, from the first layer to the last. Name the last block
             rather than the model, because the model's last hidden state is the output of a norm.
         dropout: the path of the dropout that gets the module's output: one path for all modules, or a list with a path
             or `None` for each module.
-        output: as for `RNNRegularizer.attach`.
+        output, time_dim: as for `RNNRegularizer.attach`.
         batch_first: as for `RNNRegularizer.attach`, but `True` if the layout cannot be read from the module.
-        time_dim: the axis of time, instead of batch_first, as for `RNNRegularizer.attach`.
         valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
-            time)`, as `fused_ar_tar` takes it, or `None` if all steps count. The default returns the attention mask of
-            the batch, if it has one. A `Trainer` removes this mask if the model's `forward` has no such argument,
-            unless `remove_unused_columns=False`. If `valid` itself is `None`, all steps count.
-        starts: a function of the batch that returns the mask of the time steps at which a segment starts, such as a
-            document of a packed row, `(batch, time)`, as `fused_ar_tar` takes it, or `None`.
+            time)`, or `None` if all steps count. The default returns the attention mask of the batch, if it has one. A
+            `Trainer` removes this mask if the model's `forward` has no such argument, unless
+            `remove_unused_columns=False`. If `valid` itself is `None`, all steps count.
+        starts: as for `RNNRegularizer.attach`, but a function of the batch.
 
     Warns:
-        UserWarning: padding counts, because the `Trainer` removes the attention mask of the examples; or a training
-            step has no penalty, because all named modules are in evaluation. Each warning comes once in a training.
+        UserWarning: padding counts, because the attention mask of the examples is not in the batch; or a training step
+            has no penalty, because all named modules are in evaluation. Each warning comes once in a training.
 
     Raises:
         TypeError: an argument, or the result of `valid` or `starts`, has the wrong type.
         ValueError: an argument, or the result of `valid` or `starts`, has the wrong value or shape, or a path names no
             module.
+        AttributeError: another base class has an attribute `alpha` or `beta`.
         RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`; or the loss does not pass through
             `accelerator.backward`.
 
@@ -85,6 +84,8 @@ class RegularizedTrainer(Trainer):
         >>> result.global_step
         2
     """
+
+    _is_masked: Any = False  # whether an example of this training has an attention mask
 
     @shown('RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")')
     def __init__(
@@ -101,54 +102,52 @@ class RegularizedTrainer(Trainer):
         starts: Callable[[Any], Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.regularizer = RNNRegularizer(alpha, beta)
         self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
-        self._terms = torch.zeros(3)  # the sums of AR and TAR over the batches since the last log, and their number
+        regularizer = RNNRegularizer(alpha, beta)
         super().__init__(*args, **kwargs)
+        self.begin(regularizer, self.paths)  # now, so that it is an error if another class sets alpha or beta
         self._attached().close()  # shows a wrong path before any training
+        # An override of `training_step` would be lost where a subclass has its own, and does not call it.
+        self.training_step = partial(self._regularized_step, self.training_step)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does."""
-        self._terms, self.paths.is_warned = torch.zeros(3), False
-        self._warn_of_lost_masks()
+        self.begin(self.regularizer, self.paths)
         return super().train(*args, **kwargs)
 
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Make a training step as `Trainer.training_step` does, with the penalty in its backward."""
-        with self._attached(inputs), self._regularized():
-            return super().training_step(model, inputs, *args, **kwargs)
+    def get_train_dataloader(self) -> Any:
+        """Return the loader that `Trainer` returns, which warns if the attention masks of examples are lost."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # that Accelerate wraps
+        if self.paths.masks.valid is attention_mask and hasattr(inner, "collate_fn"):
+            columns = getattr(self.train_dataset, "column_names", None) or ()
+            self._is_masked = torch.tensor("attention_mask" in columns).share_memory_()  # with the workers
+            inner.collate_fn = partial(_collated, inner.collate_fn, self._is_masked)
+        return loader
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as `Trainer.log` does, with `ar` and `tar` beside the training loss."""
         if "loss" in logs:
-            # Each process takes part, even if it has added no penalty, because the others wait for it.
-            ar, tar, batches = self.accelerator.reduce(self._terms.to(self.args.device), reduction="sum").tolist()
-            if batches:
-                logs = logs | {"ar": ar / batches, "tar": tar / batches}
-            self._terms = torch.zeros(3)
+            reduce = partial(self.accelerator.reduce, reduction="sum")
+            logs = logs | self.means(lambda sums: reduce(sums.to(self.args.device)).tolist())
         super().log(logs, *args, **kwargs)
 
     def _attached(self, batch: Any = None) -> ExitStack:
         """Attach to the modules until the returned stack is closed, with the masks of a batch."""
         return self.paths.attach(self.regularizer, _inner(self.model), lambda: [batch], log.warning, layout=True)
 
-    def _warn_of_lost_masks(self) -> None:
-        """Warn if the default `valid` will find no mask, because the `Trainer` removes it from the batches."""
-        taken, valid = signature(_inner(self.model).forward).parameters, self.paths.masks.valid
-        if valid is not attention_mask or not self.args.remove_unused_columns or "attention_mask" in taken:
-            return
-        data: Any = self.train_dataset
-        example = dict.fromkeys(getattr(data, "column_names", None) or (), True)
-        if hasattr(data, "__len__") and not isinstance(data, IterableDataset):  # a stream must not be read
-            with torch.random.fork_rng(devices=()):  # because an example may draw random numbers
-                example = next(iter(data), None)
-        if attention_mask(example) is not None:
+    def _regularized_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Make a training step, which may be one of a subclass, with the penalty in its backward."""
+        if self._is_masked and attention_mask(inputs) is None:
+            self._is_masked = False
             warnings.warn(
-                f"RegularizedTrainer: padding counts in AR and TAR, as the forward of {type(self.model).__name__} "
-                "takes no attention_mask, and the Trainer removes it from the batches: pass another valid, or None if "
-                "all time steps count, or let the forward take the mask",
+                f"RegularizedTrainer: padding counts in AR and TAR, as the batch lacks the attention_mask of its "
+                f"examples. A Trainer removes it if the forward of the {type(_inner(self.model)).__name__} does not "
+                "take it: pass another valid, or None if all time steps count, or let the forward take the mask",
                 stacklevel=3,
             )
+        with self._attached(inputs), self._regularized():
+            return step(model, inputs, *args, **kwargs)
 
     @contextmanager
     def _regularized(self) -> Iterator[None]:
@@ -157,13 +156,9 @@ class RegularizedTrainer(Trainer):
 
         def regularized_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal passed
-            terms, passed = self.regularizer.take(loss), True
-            if terms is None:
-                self.paths.warn_of_evaluation("RegularizedTrainer")
-            else:
-                loss = loss + terms.penalty / self.current_gradient_accumulation_steps
-                summed = torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)])
-                self._terms = self._terms.to(summed) + summed
+            penalty, passed = self.penalty_of(loss, "RegularizedTrainer"), True
+            if penalty is not None:
+                loss = loss + penalty / self.current_gradient_accumulation_steps
             return backward(loss, *args, **kwargs)
 
         accelerator.backward = regularized_backward
@@ -176,6 +171,13 @@ class RegularizedTrainer(Trainer):
                 "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added; "
                 "use fastreg.RNNRegularizer in compute_loss"
             )
+
+
+def _collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:
+    """Collate examples as a function does, and note whether one of them has an attention mask."""
+    if any(attention_mask(x) is not None for x in examples):
+        is_masked.fill_(True)
+    return collate(examples)
 
 
 def _inner(model: Any) -> Any:

@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from fastreg.attach.attachment import described
+from fastreg.attach.captures import check_output
 from fastreg.attach.source import Masks, batch_first_of, check_callable
 from fastreg.call.arguments import check_time
-from fastreg.call.problem import is_list
+from fastreg.call.operation import place_of
+from fastreg.call.problem import Coefficient, data_of, is_list, sizes_of
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
 UNFUSED = "unfuse: this learner trains without AR and TAR now, as fastai's own callback cannot regularize its model"
@@ -51,13 +54,12 @@ class Paths:
         pairs: the path of each RNN, with the path of its dropout, a `Swap` or `None`; there are none if the model
             itself returns `(decoded, raw, dropped)`.
         masks: the functions of a batch that say which time steps count.
-        output: as for `RNNRegularizer.attach`.
-        batch_first: as for `RNNRegularizer.attach`.
-        time_dim: as for `RNNRegularizer.attach`.
+        output, batch_first, time_dim: as for `RNNRegularizer.attach`.
         is_warned: whether `warn_of_evaluation` has warned in this fit.
+        is_said: whether `capture` has said which axes it takes for what.
 
     Raises:
-        TypeError: an option has the wrong type, or describes the output of an RNN whose path is missing.
+        TypeError: an option has the wrong type, or picks raw from the output of an RNN whose path is missing.
         ValueError: both `batch_first` and `time_dim` are given.
     """
 
@@ -67,12 +69,13 @@ class Paths:
     batch_first: bool | None = None
     time_dim: int | None = None
     is_warned: bool = False
+    is_said: bool = False
 
     def __post_init__(self) -> None:
         check_callable("output", self.output)
         check_time(self.batch_first, self.time_dim)
-        if not self.pairs and (self.output, self.batch_first, self.time_dim) != (None, None, None):
-            raise TypeError("rnn: expected a path, as output, batch_first and time_dim describe its module, got None")
+        if not self.pairs and self.output is not None:
+            raise TypeError("rnn: expected a path, as output picks raw from what its module returns, got None")
 
     def attach(
         self,
@@ -112,6 +115,30 @@ class Paths:
                 handle = attached.enter_context(regularizer.attach(module, dropout, **options))
                 handle.paths, handle.say = (rnn, path), say
             return attached.pop_all()
+
+    def capture(self, begin: Callable[..., Any], output: Any, batch: Sequence[Any], say: Any) -> None:
+        """Pass the activations in a model's output to `on_loss_begin`, with their layout and the masks of the batch.
+
+        A mask with more time steps than raw is cut to the last ones, because a text classifier returns only the last
+        steps of a long text.
+
+        Args:
+            begin: the `on_loss_begin` of a regularizer.
+            output: the output of the model, `(decoded, raw, dropped)`.
+            batch: the inputs of the batch, which the functions of masks get.
+            say: a function that is called once, with a line that names the axes of raw, or `None`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as `on_loss_begin`, or a function of masks has raised it.
+        """
+        raw, place = check_output(output)[1], place_of(self.batch_first, self.time_dim)
+        raw = raw[-1] if is_list(raw) else raw
+        _, steps = sizes_of(data_of(raw), place.axis())
+        masks = {name: mask[:, -steps:] for name, mask in self.masks.of(*batch).items() if mask is not None}
+        begin(output, batch_first=self.batch_first, time_dim=self.time_dim, **masks)
+        if say is not None and not self.is_said:
+            self.is_said = True
+            say(f"the model's output: {described(raw, place, masks)}")
 
     def warn_of_evaluation(self, adapter: str) -> None:
         """Warn, once in a fit, that a training step has no penalty, because all modules are in evaluation.
@@ -163,17 +190,33 @@ def paths_of_learner(rnn: object, dropout: object, fused: dict[str, Any], masks:
         **options: other attributes of the `Paths`.
 
     Raises:
-        TypeError, ValueError: as `pairs_of` and `Paths`.
+        TypeError, ValueError: as `pairs_of` and `Paths`; or a language model was given a layout.
     """
-    if rnn is None and (dropout is None or isinstance(dropout, bool)):
-        return replace(Paths((), masks, **options), **(fused if dropout else {}))
-    return Paths(pairs_of(rnn, None if dropout is False else dropout), masks, **options)
+    if rnn is not None or not (dropout is None or isinstance(dropout, bool)):
+        return Paths(pairs_of(rnn, None if dropout is False else dropout), masks, **options)
+    paths = Paths((), masks, **options)
+    if dropout and (paths.batch_first, paths.time_dim) != (None, None):
+        raise TypeError("dropout: expected False beside batch_first or time_dim, as a language model has its layout")
+    return replace(paths, **(fused if dropout else {}))
 
 
-def check_no_coefficients(options: Collection[str]) -> None:
-    """Check that `fuse` of an adapter gets no coefficients, because the learner's own callback has them."""
+def coefficients_of_learner(rnn: object, *given: Coefficient | None) -> list[Coefficient]:
+    """Return alpha and beta of a learner's callback, which are 0 unless they are given, as in fastai.
+
+    Raises:
+        TypeError: paths are given, but neither of the coefficients.
+    """
+    if rnn is not None and all(x is None for x in given):
+        raise TypeError("alpha and beta: expected coefficients beside rnn, got none; 0 leaves a term out")
+    return [0.0 if x is None else x for x in given]
+
+
+def check_options_of_fuse(options: Collection[str]) -> None:
+    """Check that `fuse` of an adapter gets no coefficients, which the learner's own callback has, and no lengths."""
     for name in {"alpha", "beta"}.intersection(options):
         raise TypeError(f"{name}: expected no coefficient in fuse; set that of the learner's callback instead")
+    if "lengths" in options:
+        raise TypeError("lengths: expected valid instead, a function of the batch's inputs that returns a mask")
 
 
 def _module_at(model: nn.Module, kind: str, path: str) -> nn.Module:

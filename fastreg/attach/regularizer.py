@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -113,11 +114,14 @@ class RNNRegularizer:
         self._step = Step()
 
     def on_epoch_begin(self, model: object) -> None:
-        """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture."""
+        """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture.
+
+        A `reset` that needs arguments, or is a module, is something else, and is not called.
+        """
         self.clear()
         inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
         reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
-        if callable(reset):
+        if callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset):
             reset()
 
     def on_loss_begin(
@@ -331,6 +335,12 @@ class RNNRegularizer:
             raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
         steps = check_count("seq_len", seq_len)
         return _scaled_lr(optimizer, steps / check_count("bptt", self.bptt))
+
+
+def _needs_arguments(function: Callable[..., Any]) -> bool:
+    """Return whether a function cannot be called without arguments."""
+    given = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+    return any(x.default is x.empty and x.kind not in given for x in signature(function).parameters.values())
 
 
 @contextmanager

@@ -83,9 +83,11 @@ def fused_ar_tar(
             devices they count as 1.
         starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
             `(batch, time)` in every layout, like valid, by itself or beside lengths or valid. The change into such a
-            step does not count. The step itself counts in AR and in the change that follows. The `dones` of
-            reinforcement learning mark the last step of an episode, which is one step earlier. It cannot be given with
-            a `PackedSequence`.
+            step does not count. The step itself counts in AR and in the change that follows. In reinforcement learning,
+            flags that mark the first step of an episode are starts as they are: CleanRL's `dones`, as `dones[step] =
+            next_done`, and SB3's `episode_starts`, both floats, so pass `.bool()`. Flags that mark its last step, the
+            `terminated | truncated` of the step that ended it, shift by one: `starts[:, 1:] = ended[:, :-1]`. It cannot
+            be given with a `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.

@@ -58,6 +58,11 @@ def ids_of(batch: Any) -> Tensor:
     return batch if isinstance(batch, Tensor) else batch["input_ids"]
 
 
+def loss_of(outputs: Any, ids: Tensor) -> Tensor:
+    """Return the loss of a model that returns it, or the loss of decoded ids."""
+    return outputs["loss"] if isinstance(outputs, dict) else criterion(outputs, ids)
+
+
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 MASKS: dict[str, Any] = {"valid": lambda batch: ids_of(batch) != 3, "starts": lambda batch: ids_of(batch) == 2}

@@ -51,7 +51,7 @@ from torch import Tensor  # noqa: E402
 from torch.optim import SGD  # noqa: E402
 
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
-from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS  # noqa: E402
+from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS, loss_of  # noqa: E402
 from tests.adapters.learners import ALPHA, BETA, LearnerContract  # noqa: E402
 from tests.conftest import without  # noqa: E402
 from tests.language_model import VOCABULARY, gap  # noqa: E402
@@ -157,7 +157,7 @@ class TestContract(LearnerContract):
             pytest.skip("its optimizer steps after each batch")
         loader = DataLoader([(ids, ids) for ids in IDS], BATCH)
         data = DataBunch(loader, loader, path=tempfile.mkdtemp())
-        learn = Learner(data, model, SGD, loss_func=lambda outputs, _: outputs["loss"])
+        learn = Learner(data, model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
 
@@ -218,11 +218,10 @@ def test_errors_of_the_callback() -> None:
     learn = learner()
     with pytest.raises(ValueError, match="bptt: expected the usual number of time steps"):
         RNNTrainer(learn, None)
+    with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn"):
+        RNNTrainer(learn, 16, rnn="0")
+    with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
+        RNNTrainer(0, 16)
     fuse(learn).callbacks.append(Stock(learn, **STOCK))
     with pytest.raises(ValueError, match=r"^RNNTrainer: .* more than one"):
         learn.fit(1)
-
-
-def test_a_callback_is_of_a_learner() -> None:
-    with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
-        RNNTrainer(0, 16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastreg import FusedRNNDropout
-from tests.adapters.contract import PATHS, Contract
-from tests.language_model import VOCABULARY, gap, hooks_of
+from tests.adapters.contract import MASKS, PATHS, Contract
+from tests.language_model import VOCABULARY, Triple, assert_same_weights, gap, hooks_of, seeded
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
@@ -25,6 +27,17 @@ REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
     ("regularizer", {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
     ("dropout", {"dropout": True}, ValueError, "to swap, got Mine"),
 ]
+
+
+class TimeFirst(Triple):
+    """The same model with its RNN time first, although decoded is not."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__(p=p, batch_first=False)
+
+    def forward(self, x: Tensor) -> Any:
+        decoded, *activations = self.activations(x.t())
+        return decoded.transpose(0, 1), *activations
 
 
 class LearnerContract(Contract):
@@ -118,6 +131,8 @@ class LearnerContract(Contract):
         assert self.fuse(self.fuse(learn, valid=lambda x: x < 0), dropout=True) is learn
         now = self.regularizer(learn)
         assert (type(now), now.alpha, now.beta) == (self.fused, ALPHA, BETA)
+        with pytest.raises(AttributeError, match="expected one of its attributes, such as alpha or beta, got 'aplha'"):
+            now.aplha = 3.0
         assert gap(self.trained(learn), self.stock_weights()) < 1e-5
         now.alpha = 3.0
         assert self.unfuse(self.unfuse(learn)) is learn
@@ -145,6 +160,17 @@ class LearnerContract(Contract):
         weights = self.trained(self.fuse(self.learner(), **masks))
         assert gap(weights, self.trained(self.fuse(self.learner(), dropout=True, **masks))) < 1e-5
         assert gap(weights, self.stock_weights()) > 1e-4
+
+    def test_activations_that_may_be_time_first(self, capsys: pytest.CaptureFixture[str]) -> None:
+        models = [seeded(partial(kind, 0.0)) for kind in (lambda p: Triple(p=p), TimeFirst)]
+        for model, layout in zip(models, (True, False), strict=True):
+            self.fit(model, {"batch_first": layout} | MASKS, fits=2)
+        assert_same_weights(*models)
+        said = "the model's output: raw (7, 3, 6) as time 7, batch 3, hidden 6; valid (3, 7): only valid steps count; s"
+        assert capsys.readouterr().out.count(said) == 1
+        error = pytest.raises(ValueError, match=r"batch_first: expected True or False, as raw is .* got None")
+        with error if self.time else nullcontext():  # the models of old releases are time first
+            self.fit(models[1], {})
 
     def test_unfuse_leaves_a_model_that_returns_only_its_output_without_a_regularizer(self) -> None:
         learn = self.fuse(self.learner_of(self.net()), **PATHS)

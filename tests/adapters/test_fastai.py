@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench.measure.timing import threads
 from fastreg import fused_ar_tar
-from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS
+from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS, loss_of
 from tests.adapters.learners import ALPHA, BETA, LearnerContract
 from tests.conftest import skip_without, without
 from tests.language_model import VOCABULARY, Model, Triple, gap, hooks_of
@@ -213,8 +213,8 @@ class TestContract(LearnerContract):
         rows = [(ids, ids) for ids in IDS]
         dls = fa.DataLoaders(fa.DataLoader(rows, bs=BATCH), fa.DataLoader(rows[:BATCH], bs=BATCH))
         cbs = [fa.GradientAccumulation(accumulated * BATCH), fa.GradientClip(0.1)]
-        cbs += [fa.RNNRegularizer(**COEFFICIENTS)] * regularized
-        return fa.Learner(dls, model, lambda outputs, _: outputs["loss"], opt_func=fa.SGD, cbs=cbs)
+        cbs += [fa.RNNRegularizer(**COEFFICIENTS)] * regularized + [fa.RNNCallback()] * isinstance(model, Triple)
+        return fa.Learner(dls, model, loss_of, opt_func=fa.SGD, cbs=cbs)
 
     def trained(self, learn: Any, *callbacks: Any) -> Tensor:
         return trained(learn, cbs=callbacks)
@@ -267,6 +267,35 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert str(learn.recorder.values[0][2]) == "nan"
 
 
+@pytest.mark.parametrize("event", ["after_batch", "after_train"])
+@pytest.mark.parametrize("paths", [{}, PATHS])
+def test_a_validation_within_an_epoch(paths: dict[str, Any], event: str) -> None:
+    """Fastai begins and ends it as it does a fit."""
+
+    def validate(learn: Any) -> None:
+        kept = {name: vars(learn)[name] for name in ("dl", "n_iter", "epoch", "train_iter", "pct_train", "training")}
+        learn.validate()
+        vars(learn).update(kept)
+        learn.model.train()
+
+    learn = fuse(of(Model if paths else Triple, *fa.rnn_cbs(ALPHA, BETA)[2 * bool(paths) :]), **paths)
+    stock = of(Triple, *fa.rnn_cbs(ALPHA, BETA))
+    weights = [trained(x, 2, cbs=on(event, validate)) for x in (learn, stock)]
+    assert gap(*weights) < 1e-5
+    assert learn.recorder.metric_names[-3:] == ["ar", "tar", "time"]
+    assert all(x > 0 for x in learn.recorder.values[-1][-2:])
+    assert learn.metrics == []
+    assert hooks_of(learn.model) == 0
+
+
+def test_terms_in_the_columns_of_training() -> None:
+    learn = of(Triple, *rnn_cbs(ALPHA, BETA))
+    learn.recorder.train_metrics = True
+    trained(learn)
+    row = zip(learn.recorder.metric_names[1:-1], learn.recorder.values[0], strict=True)
+    assert [name for name, x in row if str(x) == "nan"] == ["valid_ar", "valid_tar"]
+
+
 def test_paths_start_from_the_model_that_ddp_wraps(request: pytest.FixtureRequest) -> None:
     learn, parallel = (of(Model, RNNRegularizer(ALPHA, BETA, **PATHS)) for _ in range(2))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -294,9 +323,9 @@ ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to captu
 # the callbacks of two learners, of which the first one is trained
 REJECTED: list[tuple[list[Any], list[Any], type[Exception], str]] = [
     (rnn_cbs(1.0)[1:], [], TypeError, ALONE),
-    ([fa.RNNCallback(), RNNRegularizer(**PATHS)], [], TypeError, ALONE),
-    ([RNNRegularizer(**PATHS), fa.RNNRegularizer()], [], ValueError, "RNNRegularizer: the learner has another"),
-    (shared := [RNNRegularizer(**PATHS)], shared, RuntimeError, "another learner has this callback, too"),
+    ([fa.RNNCallback(), RNNRegularizer(1.0, **PATHS)], [], TypeError, ALONE),
+    ([RNNRegularizer(1.0, **PATHS), fa.RNNRegularizer()], [], ValueError, "RNNRegularizer: the learner has another"),
+    (shared := [RNNRegularizer(1.0, **PATHS)], shared, RuntimeError, "another learner has this callback, too"),
 ]
 
 
@@ -305,3 +334,8 @@ def test_learners_that_cannot_be_trained(own: Any, of_other: Any, error: type[Ex
     learn, _other = of(Model, *own), of(Model, *of_other)
     with pytest.raises(error, match=message):
         trained(learn)
+
+
+def test_a_path_needs_a_coefficient() -> None:
+    with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn"):
+        RNNRegularizer(rnn="rnn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -55,14 +56,21 @@ def callback(**options: Any) -> ActivationRegularization:
     return ActivationRegularization(ALPHA, BETA, **(PATHS | options))
 
 
+def loader() -> Any:
+    return torch.utils.data.DataLoader(DATA, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
+
+
+def trainer_of(*callbacks: Any, **options: Any) -> Any:
+    defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
+
+
 def fit(module: Any, *callbacks: Any, validate: bool = False, path: Any = None, **options: Any) -> Any:
     """Train for an epoch of six batches, or go on from a file, and return the logged metrics; also validate."""
     torch.manual_seed(0)
-    defaults = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    trainer = pl.Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
-    data: Any = torch.utils.data.DataLoader(DATA, batch_size=BATCH)  # pyright: ignore[reportArgumentType]
-    trainer.fit(module, data, data if validate else None, ckpt_path=path)
+    trainer = trainer_of(*callbacks, **options)
+    trainer.fit(module, loader(), loader() if validate else None, ckpt_path=path)
     assert_left_alone(module)
     return trainer.callback_metrics
 
@@ -164,6 +172,35 @@ def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
     fit(formula)
     assert_same_weights(module, formula)
     torch.testing.assert_close(logged["ar"], torch.stack(formula.terms).mean(0)[0])
+
+
+@pytest.mark.parametrize(("same", "error"), [(True, None), (False, None), (False, ArithmeticError)])
+def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> None:
+    """A callback validates by another trainer, which has the same callback of fastreg or another one."""
+
+    def validate(trainer: Any, own: Any) -> None:
+        others = [one if same else callback()] * (own is module)
+        others.append(pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error)))
+        with pytest.raises(error) if error else nullcontext():
+            trainer_of(*others).validate(own, loader(), verbose=False)
+        own.train().trainer = trainer  # which Lightning leaves to the callback, at least after an error
+
+    one, validating = callback(), pl.callbacks.LambdaCallback(on_train_epoch_end=validate)
+    module, formula = made(), made("rnn")
+    fit(module, one, validating, max_epochs=2)
+    fit(formula, validating, max_epochs=2)
+    assert_same_weights(module, formula)
+
+
+def test_attributes() -> None:
+    class Own(ActivationRegularization):
+        """Adds an attribute."""
+
+    one, own = callback(), Own(ALPHA, BETA, **PATHS)
+    one.alpha, one.beta = own.more, own.log_dict = 3.0, 0.5
+    assert (one.alpha, one.beta) == (one.regularizer.alpha, one.regularizer.beta) == (own.more, 0.5)
+    with pytest.raises(AttributeError, match="expected one of its attributes, such as alpha or beta, got 'aplha'"):
+        one.aplha = 3.0
 
 
 class Uneven(Module):

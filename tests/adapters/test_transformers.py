@@ -230,15 +230,25 @@ class OwnLoss(transformers.Trainer):
         return model(input_ids=inputs["input_ids"])["logits"].sub(1).pow(2).mean()
 
 
+class OwnStep(transformers.Trainer):
+    """Has a training step that calls no other."""
+
+    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
+        loss = self.compute_loss(model, inputs)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
 def both(*kinds: type) -> type:
     return type("Both", kinds, {})
 
 
-def test_subclasses_of_trainer_on_either_side() -> None:
-    written_out = fit(both(Formula, OwnLoss))
-    assert_same(fit(both(RegularizedTrainer, OwnLoss)), written_out)
-    assert_same(fit(both(OwnLoss, RegularizedTrainer)), written_out)
-    assert_different(fit(OwnLoss), written_out)
+@pytest.mark.parametrize("kind", [OwnLoss, OwnStep])
+def test_subclasses_of_trainer_on_either_side(kind: Any) -> None:
+    written_out = fit(both(Formula, kind))
+    assert_same(fit(both(RegularizedTrainer, kind)), written_out)
+    assert_same(fit(both(kind, RegularizedTrainer)), written_out)
+    assert_different(fit(kind), written_out)
 
 
 def test_models_that_the_trainer_makes() -> None:
@@ -246,20 +256,42 @@ def test_models_that_the_trainer_makes() -> None:
     assert_different(fit(**making), fit(transformers.Trainer, **making))
 
 
-class Drawn(list[Any]):  # of examples, each of which draws a random number when it is read
+class Unread(list[Any]):
+    """A dataset that shows no example before the loader asks for a batch, as an example may draw random numbers."""
+
+    def __init__(self, rows: list[Any], *column_names: str) -> None:
+        super().__init__(rows)
+        self.column_names = column_names
+
     def __iter__(self) -> Any:
-        return (x for x in super().__iter__() if torch.rand(()) < 2)
+        raise AssertionError("an example was read")
 
 
-def test_a_mask_that_the_trainer_takes_out_is_warned_of() -> None:
-    nets: Any = [{"model": lm.seeded(Net), "train_dataset": Drawn(examples())} for _ in range(2)]
-    with pytest.warns(UserWarning, match=r"padding counts in AR and TAR, as the forward of Net takes no"):
-        trainer = fit(rnn="rnn", alpha=0.0, beta=0.0, **nets[0])
-    assert_same(trainer, fit(transformers.Trainer, **nets[1]), rtol=0, atol=0)
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(examples())
+
+
+NO_MASKS = [{"input_ids": x["input_ids"]} for x in examples()]
+# The trainer takes the column out of a dataset of Hugging Face before an example is read.
+MASKED = [Unread(examples()), Stream(), Unread(NO_MASKS, "input_ids", "attention_mask")]
+
+
+@pytest.mark.parametrize("data", MASKED)
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=more)])
+def test_a_mask_that_the_trainer_takes_out_is_warned_of_once(data: Any, workers: int) -> None:
+    args = arguments(max_steps=3, dataloader_num_workers=workers)
+    with pytest.warns(UserWarning, match="padding counts in AR and TAR, .* forward of the Net does not") as seen:
+        fit(args=args, model=Net(), rnn="rnn", train_dataset=data)
+    assert sum("padding counts" in str(x.message) for x in seen) == 1
+
+
+def test_no_mask_is_lost() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         fit(model=Net(), rnn="rnn", valid=lambda batch: batch["input_ids"] != 0)
         fit(model=Net(), rnn="rnn", valid=None)
+        fit(model=Net(), rnn="rnn", train_dataset=NO_MASKS)
         fit()
 
 
@@ -269,7 +301,7 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
 
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            trainer.regularizer.alpha = trainer.regularizer.beta = 0.0
+            trainer.alpha = trainer.beta = 0.0
             trainer.compute_loss_func = error and mock.Mock(side_effect=error)
 
     trainer = trainer_of(args=arguments(**IN_PARTS), callbacks=[Stop()])
@@ -282,12 +314,19 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
     assert_different(trainer, fit())
 
 
-def test_a_loss_that_never_passes_accelerate_is_refused() -> None:
-    class Own(transformers.Trainer):
-        def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-            loss = self.compute_loss(model, inputs)
-            loss.backward()
-            return loss.detach()
-
+def test_a_loss_that_never_passes_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OwnStep, "training_step", lambda *_: torch.zeros(()))
     with pytest.raises(RuntimeError, match=r"did not go through accelerator\.backward"):
-        fit(both(RegularizedTrainer, Own))
+        fit(both(OwnStep, RegularizedTrainer))
+
+
+def test_errors_when_it_is_made() -> None:
+    class OwnBeta(transformers.Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.beta = 0.1  # as a DPOTrainer
+
+    with pytest.raises(ValueError, match="rnn: Mamba2ForCausalLM has no such module at 'lstm'"):
+        trainer_of(rnn="lstm")
+    with pytest.raises(AttributeError, match="regularizer"):
+        trainer_of(both(RegularizedTrainer, OwnBeta))

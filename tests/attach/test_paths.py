@@ -9,10 +9,30 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg import FusedRNNDropout
-from fastreg.attach.paths import Paths, Swap, pairs_of, paths_of_learner
+from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg.attach.paths import (
+    Paths,
+    Swap,
+    check_options_of_fuse,
+    coefficients_of_learner,
+    pairs_of,
+    paths_of_learner,
+)
 from fastreg.attach.source import Masks
-from tests.language_model import HIDDEN, Model, formula, gru, inputs, penalty_of, regularizer
+from tests.language_model import (
+    ALPHA,
+    BATCH,
+    BETA,
+    HIDDEN,
+    TIME,
+    VALID,
+    Model,
+    formula,
+    gru,
+    inputs,
+    penalty_of,
+    regularizer,
+)
 
 NO_MODULE = "ModuleDict has no such module at "
 
@@ -55,8 +75,13 @@ def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, 
         (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
         (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
         (lambda: paths_of_learner("rnn", "", {}, Masks()), "dropout: expected the attribute path .* got an empty one"),
-        (lambda: Paths(output=len), "rnn: expected a path, as output, .* describe its module, got None"),
-        (lambda: Paths(batch_first=True), "rnn: expected a path, .* batch_first and time_dim describe"),
+        (lambda: Paths(output=len), "rnn: expected a path, as output picks raw from what its module returns, got None"),
+        (
+            lambda: paths_of_learner(None, True, {}, Masks(), time_dim=1),
+            "dropout: expected False beside batch_first or",
+        ),
+        (lambda: coefficients_of_learner("rnn", None, None), "alpha and beta: expected coefficients beside rnn"),
+        (lambda: check_options_of_fuse(["lengths"]), "lengths: expected valid instead"),
         (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
@@ -75,16 +100,31 @@ def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
             torch.testing.assert_close(penalty_of(reg, raw), formula(raw, raw, 0))
 
 
+@pytest.mark.parametrize("layout", [{"batch_first": False}, {"time_dim": 0}])
+def test_captures_have_the_layout_and_the_masks_of_the_paths(layout: dict[str, Any]) -> None:
+    """The mask has two steps more than raw."""
+    reg, raw, said = regularizer(), torch.randn(TIME, BATCH, HIDDEN), list[str]()
+    paths = Paths((), Masks(valid=lambda x: x > 0), **layout)
+    for _ in range(2):
+        paths.capture(
+            reg.on_loss_begin, (raw, [raw], [raw]), [torch.cat([torch.ones(BATCH, 2), VALID], 1)], said.append
+        )
+        torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, raw, ALPHA, BETA, valid=VALID, **layout))
+    words = "raw (7, 3, 6) as time 7, batch 3, hidden 6; valid (3, 7): only valid steps count"
+    assert said == [f"the model's output: {words}"]
+
+
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
     model = nn.Sequential(gru(), nn.Module())
-    model[1].output_dp = own = nn.Dropout(0.1)
+    model[1].output_dp = own = nn.Dropout(0.1).eval()
     fused = {"pairs": [("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))]}
     paths = paths_of_learner(None, True, fused, Masks())
     with paths.attach(regularizer(), model, list):
-        assert type(model[1].output_dp) is FusedRNNDropout
-        model.eval()
+        fused_dropout = model[1].output_dp
+        assert (type(fused_dropout), fused_dropout.training) == (FusedRNNDropout, False)
+        model.train()
     assert model[1].output_dp is own
-    assert not own.training
+    assert own.training
 
 
 @pytest.mark.filterwarnings("error")

@@ -134,8 +134,9 @@ def test_copies_hold_no_capture(by_hooks: bool, duplicate: Callable[[Any], Any])
 
 def test_on_epoch_begin_resets() -> None:
     resets: list[None] = []
-    model = SimpleNamespace(reset=lambda: resets.append(None))
-    for one in (model, SimpleNamespace(module=model), nn.Linear(1, 1)):  # as DistributedDataParallel hides a model
+    model: Any = SimpleNamespace(reset=lambda: resets.append(None))
+    others = [nn.Linear(1, 1), *(SimpleNamespace(reset=x) for x in (nn.Linear(1, 1), lambda env: resets.append(env)))]
+    for one in (model, SimpleNamespace(module=model), *others):  # as DistributedDataParallel hides a model
         lm.regularizer().on_epoch_begin(one)
     assert len(resets) == 2
 
