@@ -42,3 +42,16 @@ def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
     """Drop units with one mask for all time steps, like fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
     shape = (len(raw), 1, raw.shape[2]) if batch_first else (1, *raw.shape[1:])
     return raw * raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+
+
+def penalty(raw: Tensor, dropped: Tensor, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
+    """Compute fastai's penalty in the dtype of the inputs: in float64, what each way is compared with."""
+    return alpha * dropped.pow(2).mean() + beta * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
+
+
+def padded_penalty(raw: Tensor, dropped: Tensor, lengths: Tensor) -> Tensor:
+    """Compute the penalty over the steps of each sequence that are no padding, one sequence after the other."""
+    rows = [(x[:length], y[:length]) for x, y, length in zip(raw, dropped, lengths.tolist(), strict=True)]
+    ar = torch.cat([y for _, y in rows]).pow(2).mean()
+    tar = torch.cat([x[1:] - x[:-1] for x, _ in rows if len(x)]).pow(2).mean()
+    return ALPHA * ar + BETA * tar
