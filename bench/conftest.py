@@ -189,8 +189,8 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
 
 def rounds_of(config: pytest.Config, calls: int, seconds: float) -> Rounds:
     """Read the options that say how many rounds there are."""
-    most, least = float(config.getoption("benchmark_max_time")), int(config.getoption("benchmark_min_rounds"))
-    return Rounds(calls, seconds * most, least)
+    options: Any = config.option
+    return Rounds(calls, seconds * float(options.benchmark_max_time), options.benchmark_min_rounds)
 
 
 def measured(
@@ -226,7 +226,8 @@ def compared(seconds: dict[str, list[float]], way: str) -> dict[str, Any]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: Any) -> Iterator[Any]:
     """End the process after a case that hangs. The watchdog is a thread that needs no lock of the interpreter."""
-    faulthandler.dump_traceback_later(float(item.config.getoption("limit")), exit=True, file=sys.__stderr__)
+    stderr: Any = sys.__stderr__
+    faulthandler.dump_traceback_later(item.config.option.limit, exit=True, file=stderr)
     try:
         return (yield)
     finally:

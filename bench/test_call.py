@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -43,7 +43,9 @@ DEMO, SMALL, MIDDLE, LARGE = (20, 70, 96), (64, 70, 400), (32, 512, 1024), (128,
 SHAPES = [DEMO, SMALL, (64, 70, 1152), (80, 70, 400), MIDDLE, LARGE]
 BATCH_FIRST, TIME_FIRST, SAME = "batch first", "time first", "raw is dropped"
 # What is measured, the most important cases of a GPU first.
-CASES = [pytest.param(*case, BATCH_FIRST, marks=pytest.mark.first) for case in product((LARGE, SMALL), DTYPES)]
+CASES: list[Any] = [
+    pytest.param(*case, BATCH_FIRST, marks=pytest.mark.first) for case in product((LARGE, SMALL), DTYPES)
+]
 if DEVICE == "cuda":
     LONG = (8, 4096, 2048)
     CASES += product((*SHAPES[2:5], LONG), DTYPES, [BATCH_FIRST])
@@ -109,7 +111,7 @@ def check(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
         assert error < ERROR[dtype], f"differs from the formula in float64 by {error:.1e}"
 
 
-def run(measure: Measure, case: Case, ways: dict[str, Way], info: dict[str, Any], slopes: Any = (1.0,)) -> None:
+def run(measure: Measure, case: Case, ways: Mapping[Any, Way], info: dict[str, Any], slopes: Any = (1.0,)) -> None:
     """Measure forward and backward of each way, each time with the next inputs and the next upstream gradient."""
     raw = case.sets[0][0]
     upstream = itertools.cycle([torch.full((), x, device=DEVICE) for x in slopes])

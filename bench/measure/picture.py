@@ -65,7 +65,7 @@ def draw(cases: list[Case], about: str, clock: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: dict[str, Any] = {
+    style: Any = {
         "svg.hashsalt": "steps",
         "svg.fonttype": "none",
         "font.size": 9,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bench.measure import picture
-from bench.measure.machine import ALLOCATORS, DEFAULT, KEPT, ROOT, commit_name, file_name
+from bench.measure.machine import DEFAULT, ROOT, commit_name, file_name
 from bench.measure.results import (
     BOTH,
     COMPILED,
@@ -32,7 +32,6 @@ from bench.measure.results import (
 WITHOUT, PEERS = "no penalty", ("compiled", "eager")  # the peers in this order in all tables
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.measure.report -->\n"
-SETTING = " ".join(f"{name}={value}" for name, value in ALLOCATORS[KEPT].items())
 KINDS = {  # the pass of calls -> what its table shows
     BOTH: "Forward and backward",
     "forward": "A forward without a backward",

@@ -25,7 +25,7 @@ CALLS = itertools.count()
 
 
 def abort_late(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
-    return fastai(raw, dropped, alpha, beta) if next(CALLS) < 20 else os.abort()
+    return fastai(raw, dropped, alpha, beta) if next(CALLS) < 10 else os.abort()
 
 
 def raises(*_: Any, **__: Any) -> None:
