@@ -1,4 +1,4 @@
-"""What the benchmarks add to pytest-benchmark: turns, facts about the machine, and a line on disk for each row.
+"""Add turns, facts about the machine, and a line on disk for each row to pytest-benchmark.
 
 The ways of a case are measured in turns when its first test runs, and each test reports one of them as a row.
 """
@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import faulthandler
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass
 class Session:
-    """What a run keeps from test to test: its lines, the latest case, the rows, and why others are missing."""
+    """The state of a run: its lines, the latest case, the rows, and why others are missing."""
 
     lines: Lines | None
     case: Case = field(default_factory=Case)
@@ -93,6 +93,11 @@ def test_of(item: Any) -> str:
     return f"{case_of(item)}/{name(item.callspec.params['way'])}"
 
 
+def rows_of(items: list[Any]) -> list[Any]:
+    """Return the tests of this folder; a run may have others, too."""
+    return [item for item in items if item.path.is_relative_to(machine.ROOT / "bench")]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "benchmarks of fastreg")
     text = "append a line for each row as soon as it is measured, and go on behind a test that ended the run before"
@@ -119,16 +124,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     """Leave out the tests that have a line."""
     lines = config.stash[SESSION].lines
-    done: Collection[str] = lines.done if lines else ()
-    config.hook.pytest_deselected(items=[item for item in items if test_of(item) in done])
-    items[:] = [item for item in items if test_of(item) not in done]
+    done = [item for item in rows_of(items) if lines and test_of(item) in lines.done]
+    config.hook.pytest_deselected(items=done)
+    items[:] = [item for item in items if item not in done]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.stash[SESSION].lines and not session.config.option.collectonly:
         now = datetime.now(timezone.utc).isoformat()
         about = {"machine_info": facts(), "commit_info": machine.commit_facts(), "datetime": now, "version": VERSION}
-        session.config.stash[SESSION].write(run=about | {"tests": [test_of(item) for item in session.items]})
+        session.config.stash[SESSION].write(run=about | {"tests": [*map(test_of, rows_of(session.items))]})
 
 
 def facts() -> dict[str, Any]:
@@ -158,18 +163,19 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
 
     The fixture is a function, `measure(prepare, info, calls=1, seconds=1.0, own=False)`:
 
-    - `prepare(way)` checks a way, and returns one call of it and its other figures.
+    - `prepare(way)` checks a way, and returns a function that calls it, and its other figures.
     - `info` describes the case.
     - `calls` make a turn.
     - `seconds` multiplies `--benchmark-max-time`, the time of all turns of a way.
     - `own` takes the CPU time of the process instead of wall time.
     """
     session, case = request.config.stash[SESSION], case_of(request.node)
+    items: Any = request.session.items
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
         benchmark.group, benchmark.name = case, way
         if session.case.name != case:
-            ways = [item.callspec.params["way"] for item in request.session.items if case_of(item) == case]
+            ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
             rounds = None if benchmark.disabled else rounds_of(request.config, calls, seconds * len(ways))
             session.case = measured(session, case, ways, prepare, rounds, own)
         if way in session.case.lost:
@@ -196,20 +202,34 @@ def rounds_of(config: pytest.Config, calls: int, seconds: float) -> Rounds:
 def measured(
     session: Session, name_of_case: str, ways: list[str], prepare: Prepare, rounds: Rounds | None, own: bool
 ) -> Case:
-    """Prepare each way, and measure those whose first call works; without rounds that call is all."""
-    case, calls = Case(name_of_case), {}
-    for way in ways:
+    """Prepare each way, and measure those that work; without rounds each is called once."""
+    case, calls, now = Case(name_of_case), {}, ""
+
+    def say(way: str) -> None:
+        nonlocal now
+        now = way
         session.running(f"{case.name}/{name(way)}")
+
+    def lose(error: Exception) -> None:
+        case.lost[now] = error.with_traceback(None)  # whose frames hold tensors
+        calls.pop(now, None)
+        timing.synchronize()  # raises if a kernel has failed, after which no other way can run
+
+    for way in ways:
+        say(way)
         try:
-            call, found = prepare(way)
+            call, case.figures[way] = prepare(way)
             call()
             timing.synchronize()
-            calls[way], case.figures[way] = call, found
+            calls[way] = call
         except Exception as error:
-            case.lost[way] = error
-            timing.synchronize()  # raises if a kernel has failed, after which no other way can run
-    if rounds and calls:
-        turns = timing.take_turns(calls, rounds, lambda way: session.running(f"{case.name}/{name(way)}"))
+            lose(error)
+    while rounds and calls and not case.seconds:
+        try:
+            turns = timing.take_turns(calls, rounds, say)
+        except Exception as error:  # such as a full memory
+            lose(error)
+            continue
         case.seconds = {way: [turn.own if own else turn.wall for turn in turns[way]] for way in calls}
         for way in calls:
             case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | compared(case.seconds, way)
@@ -217,7 +237,7 @@ def measured(
 
 
 def compared(seconds: dict[str, list[float]], way: str) -> dict[str, Any]:
-    """Compare a way with all others: the ratio of their times, and what it adds to a step without the penalty."""
+    """Compare a way with all others: the ratio of their times, and the time added to a step without the penalty."""
     ratios = {other: timing.over(seconds[way], seconds[other]) for other in seconds if other != way}
     without = seconds.get("no penalty")
     return {"over": ratios} | ({"added": timing.added(seconds[way], without)} if without else {})

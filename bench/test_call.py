@@ -42,7 +42,7 @@ DTYPES = BFLOAT16, FLOAT32
 DEMO, SMALL, MIDDLE, LARGE = (20, 70, 96), (64, 70, 400), (32, 512, 1024), (128, 512, 1024)
 SHAPES = [DEMO, SMALL, (64, 70, 1152), (80, 70, 400), MIDDLE, LARGE]
 BATCH_FIRST, TIME_FIRST, SAME = "batch first", "time first", "raw is dropped"
-# What is measured, the most important cases of a GPU first.
+# The cases, the most important ones of a GPU first.
 CASES: list[Any] = [
     pytest.param(*case, BATCH_FIRST, marks=pytest.mark.first) for case in product((LARGE, SMALL), DTYPES)
 ]
@@ -64,7 +64,7 @@ MOST_SETS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of calls, and what the formula makes of them in float64.
+    """Inputs of calls, and the results of the formula in float64.
 
     Attributes:
         sets: so many sets of inputs that none is in the cache when its turn comes again.
@@ -193,7 +193,7 @@ def test_forward(measure: Measure, way: str, shape: Any, dtype: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
 def test_changing(measure: Measure, shape: Any, dtype: Any) -> None:
-    """An upstream gradient that changes in each step, so that what fastreg predicts is always wrong."""
+    """An upstream gradient that changes in each step, so that fastreg always predicts a wrong one."""
     case = case_of(penalty_inputs, formulas.penalty, shape, dtype)
     run(measure, case, with_coefficients(WAYS), {"pass": "changing upstream gradient"}, slopes=(1.0, 2.0))
 

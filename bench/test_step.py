@@ -33,8 +33,8 @@ Batch = tuple[Tensor, ...]
 Add = Callable[[Tensor, Activations], Tensor]  # (loss, raw and dropped of each layer) -> loss with the penalty
 P, CLIP = 0.1, 0.25
 TURN = 0.02  # seconds that a turn takes on a CPU at least
-ERROR = 1e-3  # of the penalty and its gradients, relative to the greatest
-HALF_ERROR = 0.1  # in bfloat16, where gradients of the loss and of the penalty are added and rounded
+ERROR, HALF_ERROR = 5e-4, 2e-2  # of the penalty and its gradients in float32, and of the penalty in bfloat16
+CPU_NOISE, NOISE = 2e-6, 2e-2  # of all gradients; a GPU's recurrent layers compute in TF32
 
 
 class Way(NamedTuple):
@@ -128,7 +128,7 @@ class Model(NamedTuple):
     seconds: float = 1.0
 
 
-# On a GPU the AWD-LSTM is that of Merity et al. on the Penn Treebank; on a CPU a step of it should not take seconds.
+# On a GPU the AWD-LSTM has the sizes of Merity et al. for the Penn Treebank; on a CPU such a step takes seconds.
 TREEBANK, WORDS_OF_TREEBANK, HIDDEN, LAYERS = (
     ((64, 70, 400), 10000, 1152, 3) if DEVICE == "cuda" else ((20, 70, 400), 2000, 400, 2)
 )
@@ -217,17 +217,17 @@ def training(
 
 @functools.lru_cache(maxsize=1)
 def expected(model: str, shape: tuple[int, ...], half: bool) -> tuple[Tensor, Tensor]:
-    """Return the loss and gradients without the penalty, and what the formula in plain PyTorch adds to them."""
+    """Return the loss and gradients without the penalty, and the differences that the formula in plain PyTorch makes."""
     torch.compiler.reset()  # a new case
     without, formula = (training(model, shape, way, half=half).loss_and_gradients() for way in (WITHOUT, "eager"))
     return without, formula - without
 
 
-def check(got: Tensor, want: Tensor, error: float) -> None:
-    """Compare what a way adds to the loss and to the gradients with what the formula adds."""
-    for part, x, exact in (("loss", got[0], want[0]), ("gradients", got[1:], want[1:])):
-        off = ((x - exact).abs().max() / exact.abs().max()).item()
-        assert off < error, f"adds something else to the {part} than the formula: off by {off:.1e}"
+def check(got: Tensor, want: Tensor, error: float, noise: float = 0.0) -> None:
+    """Compare the values that a way and the formula add, relative to the greatest, and beyond the noise."""
+    most = want.abs().max().item()
+    off = ((got - want).abs().max().item() - noise) / most if most else 0.0
+    assert off < error, f"adds something else than the formula: off by {off:.1e}"
 
 
 @functools.lru_cache(maxsize=1)
@@ -246,9 +246,12 @@ def run(measure: Measure, model: str, shape: tuple[int, ...], whole: bool = Fals
     def prepare(way: str) -> Any:
         if way != WITHOUT:
             without, want = expected(model, shape, half)
-            # Inductor's code draws other dropout masks from a seed; the graph before it draws those of PyTorch.
+            # Inductor's code draws other dropout masks from a seed; the graph before it draws PyTorch's masks.
             checked = training(model, shape, way, "aot_eager" if whole else None, half)
-            check(checked.loss_and_gradients() - without, want, HALF_ERROR if half else ERROR)
+            got = checked.loss_and_gradients() - without
+            check(got[:1], want[:1], HALF_ERROR if half else ERROR)
+            noise = NOISE if half or DEVICE == "cuda" else CPU_NOISE
+            check(got[1:], want[1:], ERROR, noise * without[1:].abs().max().item())
         step = training(model, shape, way, "inductor" if whole else None, half).step()
         peak = figures.peak_bytes(lambda _: (step(),), DEVICE)
         return step, {"peak_bytes": peak} if peak else {}

@@ -13,7 +13,7 @@ fastreg: Any = None  # the package of the other checkout, where `--before=CHECKO
 def load(checkout: Path) -> None:
     """Import fastreg from another checkout, whose C++ kernels are built, beside this one's.
 
-    Both packages have one name in `sys.modules`, so each is there only while it is imported.
+    Both packages have the same name, so `sys.modules` has the other one only during its import.
     """
     global fastreg
     own = taken_out()

@@ -30,7 +30,7 @@ def of(call: Call, forward: Callable[[], tuple[Tensor, ...]], sets: int, moved: 
 
     Args:
         call: makes a call with the inputs of one set.
-        forward: makes the forward of such a call.
+        forward: makes the forward of a call.
         sets: the number of sets.
         moved: the bytes that the call must read and write, if they are known.
     """

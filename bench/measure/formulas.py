@@ -45,7 +45,7 @@ def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
 
 
 def penalty(raw: Tensor, dropped: Tensor, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
-    """Compute fastai's penalty in the dtype of the inputs: in float64, what each way is compared with."""
+    """Compute fastai's penalty in the dtype of the inputs. In float64 it is the reference of all ways."""
     return alpha * dropped.pow(2).mean() + beta * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
 
 

@@ -1,4 +1,4 @@
-"""The picture of the README: what each way of adding the penalty adds to a training step."""
+"""The picture of the README: time and memory that each way of adding the penalty adds to a training step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.measure.machine import ROOT
 from bench.measure.results import Case
 
 FILE = ROOT / "docs" / "steps.svg"
-CASES = {  # what is drawn, with its title
+CASES = {  # the label of a case, and its title
     "8 elementwise layers, (4, 256, 256)": "8 layers of tanh(x * weight), 4 x 256 x 256",
     "LSTM, (16, 35, 60)": "LSTM, 16 x 35 x 60",
 }
@@ -26,7 +26,7 @@ OURS = "#1f6feb"
 
 
 def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return what each way adds to time and peak memory, in percent of the step without the penalty, with its error."""
+    """Return the added time and peak memory of each way, in percent of the step without the penalty, with its error."""
     without = case.ways["no penalty"]
     found: dict[str, dict[str, tuple[float, float]]] = {"time": {}, "memory": {}}
     for way in (way for way in WAYS if way in case.ways):
@@ -38,7 +38,7 @@ def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
 
 
 def text(cases: list[Case]) -> str:
-    """Say in words what the picture shows."""
+    """Say the figures of the picture in words."""
     parts = []
     for case in cases:
         added = shares(case)

@@ -32,7 +32,7 @@ from bench.measure.results import (
 WITHOUT, PEERS = "no penalty", ("compiled", "eager")  # the peers in this order in all tables
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_CALLS = "<!-- calls, from bench/results by python -m bench.measure.report -->\n"
-KINDS = {  # the pass of calls -> what its table shows
+KINDS = {  # the pass of calls -> the title of its table
     BOTH: "Forward and backward",
     "forward": "A forward without a backward",
     "changing upstream gradient": "An upstream gradient that changes in each step",
@@ -304,7 +304,7 @@ def tables(result: Result) -> Iterator[str]:
             yield call_table(result, kind)
 
 
-PAGES = [  # a page, the marker before a part of it, and the renderer of the part
+PAGES = [  # a page, the marker before a part, and the renderer of the part
     (ROOT / "README.md", BEGIN_CALLS, speed_of_calls),
     (ROOT / "README.md", BEGIN, steps_picture),
     (ROOT / "docs" / "performance.md", BEGIN, figures),

@@ -44,7 +44,7 @@ class Figure(NamedTuple):
 
 @dataclass
 class Case:
-    """What is measured together: its facts, and for each way its median, its other statistics and its figures."""
+    """Ways that were measured in turns: the facts of all, and for each its statistics and its figures."""
 
     name: str
     info: dict[str, Any]
@@ -82,7 +82,7 @@ class Result:
         return "copy_bandwidth" in self.machine
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass, or those of `labels` in that order."""
+        """Return the cases of one pass, or the cases of `labels` in that order."""
         cases = [case for case in self.cases if case.info["pass"] == kind]
         return [case for label in labels for case in cases if case.label == label] if labels else cases
 

@@ -1,4 +1,4 @@
-"""The bits of many launches on a GPU are those of the first, beside another kernel that fills the GPU."""
+"""Many launches on a GPU give the bits of the first one, beside another kernel that fills the GPU."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import itertools
 import os
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,18 +22,17 @@ def hang(*_: Any, **__: Any) -> None:
     ctypes.PyDLL(None).sleep(999)
 
 
-CALLS = itertools.count()
-
-
-def abort_late(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
-    return fastai(raw, dropped, alpha, beta) if next(CALLS) < 10 else os.abort()
+def late(fail: Callable[[], Any]) -> Callable[..., Any]:
+    """Fail in a turn, not before."""
+    calls = itertools.count()
+    return lambda *inputs, **options: fastai(*inputs, **options) if next(calls) < 10 else fail()
 
 
 def raises(*_: Any, **__: Any) -> None:
     raise ValueError("no\nsuch")
 
 
-def full(*_: Any, **__: Any) -> None:
+def full() -> None:
     raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
 
 
@@ -46,6 +46,6 @@ def interrupt(*_: Any, **__: Any) -> None:
     time.sleep(999)
 
 
-test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raises, "is_too_large": full}
-test_call.WAYS |= {"aborts_late": abort_late, "wrong": wrong, "interrupts": interrupt}
+test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raises, "is_too_large": late(full)}
+test_call.WAYS |= {"aborts_late": late(os.abort), "wrong": wrong, "interrupts": interrupt}
 test_step.WAYS |= {"wrong": test_step.by(wrong)}

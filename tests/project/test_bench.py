@@ -1,4 +1,4 @@
-"""The benchmarks: known work, rows that survive ways that fail, and pages that show what was measured."""
+"""The benchmarks: known work, rows that survive ways that fail, and pages that show the measured figures."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_an_interrupt_loses_no_row(tmp_path: Path) -> None:
 @more
 def test_steps_are_checked(tmp_path: Path) -> None:
     output = bench(tmp_path, "-k", "LSTM-8x10x16", "--benchmark-disable")
-    assert "adds something else to the loss than the formula" in output
+    assert "adds something else than the formula" in output
     assert "1 failed, 7 passed" in output
 
 
