@@ -173,7 +173,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
     items: Any = request.session.items
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
-        benchmark.group, benchmark.name = case, way
+        benchmark.group, benchmark.name = case, str(way)
         if session.case.name != case:
             ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
             rounds = None if benchmark.disabled else rounds_of(request.config, calls, seconds * len(ways))

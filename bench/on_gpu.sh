@@ -32,7 +32,7 @@ tests() {  # SECONDS FILES...: run the tests of each file in a process of its ow
   for file in "$@"; do
     echo "== tests of $file"
     if [ $SECONDS -ge $end ]; then echo "not reached"; continue; fi
-    timeout --signal=INT --kill-after=20 $((end - SECONDS)) \
+    timeout --foreground --signal=INT --kill-after=20 $((end - SECONDS)) \
       "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --tb=short "$file"
   done
 }

@@ -8,7 +8,7 @@ end=$((SECONDS + $1)) lines=$2 python=${PYTHON:-python3}
 shift 2
 while
   before=$(wc -c "$lines" 2>&1)
-  timeout --signal=INT --kill-after=20 $((end - SECONDS)) "$python" -m pytest -p no:cacheprovider --lines="$lines" "$@"
+  timeout --foreground --signal=INT --kill-after=20 $((end - SECONDS)) "$python" -m pytest -p no:cacheprovider --lines="$lines" "$@"
   status=$?
   "$python" -m bench.measure.lines --died "$lines" && [ "$before" != "$(wc -c "$lines")" ] && [ $SECONDS -lt $end ]
 do :; done

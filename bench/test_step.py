@@ -217,7 +217,7 @@ def training(
 
 @functools.lru_cache(maxsize=1)
 def expected(model: str, shape: tuple[int, ...], half: bool) -> tuple[Tensor, Tensor]:
-    """Return the loss and gradients without the penalty, and the differences that the formula in plain PyTorch makes."""
+    """Return the loss and gradients without the penalty, and the differences that the eager formula makes."""
     torch.compiler.reset()  # a new case
     without, formula = (training(model, shape, way, half=half).loss_and_gradients() for way in (WITHOUT, "eager"))
     return without, formula - without

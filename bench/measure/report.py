@@ -104,6 +104,16 @@ def call_table(result: Result, kind: str) -> str:
     return table(rows)
 
 
+def sweep_table(result: Result) -> str:
+    """Render the time of forward and backward in a CUDA graph, with other values of the kernels' constants."""
+    runs = "16", "8", "4"
+    rows = [["us in a graph; (batch, time, hidden), dtype", "`PROGRAMS`", *(f"`SHORT_RUN` {run}" for run in runs)]]
+    for case in result.of("sweep"):
+        seconds = [case.ways.get(run, {}).get("graph_rotated_seconds") for run in runs]
+        rows.append([case.label, f"{case.info['programs']}", *(number(1e6 * x) if x else "" for x in seconds)])
+    return table(rows)
+
+
 def ways_of(result: Result, ways: Iterable[str] = STEPS) -> list[str]:
     """Return the ways that at least one training step of a result was measured with."""
     return [way for way in ways if any(way in case.ways for case in result.of(STEP))]
@@ -302,6 +312,9 @@ def tables(result: Result) -> Iterator[str]:
         if result.of(kind):
             yield f"{title}:\n"
             yield call_table(result, kind)
+    if result.of("sweep"):
+        yield "Other values of the kernels' constants:\n"
+        yield sweep_table(result)
 
 
 PAGES = [  # a page, the marker before a part, and the renderer of the part
