@@ -76,12 +76,12 @@ def page_faults(call: Call) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def capture(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None = None) -> torch.cuda.CUDAGraph:
+def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
     """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error.
 
     A backward has to be captured on the stream of its forward.
     """
-    stream = stream or torch.cuda.Stream()
+    stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         call(numbers[0])
@@ -94,12 +94,12 @@ def capture(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None
     return graph
 
 
-def graph_seconds(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None = None) -> float:
+def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
     """Measure the device seconds of a call without gaps between launches, in a CUDA graph of one call for each number.
 
     The device sleeps until the host has launched the replay, so that this launch is not counted.
     """
-    graph = capture(call, numbers, stream)
+    graph = capture(call, numbers)
     graph.replay()  # the first replay uploads the graph
     torch.cuda.synchronize()
     began = time.perf_counter()

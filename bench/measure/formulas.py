@@ -31,17 +31,9 @@ def changes(x: Tensor, time_dim: int) -> Tensor:
     return (x[1:] - x[:-1]).pow(2).mean()
 
 
-def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
-    """Compute what `train()` of salesforce/awd-lstm-lm adds to the loss, from `(time, batch, hidden)`."""
-    ar = alpha * dropped.pow(2).mean() if alpha else 0.0
-    tar = beta * (raw[1:] - raw[:-1]).pow(2).mean() if beta else 0.0
-    return torch.as_tensor(ar + tar)
-
-
-def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
+def rnn_dropout(raw: Tensor, p: float) -> Tensor:
     """Drop units with one mask for all time steps, like fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
-    shape = (len(raw), 1, raw.shape[2]) if batch_first else (1, *raw.shape[1:])
-    return raw * raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+    return raw * raw.new_empty((len(raw), 1, raw.shape[2])).bernoulli_(1 - p).div_(1 - p)
 
 
 def penalty(raw: Tensor, dropped: Tensor, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
