@@ -260,7 +260,7 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     """Append a line for a test that has ended: its row, or why it has none."""
     report = yield
     session, benchmark = item.config.stash[SESSION], item.funcargs.get("benchmark")
-    if report.outcome != "passed" and call.when != "teardown":
+    if report.outcome == "failed" and call.when != "teardown":
         error: Any = call.excinfo
         why = f"{error.typename}: {error.value}".partition("\n")[0]
         session.missing[test_of(item)] = why
@@ -268,7 +268,7 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     elif call.when == "call" and benchmark and benchmark.stats:
         session.rows.append(benchmark.stats)
         session.write(test=test_of(item), row=benchmark.stats.as_dict(include_data=False))
-    elif call.when == "call":
+    elif call.when == "call" or report.outcome == "skipped":
         session.write(test=test_of(item))
     return report
 
