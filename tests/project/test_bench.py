@@ -114,7 +114,7 @@ def test_the_fastreg_of_another_checkout_is_another_package(monkeypatch: pytest.
 
 
 def bench(folder: Path, *options: str, fails: bool = True, script: bool = False) -> str:
-    """Run benchmarks with ways that fail, by bench/run.sh or by pytest itself; return the output."""
+    """Run benchmarks by bench/run.sh or by pytest itself; return the output."""
     own = [
         "-p",
         "tests.project.failing_ways",
@@ -136,13 +136,14 @@ WHY = {
     "wrong": "AssertionError: differs from the formula in float64 by 1.0e-03",
 }
 DIED = ["aborts", "hangs", "aborts_late"]
+FAILING = "-p", "tests.project.failing_ways"
 SHAPE = "20x70x96-float32"
 CASE = f"penalty-{SHAPE}-batch_first"
 
 
 def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
     """After a crash or a hang another process goes on behind it, and at the end the missing rows are named."""
-    output = bench(tmp_path, "-k", f"{SHAPE} and not compiled and not interrupts", script=True)
+    output = bench(tmp_path, *FAILING, "-k", f"{SHAPE} and not compiled and not interrupts", script=True)
     found = lines.read(tmp_path / "lines.jsonl")
     missing = {test.removeprefix(f"{CASE}/"): why for test, why in found["missing"].items()}
     assert missing == WHY | dict.fromkeys(DIED, lines.DIED)
@@ -159,18 +160,18 @@ def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
 def test_an_interrupt_loses_no_row(tmp_path: Path) -> None:
     selected = f"({SHAPE} and (eager or fastreg)) or (test_forward and float32 and (interrupts or fastreg))"
     file = tmp_path / "lines.jsonl"
-    output = bench(tmp_path, "-k", selected, f"--lines={file}")
+    output = bench(tmp_path, *FAILING, "-k", selected, f"--lines={file}")
     assert "KeyboardInterrupt" in output
     rows = json.loads((tmp_path / "json").read_text())["benchmarks"]
     assert [row["name"] for row in rows] == ["eager", "fastreg"]
     assert lines.records(file)[-1] == {"end": int(pytest.ExitCode.INTERRUPTED)}
-    bench(tmp_path, "-k", f"({selected}) and not interrupts", f"--lines={file}", fails=False)
+    bench(tmp_path, *FAILING, "-k", f"({selected}) and not interrupts", f"--lines={file}", fails=False)
     assert len(lines.read(file)["benchmarks"]) == 3, "the second run went on"
 
 
 @more
 def test_steps_are_checked(tmp_path: Path) -> None:
-    output = bench(tmp_path, "-k", "LSTM-8x10x16", "--benchmark-disable")
+    output = bench(tmp_path, *FAILING, "-k", "LSTM-8x10x16", "--benchmark-disable")
     assert "adds something else than the formula" in output
     assert "1 failed, 7 passed" in output
 
@@ -291,7 +292,8 @@ def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
     (line,) = re.findall(r"^files=\$\((.*)\)$", (ROOT / "bench" / "on_gpu.sh").read_text(), re.MULTILINE)
     files = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True).stdout.split()
     collected = {*re.findall(r"^(tests/.*\.py)::", python("-c", COLLECT).stdout, re.MULTILINE)}
-    assert {*files, "tests/kernels/test_order.py", "tests/kernels/test_sizes.py"} == collected
+    assert {*files, "tests/kernels/test_order.py", "tests/kernels/test_sizes.py"} >= collected
+    assert len(files) < len(collected) + 6, "files without such tests take seconds"
 
 
 def test_the_first_minutes_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:
