@@ -178,11 +178,13 @@ def test_steps_are_checked(tmp_path: Path) -> None:
 
 @more
 def test_two_runs_are_compared(tmp_path: Path) -> None:
+    skip_without("pygal")
     own = f"--benchmark-storage={tmp_path}", "-k", f"{SHAPE} and (fastreg or before)", f"--before={ROOT}"
     bench(tmp_path, *own, "--benchmark-save=one", fails=False)
-    output = bench(tmp_path, *own, "--benchmark-compare", fails=False)
+    output = bench(tmp_path, *own, "--benchmark-compare", f"--benchmark-histogram={tmp_path}/drawn", fails=False)
     assert re.search(rf"{CASE}: before: [01]\.\d+ ± 0\.\d+ of fastreg", output)
     assert "(0001_one)" in output
+    assert [*tmp_path.glob("drawn*.svg")]
 
 
 @pytest.mark.parametrize("option", ["--benchmark-timer=time.time", "--benchmark-cprofile=tottime"])
