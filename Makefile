@@ -109,8 +109,8 @@ BENCH = PYTHON=.venv/bin/python KINETO_LOG_LEVEL=99 bash bench/run.sh
 bench: .venv/test .venv/frameworks
 	@echo "== every case twice, with memory kept by the allocator and without: eight minutes on two idle cores"
 	mkdir -p .benchmarks && rm -f .benchmarks/kept.jsonl .benchmarks/default.jsonl
-	-$(KEPT) $(BENCH) 1800 .benchmarks/kept.jsonl bench --benchmark-max-time=0.5
-	-$(BENCH) 1800 .benchmarks/default.jsonl bench --benchmark-max-time=0.5 -k "test_call or 8_elementwise_layers-4x256x256"
+	-$(KEPT) $(BENCH) 1800 .benchmarks/kept.jsonl bench --benchmark-max-time=0.4
+	-$(BENCH) 1800 .benchmarks/default.jsonl bench --benchmark-max-time=0.4 -k "test_call or 8_elementwise_layers-4x256x256"
 	.venv/bin/python -m bench.measure.report .benchmarks/kept.jsonl .benchmarks/default.jsonl
 
 # In a copy in DIR, as times of kernels that do nothing must not reach bench/results. Device memory is host memory there.

@@ -138,16 +138,19 @@ MODELS = {
         lambda shape, dropout: awd_lstm(WORDS_OF_TREEBANK, shape, HIDDEN, LAYERS, dropout),
         partial(text, words=WORDS_OF_TREEBANK),
         [TREEBANK],
+        seconds=6.0,
+    ),
+    "LSTM": Model(lambda shape, dropout: LSTM(shape[2], dropout), text, [(16, 35, 60), (8, 10, 16)], seconds=2.0),
+    "8 elementwise layers": Model(
+        lambda shape, dropout: Stack(shape[2], nets.Tanh, dropout),
+        sequences,
+        [(4, 256, 256), (4, 512, 512), *MORE],
         seconds=3.0,
     ),
-    "LSTM": Model(lambda shape, dropout: LSTM(shape[2], dropout), text, [(16, 35, 60), (8, 10, 16)]),
-    "8 elementwise layers": Model(
-        lambda shape, dropout: Stack(shape[2], nets.Tanh, dropout), sequences, [(4, 256, 256), (4, 512, 512), *MORE]
-    ),
     "8 minGRU layers": Model(
-        lambda shape, dropout: Stack(shape[2], nets.MinGRU, dropout), sequences, [(4, 256, 256), *MORE], seconds=4.0
+        lambda shape, dropout: Stack(shape[2], nets.MinGRU, dropout), sequences, [(4, 256, 256), *MORE], seconds=7.0
     ),
-    "Hugging Face Mamba": Model(lambda shape, _: MambaNet(shape[2]), text, [(4, 64, 64)]),
+    "Hugging Face Mamba": Model(lambda shape, _: MambaNet(shape[2]), text, [(4, 64, 64)], seconds=2.0),
 }
 
 
