@@ -1,135 +1,306 @@
-"""What `python -m pytest bench` adds to pytest-benchmark: workers that measure, and a line on disk for each result."""
+"""Add turns, facts about the machine, and a line on disk for each row to pytest-benchmark.
+
+The ways of a case are measured in turns when its first test runs, and each test reports one of them as a row.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+import os
+
+# Otherwise threads that wait for each other spin, and eager code on busy cores gets 600 times as slow.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import faulthandler
 import signal
-import time
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_benchmark
-from pytest_benchmark.utils import safe_dumps
+import torch
+from pytest_benchmark import __version__ as VERSION
 
-from bench.measure import benchmarks, machine
-from bench.measure.groups import ALLOCATORS, CLOCK, GROUPS
-from bench.measure.lines import append
-from bench.measure.worker import NOT_REACHED, Lost, Worker
+from bench.measure import before, figures, machine, timing
+from bench.measure.lines import Lines
+from bench.measure.timing import DEVICE, Rounds
 
-QUIET = {"KINETO_LOG_LEVEL": "99"}  # PyTorch's profiler prints a line whenever it starts or stops
-LEAST_SECONDS = 2  # a task begins only if so many are left
-on_gpu = benchmarks.DEVICE == "cuda"
-collect_ignore = [] if on_gpu else ["test_first.py"]
+REFUSED = {
+    "--benchmark-timer": "the turns of a round have a clock of their own",
+    "--benchmark-cprofile": "pytest-benchmark would profile the replay of turns; profile a script that calls a way",
+    "--benchmark-min-time": "a turn is one call, or steps of 20 ms; --benchmark-max-time says how many turns there are",
+    "--benchmark-calibration-precision": "a turn is one call, or steps of 20 ms",
+    "--benchmark-warmup": "the first round is a warm-up in any case",
+    "--benchmark-disable-gc": "turns are without the garbage collector in any case",
+}
+torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise a compiled way becomes eager without a word
+Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
 
+@dataclass
+class Case:
+    """The case that was measured last.
+
+    Attributes:
+        name: the test's function and parameters, without the way.
+        seconds: the seconds of a call of each way, turn by turn.
+        figures: the other figures of each way.
+        lost: the errors of the other ways.
+    """
+
+    name: str = ""
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lost: dict[str, Exception] = field(default_factory=dict)
+
+
+@dataclass
 class Session:
-    """Hold the state that all tests share: workers, the lines, and the figures of the latest group."""
+    """The state of a run: its lines, the latest case, the rows, and why others are missing."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.lines: Any = config.getoption("--lines")
-        self.began = self.told = time.monotonic()
-        # A worker for each setting of the allocator, which a process reads when it starts.
-        self.workers = {name: Worker(**QUIET, **setting) for name, setting in ALLOCATORS.items()}
-        self.machine: dict[str, Any] = {}
-        self.missing: list[dict[str, Any]] = []
-        self.group: tuple[str, str] | None = None
-        self.figures: tuple[benchmarks.Measured, benchmarks.Missing] = {}, {}
+    lines: Lines | None
+    case: Case = field(default_factory=Case)
+    rows: list[Any] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
 
-    def machine_info(self) -> dict[str, Any]:
-        """Describe the machine; a worker does, as pytest's own process uses no GPU."""
-        if not self.machine:
-            try:
-                self.machine = next(iter(self.workers.values())).do(benchmarks.facts, limit=60)
-            except Lost as lost:
-                self.machine = {"device": "unknown", "lost": str(lost)}
-        return self.machine
+    def write(self, **record: Any) -> None:
+        if self.lines:
+            self.lines.write(**record)
 
-    def write(self, items: list[Any], **record: Any) -> None:
-        """Append a line, with the seconds since the last one; the first line has the facts, and names the tests."""
-        if self.told == self.began:
-            self.lines.unlink(missing_ok=True)
-            facts = {"machine_info": self.machine_info(), "commit_info": machine.commit_facts()}
-            append(self.lines, **facts, version=pytest_benchmark.__version__, tests=[*map(name_of, items)])
-        now = time.monotonic()
-        append(self.lines, seconds=round(now - self.told, 1), **record)
-        self.told = now
-
-    def seconds_left(self, item: Any) -> float:
-        """Return the seconds that are left for the part of a test, with those that earlier parts have left."""
-        marks = {x.originalname: x.get_closest_marker("part") for x in item.session.items}
-        shares = {name: mark.args[0] if mark else 1.0 for name, mark in marks.items()}
-        until = [*shares].index(item.originalname) + 1
-        share = sum([*shares.values()][:until]) / sum(shares.values())
-        seconds: Any = self.config.getoption("--seconds")
-        return self.began + share * seconds - time.monotonic()
-
-    def do(self, item: Any, allocator: str | None, task: Any, *arguments: Any, limit: float) -> Any:
-        """Do a task of a test in a worker, if there is time left."""
-        left = self.seconds_left(item)
-        if left < LEAST_SECONDS:
-            raise Lost(NOT_REACHED)
-        return self.workers[allocator].do(task, *arguments, limit=min(limit, left))
-
-    def measure(self, item: Any, once: bool) -> tuple[benchmarks.Measured, benchmarks.Missing]:
-        """Measure those peers of a group that are selected, when the first of them is asked for.
-
-        A peer in whose call the worker dies is left out of the next attempt.
-        """
-        name = item.callspec.params["group"]
-        if self.group == (item.originalname, name):
-            return self.figures
-        limit: Any = self.config.getoption("--limit")
-        group, measured, missing = GROUPS[name], {}, {}
-        rows = [x.callspec.params for x in item.session.items if x.originalname == item.originalname]
-        left = [row["peer"] for row in rows if row["group"] == name]
-        while left:
-            arguments = benchmarks.measure_peers, group.case, left, once
-            try:
-                measured, failed = self.do(item, group.allocator, *arguments, limit=limit)
-                missing |= failed
-                break
-            except Lost as lost:
-                gone = [lost.said] if lost.said in left else left
-                missing |= dict.fromkeys(gone, str(lost))
-                left = [peer for peer in left if peer not in gone]
-        self.group, self.figures = (item.originalname, name), (measured, missing)
-        return self.figures
+    def running(self, test: str) -> None:
+        if self.lines:
+            self.lines.running(test)
 
 
 SESSION = pytest.StashKey[Session]()
 
 
-def name_of(item: Any) -> list[str]:
-    """Name a test by its part, which is its function, and its case."""
-    return [item.originalname.removeprefix("test_"), item.callspec.id]
+def name(value: Any) -> str:
+    """Name a parameter so that `-k` can select it, as in 64x70x400-bfloat16-batch_first."""
+    text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+    return text.replace(" ", "_")
+
+
+def case_of(item: Any) -> str:
+    """Name the case of a test, as in penalty-64x70x400-bfloat16-batch_first."""
+    params = [name(value) for key, value in item.callspec.params.items() if key != "way"]
+    return "-".join([item.originalname.removeprefix("test_"), *params])
+
+
+def test_of(item: Any) -> str:
+    return f"{case_of(item)}/{name(item.callspec.params['way'])}"
+
+
+def rows_of(items: list[Any]) -> list[Any]:
+    """Return the tests of this folder; a run may have others, too."""
+    return [item for item in items if item.path.is_relative_to(machine.ROOT / "bench")]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "benchmarks of fastreg")
-    lines = machine.ROOT / ".benchmarks" / "lines.jsonl"
-    group.addoption("--seconds", type=float, default=math.inf, help="begin nothing more after them")
-    group.addoption("--limit", type=float, default=90 if on_gpu else 600, help="seconds after which a group is lost")
-    group.addoption("--lines", type=Path, default=lines, help="the file that gets a line for each result as it comes")
+    text = "append a line for each row as soon as it is measured, and go on behind a test that ended the run before"
+    group.addoption("--lines", type=Path, help=text)
+    limit = 90 if DEVICE == "cuda" else 600
+    group.addoption("--limit", type=float, default=limit, help="end the process after so many seconds of one case")
+    text = "also measure the fastreg of another checkout, whose C++ kernels are built, as the way `before`"
+    group.addoption("--before", type=Path, metavar="CHECKOUT", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SESSION] = Session(config)
+    for option, why in REFUSED.items():
+        if any(argument.partition("=")[0] == option for argument in config.invocation_params.args):
+            raise pytest.UsageError(f"{option} has no effect here: {why}")
+    if checkout := config.getoption("before"):
+        before.load(checkout)
+    file: Any = config.getoption("lines")
+    config.stash[SESSION] = Session(Lines(file) if file else None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes its results after an interrupt
-    # After an interrupt pytest-benchmark may have got no rounds; its warning, an error here, would lose the summary.
+    # This warning comes where a way fails its check, and would be a second error.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    for worker in session.config.stash[SESSION].workers.values():
-        worker.stop()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    """Leave out the tests that have a line."""
+    lines = config.stash[SESSION].lines
+    done = [item for item in rows_of(items) if lines and test_of(item) in lines.done]
+    config.hook.pytest_deselected(items=done)
+    items[:] = [item for item in items if item not in done]
 
 
-def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    return config.stash[SESSION].machine_info()
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.stash[SESSION].lines and not session.config.option.collectonly:
+        now = datetime.now(timezone.utc).isoformat()
+        about = {"machine_info": facts(), "commit_info": machine.commit_facts(), "datetime": now, "version": VERSION}
+        session.config.stash[SESSION].write(run=about | {"tests": [*map(test_of, rows_of(session.items))]})
+
+
+def facts() -> dict[str, Any]:
+    own = {"copy_bandwidth": figures.copy_bandwidth()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
+    return machine.facts() | own
+
+
+class Replay:
+    """The clock of pytest-benchmark, which has no turns: it goes on by the seconds of a turn that was measured.
+
+    The JSON of a run has its name.
+    """
+
+    now, __name__ = 0.0, "seconds of turns"
+
+    def __call__(self) -> float:
+        return self.now
+
+
+REPLAY = Replay()
+in_turns = pytest.mark.benchmark(timer=REPLAY)  # the mark of every benchmark
+
+
+@pytest.fixture
+def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callable[..., None]:
+    """Measure the selected ways of a case in turns, when its first test runs, and report the way of this test.
+
+    The fixture is a function, `measure(prepare, info, calls=1, seconds=1.0, own=False)`:
+
+    - `prepare(way)` checks a way, and returns a function that calls it, and its other figures.
+    - `info` describes the case.
+    - `calls` make a turn.
+    - `seconds` multiplies `--benchmark-max-time`, the time of all turns of a way.
+    - `own` takes the CPU time of the process instead of wall time.
+    """
+    session, case = request.config.stash[SESSION], case_of(request.node)
+    items: Any = request.session.items
+
+    def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
+        benchmark.group, benchmark.name = case, str(way)
+        if session.case.name != case:
+            ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
+            rounds = None if benchmark.disabled else rounds_of(request.config, calls, seconds * len(ways))
+            session.case = measured(session, case, ways, prepare, rounds, own)
+        if way in session.case.lost:
+            raise session.case.lost[way]
+        turns = session.case.seconds.get(way, [0.0])
+        rest = iter(turns)
+
+        def replay() -> None:
+            REPLAY.now += next(rest)
+
+        clock = "CPU time of one thread" if own else "wall time"
+        benchmark.extra_info |= {**info, "allocator": machine.allocator(), "clock": clock, **session.case.figures[way]}
+        benchmark.pedantic(replay, rounds=len(turns))
+
+    return run
+
+
+def rounds_of(config: pytest.Config, calls: int, seconds: float) -> Rounds:
+    """Read the options that say how many rounds there are."""
+    options: Any = config.option
+    return Rounds(calls, seconds * float(options.benchmark_max_time), options.benchmark_min_rounds)
+
+
+def measured(
+    session: Session, name_of_case: str, ways: list[str], prepare: Prepare, rounds: Rounds | None, own: bool
+) -> Case:
+    """Prepare each way, and measure those that work; without rounds each is called once."""
+    case, calls, now = Case(name_of_case), {}, ""
+
+    def say(way: str) -> None:
+        nonlocal now
+        now = way
+        session.running(f"{case.name}/{name(way)}")
+
+    def lose(error: Exception) -> None:
+        case.lost[now] = error.with_traceback(None)  # whose frames hold tensors
+        calls.pop(now, None)
+        timing.synchronize()  # raises if a kernel has failed, after which no other way can run
+
+    for way in ways:
+        say(way)
+        try:
+            call, case.figures[way] = prepare(way)
+            call()
+            timing.synchronize()
+            calls[way] = call
+        except Exception as error:
+            lose(error)
+    while rounds and calls and not case.seconds:
+        try:
+            turns = timing.take_turns(calls, rounds, say)
+        except Exception as error:  # such as a full memory
+            lose(error)
+            continue
+        case.seconds = {way: [turn.own if own else turn.wall for turn in turns[way]] for way in calls}
+        for way in calls:
+            case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | compared(case.seconds, way)
+    return case
+
+
+def compared(seconds: dict[str, list[float]], way: str) -> dict[str, Any]:
+    """Compare a way with all others: the ratio of their times, and the time added to a step without the penalty."""
+    ratios = {other: timing.over(seconds[way], seconds[other]) for other in seconds if other != way}
+    without = seconds.get("no penalty")
+    return {"over": ratios} | ({"added": timing.added(seconds[way], without)} if without else {})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: Any) -> Iterator[Any]:
+    """End the process after a case that hangs. The watchdog is a thread that needs no lock of the interpreter."""
+    stderr: Any = sys.__stderr__
+    faulthandler.dump_traceback_later(item.config.option.limit, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        item.config.stash[SESSION].running("")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    """Append a line for a test that has ended: its row, or why it has none."""
+    report = yield
+    session, benchmark = item.config.stash[SESSION], item.funcargs.get("benchmark")
+    if report.outcome == "failed" and call.when != "teardown":
+        error: Any = call.excinfo
+        why = f"{error.typename}: {error.value}".partition("\n")[0]
+        session.missing[test_of(item)] = why
+        session.write(test=test_of(item), missing=why)
+    elif call.when == "call" and benchmark and benchmark.stats:
+        session.rows.append(benchmark.stats)
+        session.write(test=test_of(item), row=benchmark.stats.as_dict(include_data=False))
+    elif call.when == "call" or report.outcome == "skipped":
+        session.write(test=test_of(item))
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[SESSION].write(end=int(exitstatus))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print how ways compare by pairs of turns, which the medians in the tables of pytest-benchmark do not say."""
+    rows = config.stash[SESSION].rows
+    if not rows:
+        return
+    terminalreporter.section("by pairs of turns, ± the standard error")
+    for row in rows:
+        about = row.extra_info
+        if "added" in about:
+            text = "adds {:.3f} ± {:.3f} ms".format(*(1e3 * x for x in about["added"]))
+        else:
+            others = {other: ratio for other, ratio in about["over"].items() if other == "fastreg"} or about["over"]
+            text = ", ".join(f"{ratio:.3f} ± {error:.3f} of {other}" for other, (ratio, error) in others.items())
+        terminalreporter.line(f"{row.group}: {row.name}: {text}")
+    busy = [row.extra_info["waiting"] for row in rows if row.extra_info["waiting"] > timing.MOST_WAITING]
+    if busy:
+        text = (
+            f"The machine was busy: in {len(busy)} rows, which no report shows, threads waited for a core during up to"
+        )
+        terminalreporter.line(f"{text} {max(busy):.0%} of the time.", yellow=True)
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info |= facts()
 
 
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
@@ -138,68 +309,3 @@ def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
 
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     output_json["missing"] = config.stash[SESSION].missing
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Write the line of a test that has ended: its benchmark, its findings, or the reason why they are missing."""
-    report: Any = yield
-    if call.when == "teardown" or (call.when == "setup" and call.excinfo is None):
-        return report
-    session, params, found = item.config.stash[SESSION], item.callspec.params, dict(item.user_properties)
-    benchmark = item.funcargs.get("benchmark")
-    why = str(call.excinfo.value) if call.excinfo else None
-    if call.excinfo and isinstance(call.excinfo.value, Lost):
-        report.longrepr = why  # without the frames of pytest-benchmark
-    record: dict[str, Any] = dict(zip(("part", "task"), name_of(item), strict=True))
-    if why and "group" in params:
-        about = {"group": params["group"], "name": params["peer"], "extra_info": GROUPS[params["group"]].info}
-        record["missing"] = about | {"why": why}
-        session.missing.append(record["missing"])
-    elif why and not found:
-        record["lost"] = why
-    elif benchmark and benchmark.stats:
-        record["benchmark"] = json.loads(safe_dumps(benchmark.stats.as_dict()))
-    else:
-        record["found"] = found
-    session.write(item.session.items, **record)
-    return report
-
-
-@pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest) -> Session:
-    return request.config.stash[SESSION]
-
-
-@pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """Record the findings of a test."""
-    return lambda found: request.node.user_properties.extend(found.items()) or found
-
-
-@pytest.fixture
-def do(session: Session, tell: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """Do a task in a worker, and record its findings."""
-    return lambda task, *arguments, limit: tell(session.do(request.node, None, task, *arguments, limit=limit))
-
-
-@pytest.fixture
-def row(session: Session, group: str, peer: str, benchmark: Any, request: pytest.FixtureRequest) -> Callable[[], None]:
-    """Report the turns of a peer as rounds; a peer that could not be measured raises the reason instead."""
-
-    def report() -> None:
-        measured, missing = session.measure(request.node, once=benchmark.disabled)
-        figures = dict(measured.get(peer, {"seconds": [0.0]}))
-        turns = figures.pop("seconds")
-        rounds = iter(turns)
-        benchmark.group, benchmark.name = group, peer
-        benchmark.extra_info |= GROUPS[group].info | figures
-
-        def replay() -> None:
-            if peer in missing:
-                raise Lost(missing[peer])
-            CLOCK.now += next(rounds)
-
-        benchmark.pedantic(replay, rounds=len(turns))
-
-    return report

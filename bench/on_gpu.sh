@@ -1,38 +1,66 @@
 #!/usr/bin/env bash
 # On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; transformers and lightning for their
 # training steps; nothing installed, this checkout neither), each inside ten minutes:
-#     bash bench/on_gpu.sh first [COMMIT]    nine minutes: values, headline benchmarks, constants, races, profile and tests
+#     bash bench/on_gpu.sh first [COMMIT]    nine minutes: the most important benchmarks, constants, races, profile and tests
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
-#     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, the most wanted first, and the report
-# COMMIT names the commit where git cannot. Nothing more begins after $LIMIT seconds (540 for `first`, 450 for `test` and
-# `bench`). $OUT, by default bench/results/first for `first` and .benchmarks for the others, gets a line for each
-# finding as it comes: of `first` in DEVICE.jsonl, beside which the tables go to DEVICE.md; of the others in test.jsonl and
-# bench.jsonl. `bench` puts its result into bench/results, too. bench/on_gpu.ipynb runs `first` in a notebook.
+#     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, and the report
+# Each way of a benchmark is compared with the formula in float64 before it is timed. COMMIT names the commit where git
+# cannot. $OUT, by default bench/results/first for `first` and .benchmarks for the others, gets a line for each row as it
+# comes, the logs, and the tables. bench/on_gpu.ipynb runs `first` in a notebook.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 what=${1:?first, test or bench}
-export COMMIT=${2:-} PYTHONUNBUFFERED=1
-python=${PYTHON:-python3}
-about="import torch, triton; from bench.measure import machine; name = machine.device_name(); print(machine.file_name(name)); \
-print(name, 'torch', torch.__version__, 'triton', triton.__version__)"
-{ read -r device; read -r versions; } < <("$python" -c "$about")
-[ -n "${versions:-}" ] || exit 1
-echo "$versions"
-case $what in
-  first) out=${OUT:-bench/results/first} limit=${LIMIT:-540} spare=20 tests=(bench/test_first.py -k "not sanitizers") ;;
-  test) out=${OUT:-.benchmarks} limit=${LIMIT:-450} spare=90 tests=(bench/test_first.py -k "files or sanitizers") ;;
-  bench) out=${OUT:-.benchmarks} limit=${LIMIT:-450} spare=90 tests=(bench/test_cases.py "--benchmark-json=$out/bench.json") ;;
-  *) echo "expected first, test or bench, got $what"; exit 2 ;;
-esac
+export COMMIT=${2:-} PYTHONUNBUFFERED=1 KINETO_LOG_LEVEL=99 PYTHON=${PYTHON:-python3}
+about="import torch, triton, sys; torch.cuda.is_available() or sys.exit('expected a GPU, got none')
+from bench.measure import machine; print(machine.device_name(), 'torch', torch.__version__, 'triton', triton.__version__)"
+"$PYTHON" -c "$about" || exit 1
+out=${OUT:-$([ "$what" = first ] && echo bench/results/first || echo .benchmarks)}
 mkdir -p "$out"
-lines=$out/$what.jsonl
-[ "$what" != first ] || lines=$out/${device}l
-# What has begun by then should end in the spare seconds. If not, SIGTERM ends pytest, which writes the results it has.
-timeout --kill-after=20 $((limit + spare)) "$python" -m pytest -v -p no:cacheprovider --tb=line "${tests[@]}" \
-  "--seconds=$limit" "--lines=$lines" 2>&1 | tee "$out/$what.log"
-status=${PIPESTATUS[0]}
+
+bench() {  # SECONDS LINES ARGUMENTS...
+  local seconds=$1 lines=$out/$2
+  shift 2
+  echo "== bench $* for $seconds s"
+  rm -f "$lines"
+  bash bench/run.sh "$seconds" "$lines" -v --tb=line --benchmark-max-time=0.1 "$@"
+  for page in "bench.measure.report --show" bench.offline.prediction; do "$PYTHON" -m $page "$lines"; done > "${lines%.jsonl}.md"
+}
+
+tests() {  # SECONDS FILES...: run the tests of each file in a process of its own, so that a crash loses no other file
+  local end=$((SECONDS + $1)) file
+  shift
+  for file in "$@"; do
+    echo "== tests of $file"
+    if [ $SECONDS -ge $end ]; then echo "not reached"; continue; fi
+    timeout --foreground --signal=INT --kill-after=20 $((end - SECONDS)) \
+      "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu --tb=short "$file"
+  done
+}
+
+profile() {  # what the driver and Nsight Compute say, if it is there
+  nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,temperature.gpu --format=csv
+  timeout 30 ncu --section SpeedOfLight --section Occupancy -k regex:ar_tar_kernel -c 4 \
+    "$PYTHON" -m pytest -q bench/test_call.py -k "penalty-64x70x400-bfloat16-batch_first-fastreg" --benchmark-disable
+}
+
+# Files whose tests take a device. Large tensors come last.
+files=$(grep -rlE '\bgpu\b|\(device\b|, device\b' tests/{kernels,call,attach}/test_*.py | grep -v -e test_sizes -e test_order)
+sanitized=(-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_kernels.py -k programs_share)
 case $what in
-  first) "$python" -m bench.measure.first "$lines" ;;
-  bench) "$python" -m bench.measure.report "$out/bench.json" ;;
-esac 2>&1 | tee -a "$out/$what.log"
-exit "$status"
+  first)
+    bench 230 first.jsonl bench -m first
+    bench 90 sweep.jsonl bench/test_sweep.py
+    tests 40 tests/kernels/test_order.py
+    profile
+    tests 130 $files ;;
+  test)
+    tests 450 tests/kernels/test_order.py $files tests/kernels/test_sizes.py
+    for tool in memcheck racecheck; do  # with its caching allocator PyTorch hides an access behind the end of a tensor
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 compute-sanitizer --tool $tool --report-api-errors no \
+        "$PYTHON" "${sanitized[@]}"
+    done ;;
+  bench)
+    bench 500 bench.jsonl bench
+    "$PYTHON" -m bench.measure.report "$out/bench.jsonl" ;;
+  *) echo "expected first, test or bench, got $what"; exit 2 ;;
+esac 2>&1 | tee "$out/$what.log"

@@ -1,6 +1,7 @@
-"""Check a rehearsal of bench/test_first.py on a stand-in for a GPU: python -m tests.fakegpu LINES.
+"""Check a rehearsal of `bench/on_gpu.sh first` on a stand-in for a GPU: python -m tests.fakegpu FOLDER.
 
-Its kernels do nothing. So each self-check has to find the values wrong, and everything goes on.
+Its kernels do nothing. So each way that is checked has to be found wrong, and the largest shapes, which are not
+checked, have to be measured.
 """
 
 from __future__ import annotations
@@ -8,37 +9,38 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.measure import first, gpu_tasks
+from bench.measure import lines
 
-MOST = 600  # seconds
-CHECKS = "smoke", "order"
-PARTS = {*CHECKS, "headline", "sweep", "device", "files"}
+WRONG = "differs from the formula"
 
 
-def problems(lines: Path) -> list[str]:
-    """List the faults in the lines of a rehearsal."""
-    found, page = first.findings(lines), lines.with_suffix(".md")
-    seconds = first.seconds(found)
-    wrong = [f"{part} {task}: no record" for (part, task), line in found.items() if not line]
-    for (part, task), line in found.items():
-        if part in CHECKS and line.get("found", {}).get("verdict") != "wrong":
-            wrong.append(f"{part} {task}: {line}, where the values are wrong")
-    wrong += [f"{part}: no task" for part in PARTS - {*seconds}]
-    wrong += [f"{sum(seconds.values()):.0f} s in all"] * (sum(seconds.values()) > MOST)
-    wrong += [f"no page {page}"] * (not page.exists())
-    wrong += ["ncu"] * (found.get(("device", "ncu"), {}).get("found") != {"ncu": gpu_tasks.NOT_THERE})
-    return wrong
+def problems(folder: Path) -> list[str]:
+    """List the faults of a rehearsal."""
+    found = []
+    for name in ("first", "sweep"):
+        run = lines.read(folder / f"{name}.jsonl")
+        rows = [f"{row['group']}/{row['name']}" for row in run["benchmarks"]]
+        found += [f"{name}: {test} has a row of wrong values" for test in rows if "128x512x1024" not in test]
+        found += [f"{name}: no row of the largest shape"] * (not rows)
+        checked = [test for test, why in run["missing"].items() if WRONG in why]
+        found += [f"{name}: no way was found wrong"] * (not checked)
+        found += [
+            f"{name}: {test}: {why}" for test, why in run["missing"].items() if why in (lines.DIED, lines.NOT_REACHED)
+        ]
+        found += [f"{name}: no page"] * (not (folder / f"{name}.md").exists())
+    log = (folder / "first.log").read_text()
+    found += [
+        f"no {part!r} in the log" for part in ("== tests of tests/kernels", "== tests of tests/call") if part not in log
+    ]
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.fakegpu", description=__doc__)
-    parser.add_argument("lines", type=Path)
-    lines: Path = parser.parse_args().lines
-    for part, took in first.seconds(first.findings(lines)).items():
-        print(f"{part}: {took:.0f} s")
-    if wrong := problems(lines):
-        parser.exit(1, "\n".join([*wrong, ""]))
-    print("each self-check found the values wrong, and each task has a record")
+    parser.add_argument("folder", type=Path, help="what $OUT of the rehearsal named")
+    if found := problems(parser.parse_args().folder):
+        parser.exit(1, "\n".join([*found, ""]))
+    print("each check found the values wrong, and no test was lost")
 
 
 if __name__ == "__main__":

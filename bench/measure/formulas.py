@@ -31,14 +31,19 @@ def changes(x: Tensor, time_dim: int) -> Tensor:
     return (x[1:] - x[:-1]).pow(2).mean()
 
 
-def awd_lstm_lm(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
-    """Compute what `train()` of salesforce/awd-lstm-lm adds to the loss, from `(time, batch, hidden)`."""
-    ar = alpha * dropped.pow(2).mean() if alpha else 0.0
-    tar = beta * (raw[1:] - raw[:-1]).pow(2).mean() if beta else 0.0
-    return torch.as_tensor(ar + tar)
-
-
-def rnn_dropout(raw: Tensor, p: float, batch_first: bool = True) -> Tensor:
+def rnn_dropout(raw: Tensor, p: float) -> Tensor:
     """Drop units with one mask for all time steps, like fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
-    shape = (len(raw), 1, raw.shape[2]) if batch_first else (1, *raw.shape[1:])
-    return raw * raw.new_empty(shape).bernoulli_(1 - p).div_(1 - p)
+    return raw * raw.new_empty((len(raw), 1, raw.shape[2])).bernoulli_(1 - p).div_(1 - p)
+
+
+def penalty(raw: Tensor, dropped: Tensor, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
+    """Compute fastai's penalty in the dtype of the inputs. In float64 it is the reference of all ways."""
+    return alpha * dropped.pow(2).mean() + beta * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
+
+
+def padded_penalty(raw: Tensor, dropped: Tensor, lengths: Tensor) -> Tensor:
+    """Compute the penalty over the steps of each sequence that are no padding, one sequence after the other."""
+    rows = [(x[:length], y[:length]) for x, y, length in zip(raw, dropped, lengths.tolist(), strict=True)]
+    ar = torch.cat([y for _, y in rows]).pow(2).mean()
+    tar = torch.cat([x[1:] - x[:-1] for x, _ in rows if len(x)]).pow(2).mean()
+    return ALPHA * ar + BETA * tar

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.measure.worker import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 # Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
 # that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
 KEPT, DEFAULT = "memory kept", "default allocator"
@@ -21,6 +20,12 @@ ALLOCATORS = {
     KEPT: {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"},
     DEFAULT: {},
 }
+
+
+def allocator() -> str | None:
+    """Name the setting of this process."""
+    kept = ALLOCATORS[KEPT].items() <= os.environ.items()
+    return None if torch.cuda.is_available() else KEPT if kept else DEFAULT
 
 
 def device_name() -> str:

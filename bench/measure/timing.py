@@ -1,35 +1,23 @@
-"""Timers, which wait for the device and leave out a warm-up."""
+"""Turns: how the ways of a case are timed, and compared with each other."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import gc
-import itertools
-import resource
+import math
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-Call = Callable[[int], tuple[Tensor, ...]]  # returns the results; the number of the call chooses its inputs
-
-WARM_UP = 4, 1  # turns that are not counted, on a GPU and on a CPU, after the calls that compile
-LEAST, MOST = 5, 50  # of rounds
-REPLAYS = 20
-CLOCK = 2e9  # cycles a second of a fast GPU; a slower GPU sleeps longer than it has to
-COPY_BYTES = 2**30
-
-
-def synchronize(device: str) -> None:
-    """Wait for the GPU, if the device is one."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MOST_ROUNDS = 50
+MOST_WAITING = 0.1  # of a turn's time, that a thread may wait for a core before the machine counts as busy
+Call = Callable[[], Any]
 
 
 @contextmanager
@@ -43,180 +31,112 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def synchronize() -> None:
+    """Wait until the GPU has done its work, if there is one."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 class Turn(NamedTuple):
-    """The seconds of a call, as a mean over one turn."""
+    """The seconds of one call, as a mean over a turn.
+
+    Attributes:
+        wall: the time that passed.
+        own: the CPU time of all threads of the process, without other programs.
+        waiting: how long threads that were ready to run waited for a core, because other programs had it.
+    """
 
     wall: float
-    own: float  # CPU time of all threads of the process, without other programs
+    own: float
+    waiting: float
 
 
-def take_turns(
-    calls: Mapping[str, Call],
-    device: str,
-    seconds: float,
-    repeats: int,
-    wait: bool = True,
-    say: Callable[[str], object] = str,
-) -> dict[str, list[Turn]]:
-    """Measure every peer, round by round.
+@dataclass(frozen=True)
+class Rounds:
+    """How long turns are and how many there are.
 
-    In a round each peer has one turn, so that other load on the machine affects all peers alike, and each round begins
-    with another peer. A turn is `repeats` calls and, with `wait`, one wait for the device at the end, as in training.
-    Each call takes the next inputs. The rounds take `seconds` together, within limits. `say` gets the name of a peer
-    before its turn.
+    Attributes:
+        calls: the calls of a turn, which waits for the device once, at its end.
+        seconds: the time that the rounds of all ways take together.
+        least: the least number of rounds, whatever they take.
     """
-    number = itertools.count()
 
-    def turn(name: str) -> Turn:
-        call = calls[name]
-        say(name)
-        synchronize(device)
-        wall, own = time.perf_counter(), time.process_time()
-        for _ in range(repeats):
-            call(next(number))
-        if wait:
-            synchronize(device)
-        own, wall = time.process_time() - own, time.perf_counter() - wall
-        return Turn(wall / repeats, own / repeats)
+    calls: int
+    seconds: float
+    least: int = 5
 
-    warm = [sum(turn(name).wall for name in calls) * repeats for _ in range(WARM_UP[device == "cpu"])][-1]
-    rounds = min(max(int(seconds / warm), LEAST), MOST)
-    turns: dict[str, list[Turn]] = {name: [] for name in calls}
-    order = list(calls)
+
+def take_turns(ways: Mapping[str, Call], rounds: Rounds, say: Callable[[str], object] = str) -> dict[str, list[Turn]]:
+    """Measure all ways round by round, and return the turns of each.
+
+    In a round each way has one turn. So other load on the machine affects all ways alike, and no way finds the memory
+    in the cache that it has just freed itself. Each round begins with another way. The first round is not counted.
+
+    Args:
+        ways: the call of each way, by its name.
+        rounds: the length and the number of turns.
+        say: gets the name of a way before its turn.
+    """
+
+    def turn(way: str) -> Turn:
+        call = ways[way]
+        say(way)
+        synchronize()
+        waited, own, wall = seconds_waiting(), time.process_time(), time.perf_counter()
+        for _ in range(rounds.calls):
+            call()
+        synchronize()
+        wall, own = time.perf_counter() - wall, time.process_time() - own
+        waited = seconds_waiting() - waited
+        # A thread computes at any time of a turn on the CPU. On a GPU the host may wait.
+        waited = max(waited, wall - own) if DEVICE == "cpu" else waited
+        return Turn(*(seconds / rounds.calls for seconds in (wall, own, waited)))
+
+    first = sum(turn(way).wall for way in ways) * rounds.calls
+    turns: dict[str, list[Turn]] = {way: [] for way in ways}
+    order = list(ways)
     gc.collect()
     gc.disable()
-    for _ in range(rounds):
-        for name in order:
-            turns[name].append(turn(name))
-        order.append(order.pop(0))
-    gc.enable()
+    try:
+        for _ in range(min(max(int(rounds.seconds / first), rounds.least), MOST_ROUNDS)):
+            for way in order:
+                turns[way].append(turn(way))
+            order.append(order.pop(0))
+    finally:
+        gc.enable()
     return turns
 
 
-def held_bytes(forward: Callable[[], tuple[Tensor, ...]], device: str) -> int:
-    """Measure the bytes that a forward leaves allocated for the backward, beyond its inputs and results.
+def seconds_waiting() -> float:
+    """Return how long the threads of this process have waited for a core until now; 0 where the system does not say."""
+    waited = 0
+    with suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError), open(f"/proc/self/task/{thread}/schedstat") as file:  # a thread may have ended
+                waited += int(file.read().split()[1])
+    return waited / 1e9
 
-    Hooks on saved tensors would change the measurement: with them fastreg writes no gradients ahead. On a CPU
-    PyTorch's profiler reports the allocations of the calling thread, which runs forwards.
+
+def share_waiting(turns: list[Turn]) -> float:
+    """Return the share of the wall time during which a thread waited for a core, as a median over turns."""
+    return statistics.median(turn.waiting / turn.wall for turn in turns)
+
+
+def over(seconds: list[float], others: list[float]) -> list[float]:
+    """Return the time of a way over the time of another one, and its standard error, by pairs of turns of a round."""
+    return median_and_error([x / y for x, y in zip(seconds, others, strict=True)])
+
+
+def added(seconds: list[float], without: list[float]) -> list[float]:
+    """Return the seconds that a way adds to another one, and their standard error, by pairs of turns of a round."""
+    return median_and_error([x - y for x, y in zip(seconds, without, strict=True)])
+
+
+def median_and_error(values: list[float]) -> list[float]:
+    """Return the median and its standard error, as of normal values.
+
+    That is the interquartile range over 1.349, which estimates the standard deviation, times sqrt(pi / 2) over the root
+    of the count.
     """
-    forward()
-    gc.collect()  # now, so that nothing else is freed during the call
-    if device == "cpu":
-        results, allocated = allocations(forward)
-        held = sum(allocated)
-    else:
-        before = torch.cuda.memory_allocated()
-        results = forward()
-        held = torch.cuda.memory_allocated() - before
-    own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
-    return held - sum(own.values())
-
-
-def page_faults(call: Call) -> int:
-    """Count the page faults of one call."""
-    for _ in range(2):  # the second call may reuse other blocks of memory than the first
-        call(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    call(0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def capture(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None = None) -> torch.cuda.CUDAGraph:
-    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error.
-
-    A backward has to be captured on the stream of its forward.
-    """
-    stream = stream or torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        call(numbers[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    # torch.cuda.graph does not restore the stream if the end of the capture raises
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
-        results = [call(i) for i in numbers]  # kept, so that each call writes its gradients to other memory
-    del results
-    return graph
-
-
-def graph_seconds(call: Call, numbers: Sequence[int], stream: torch.cuda.Stream | None = None) -> float:
-    """Measure the device seconds of a call without gaps between launches, in a CUDA graph of one call for each number.
-
-    The device sleeps until the host has launched the replay, so that this launch is not counted.
-    """
-    graph = capture(call, numbers, stream)
-    graph.replay()  # the first replay uploads the graph
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    graph.replay()
-    asleep = round(CLOCK * (1e-4 + 2 * (time.perf_counter() - began)))
-    times = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(asleep)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times) / len(numbers)
-
-
-def host_seconds(call: Call) -> float:
-    """Measure the seconds until a call returns, with an idle device whose queue is never full."""
-    turns = take_turns({"": call}, "cuda", 0.1, 5, wait=False)
-    return statistics.median(turn.wall for turn in turns[""])
-
-
-def launches(call: Call) -> int:
-    """Count the kernels, copies and fills of one call, which are the nodes of its CUDA graph."""
-    graph, count = capture(call, [0]), ctypes.c_size_t()
-    # the functions of the CUDA runtime that torch has loaded
-    status = ctypes.CDLL(None).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
-    if status:
-        raise RuntimeError(f"cudaGraphGetNodes: error {status}")
-    return count.value
-
-
-def peak_bytes(call: Call, device: str) -> int | None:
-    """Measure the peak memory of one call beyond its inputs and results, in bytes; `None` if it cannot be measured.
-
-    On a CPU PyTorch's profiler reports only the allocations of the calling thread.
-    """
-    call(0)
-    if device == "cpu":
-        results, allocated = allocations(lambda: call(0))
-        return max(itertools.accumulate(allocated)) - sum(x.nbytes for x in results) if allocated else None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = call(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
-
-
-def allocations(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Return the results of a call, and the bytes that each allocation on the CPU adds in order, negative if freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        results = call()
-    profiler: Any = profiled.profiler
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return results, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
-@functools.cache
-def copy_bandwidth() -> float:
-    """Measure the bytes a second that a large copy on the GPU reads and writes."""
-    return 2 * COPY_BYTES / copy_seconds(COPY_BYTES, [0] * 4)
-
-
-def copy_seconds(size: int, numbers: Sequence[int]) -> float:
-    """Measure the device seconds of a copy of so many bytes, with a pair of tensors for each value in `numbers`."""
-    tensors = torch.empty(len({*numbers}), 2, size, dtype=torch.uint8, device="cuda")
-
-    def copy(i: int) -> tuple[Tensor, ...]:
-        source, target = tensors[i]
-        return (target.copy_(source),)
-
-    return graph_seconds(copy, numbers)
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return [median, math.sqrt(math.pi / 2) * (high - low) / 1.349 / math.sqrt(len(values))]

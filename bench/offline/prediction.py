@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import math
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bench.measure.cases import BOTH, DTYPES, SHAPES
-from bench.measure.report import Result, table
+from bench.measure.report import table
+from bench.measure.results import BOTH, Result, load
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
+DTYPES = torch.float32, torch.bfloat16
+SHAPES = [(64, 70, 400), (64, 70, 1152), (80, 70, 400), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
 MULTIPROCESSORS = 132  # an H100 has so many
 COPY = {  # bytes that a copy reads and writes in a second, and the source of the figure
     "T4": (0.29e12, "90% of the datasheet's 320 GB/s, a guess"),
@@ -106,8 +109,8 @@ def beside(result: Result) -> str:
     copy = result.machine["copy_bandwidth"]
     rows = [["shape, dtype", "of the copy, measured", "predicted"]]
     for case in result.of(BOTH):
-        info, own = case.info, case.peers["fastreg"]
-        if info["layout"] == "batch first" and not info.get("same") and "share_of_copy" in own:
+        info, own = case.info, case.ways["fastreg"]
+        if info["layout"] == "batch first" and "share_of_copy" in own:
             predicted = share(tuple(info["shape"]), getattr(torch, info["dtype"]), copy)
             rows.append([case.label, f"{own['share_of_copy']:.0%}", f"{predicted:.0%}"])
     sources = "".join(f"- {name}: {copy / 1e12:.2f} TB/s, {source}\n" for name, (copy, source) in COPY.items())
@@ -115,7 +118,11 @@ def beside(result: Result) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="bench.offline.prediction", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="bench.offline.prediction", description=__doc__)
+    parser.add_argument("result", nargs="?", type=Path, help="JSON or lines of a GPU, to show beside the prediction")
+    if file := parser.parse_args().result:
+        print(beside(load(file)))
+        return
     rows = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
     for dtype, shape in product(DTYPES, SHAPES):
         items, runs, run = cut(shape, dtype)

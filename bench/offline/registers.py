@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import triton
 
-from bench.measure.cases import DTYPES
 from bench.measure.report import table
-from bench.offline.prediction import COPY, MULTIPROCESSORS, Resident, times
-from bench.offline.stand_in import h100
+from bench.offline.prediction import COPY, DTYPES, MULTIPROCESSORS, Resident, times
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import PLANS
 from fastreg.kernels import tiling
 from fastreg.kernels.ar_tar import ar_tar_kernel
+from tests.kernels.stand_in import h100
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS, MOST_THREADS = 65536, 2048  # a multiprocessor has so many

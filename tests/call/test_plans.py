@@ -17,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.testing import assert_close
 
-from bench.offline.stand_in import h100
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import PLANS, TRITON
 from fastreg.kernels import streams
@@ -25,6 +24,7 @@ from fastreg.kernels.streams import Expected
 from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import compiled, memory_of, skip_on_formula
 from tests.exact import exact, truth
+from tests.kernels.stand_in import h100
 from tests.samples import Decorated, transposed
 
 RAW, DROPPED = (x.detach() for x in leaves())

@@ -20,11 +20,11 @@ from packaging.version import Version
 from torch.nn.utils.rnn import PackedSequence
 
 from bench.offline import registers
-from bench.offline.stand_in import StandInDriver, active
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.__main__ import launches
 from fastreg.call.backends import CPP, PLANS
 from tests.conftest import more, python, skip_without
+from tests.kernels.stand_in import StandInDriver, active
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")

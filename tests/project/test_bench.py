@@ -1,15 +1,17 @@
-"""The benchmarks: timers against known work, peers against the formula, and sessions that lose no result."""
+"""The benchmarks: known work, rows that survive ways that fail, and pages that show the measured figures."""
 
 from __future__ import annotations
 
 import json
-import logging
+import os
 import re
 import runpy
-import statistics
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,162 +22,176 @@ from tests.conftest import ROOT, gpu, more, python, skip_without
 
 skip_without("matplotlib", "pytest_benchmark")
 
-from bench.measure import benchmarks, cases, lines, machine, nets, steps, timing, worker  # noqa: E402
-from bench.measure.groups import CLOCK  # noqa: E402
+from bench.measure import before, figures, lines, machine, picture, report, results, timing  # noqa: E402
+from bench.measure.timing import Rounds  # noqa: E402
+from tests import fakegpu  # noqa: E402
 
 pytestmark = pytest.mark.main
 
 
-def sleeper(sleep: Callable[[Any], None], duration: float) -> cases.Call:
-    """Return a call that sleeps and has no results."""
-    return lambda _: (sleep(duration), ())[1]
-
-
 def test_known_work_takes_its_time() -> None:
-    (turns,) = timing.take_turns({"sleep": sleeper(time.sleep, 0.03)}, "cpu", 0.0, repeats=2).values()
+    (turns,) = timing.take_turns({"sleep": lambda: time.sleep(0.03)}, Rounds(2, 0.0)).values()
+    assert len(turns) == Rounds(2, 0.0).least
     assert min(turn.wall for turn in turns) >= 0.03
     assert all(turn.own < turn.wall / 2 for turn in turns), "sleeping takes no time of the processor"
 
 
 @gpu
 def test_known_work_takes_its_time_on_a_gpu() -> None:
-    long, call = (sleeper(torch.cuda._sleep, cycles) for cycles in (600_000, 200_000))
-    turns = timing.take_turns({"long": long, "short": call}, "cuda", 0.5, repeats=10)
-    short = statistics.median(turn.wall for turn in turns["short"])
-    assert statistics.median(turn.wall for turn in turns["long"]) / short == pytest.approx(3, rel=0.1)
-    assert timing.graph_seconds(call, range(4)) == pytest.approx(short, rel=0.1)
-    assert timing.host_seconds(call) < short / 3, "the host does not wait"
+    ways = {name: partial(torch.cuda._sleep, cycles) for name, cycles in (("long", 600_000), ("short", 200_000))}
+    turns = timing.take_turns(ways, Rounds(10, 0.5))
+    assert timing.over(*([turn.wall for turn in turns[way]] for way in ways))[0] == pytest.approx(3, rel=0.1)
 
 
-def test_peers_take_turns_and_inputs_rotate() -> None:
-    seen: list[tuple[str, int]] = []
-    calls: dict[str, cases.Call] = {name: lambda i, name=name: (seen.append((name, i)), ())[1] for name in "abc"}
-    turns = timing.take_turns(calls, "cpu", 0.0, repeats=1)
-    assert [number for _, number in seen] == list(range(len(seen))), "each call takes the next inputs"
-    rounds = "".join(name for name, _ in seen)[3 * timing.WARM_UP[1] :]
-    assert rounds.startswith("abcbcacab")
-    assert all(len(of_peer) * 3 == len(rounds) for of_peer in turns.values())
+def test_ways_take_turns() -> None:
+    seen: list[str] = []
+    turns = timing.take_turns({way: lambda way=way: seen.append(way) for way in "abc"}, Rounds(1, 0.0))
+    assert "".join(seen).startswith("abc" + "abcbcacab"), "the first round is a warm-up"
+    assert {len(of_way) * 3 for of_way in turns.values()} == {len(seen) - 3}
+
+
+def test_ways_are_compared_round_by_round() -> None:
+    """A busy round counts for both."""
+    without, formula = [0.1, 0.3, 0.2, 0.2], [0.13, 0.34, 0.24, 0.24]
+    assert timing.added(formula, without)[0] == pytest.approx(0.04)
+    assert timing.over([2.0, 200.0, 2.0], [1.0, 100.0, 1.0]) == [2.0, 0.0]
+    torch.manual_seed(0)
+    median, error = timing.median_and_error(torch.randn(10_000).tolist())
+    assert error == pytest.approx((torch.pi / 2 / 10_000) ** 0.5, rel=0.05)
+    assert abs(median) < 3 * error
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_a_busy_machine_is_noticed() -> None:
+    """Another process computes on the core of this thread."""
+    cores = os.sched_getaffinity(0)
+    core = {min(cores)}
+    script = f"import os; os.sched_setaffinity(0, {core})\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", script])
+    os.sched_setaffinity(0, core)
+    try:
+        turns = timing.take_turns({"work": lambda: sum(range(10**6))}, Rounds(5, 1.0))
+    finally:
+        os.sched_setaffinity(0, cores)
+        other.kill()
+        other.wait()
+    assert timing.share_waiting(turns["work"]) > timing.MOST_WAITING
 
 
 def test_peak_bytes(device: str) -> None:
     x = torch.randn(128, 128, device=device)
     # There are two temporaries at a time, and one of them together with the result.
-    assert timing.peak_bytes(lambda _: (x.exp().add(1).exp(),), device) == pytest.approx(x.nbytes, abs=64)
-    assert timing.peak_bytes(lambda _: (), "cpu") is None
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure few rounds on the CPU, without the compiler."""
-    monkeypatch.setattr(torch, "compile", lambda way, **options: way)
-    for name, value in {"DEVICE": "cpu", "STEP_SHARE": 0.0, "SECONDS": 0.0}.items():
-        monkeypatch.setattr(benchmarks, name, value)
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    "case",
-    [
-        cases.PenaltyCase((3, 5, 8), torch.float32, cases.CHANGING, cases.TIME_FIRST),
-        cases.PenaltyCase((3, 5, 8), torch.float32, same=True),
-        cases.PenaltyCase((3, 5, 8), torch.float32, cases.FORWARD),
-        cases.DropoutCase((3, 5, 8), torch.float32, layout=cases.TIME_FIRST),
-        cases.PaddedCase((3, 5, 8), torch.float32),
-        cases.ChangesCase((3, 5, 8), torch.float32, layout=cases.CONTIGUOUS),
-        cases.ChangesCase((3, 5, 8), torch.float32),
-    ],
-    ids=str,
-)
-def test_the_calls_of_peers_give_the_same(case: Any) -> None:
-    """All get one seed. Peers without a penalty or without lengths give something else."""
-    sets, got = cases.input_sets(case, "cpu"), {}
-    for name, peer in case.peers().items():
-        call = case.call(peer, sets)
-        call(0)
-        torch.manual_seed(5)
-        got[name] = call(1)
-    for name in got:
-        if name in ("dropout alone", "compiled dropout alone", "without lengths"):
-            assert not torch.allclose(got[name][-1], got["eager"][-1])
-        else:
-            torch.testing.assert_close(got[name], got["eager"], msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.parametrize(
-    "step",
-    [
-        *(steps.MinGRUStep((2, 5, 4)), steps.CompiledStep((2, 5, 4)), steps.LSTMStep((3, 6, 4))),
-        *(kind((3, 6, 4), words=9, hidden=5, layers=2) for kind in (steps.AWDLSTMStep, steps.AutocastStep)),
-        *(steps.MambaStep((2, 5, 8)), steps.LightningStep((3, 6, 4))),
-    ],
-    ids=str,
-)
-def test_a_step_is_the_same_with_each_way_of_adding_the_penalty(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one seed the losses and the weights of two steps agree, except for the step without the penalty."""
-    # A measured training silences Lightning, whose messages other tests read.
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "setLevel", lambda _: None)
-    for kind, package in {steps.MambaStep: "transformers", steps.LightningStep: "lightning"}.items():
-        if isinstance(step, kind):
-            skip_without(package)
-    monkeypatch.setattr(torch, "compile", lambda way, **options: way)
-    monkeypatch.setattr(steps, "P", 0.4)
-    monkeypatch.setattr(nets, "LEARNING_RATE", 1.0)
-    made, net = [], type(step).net
-    monkeypatch.setattr(type(step), "net", lambda *options: made.append(net(*options)) or made[-1])
-    torch.manual_seed(1)
-    sets, weights, losses = [step.inputs("cpu")], {}, {}
-    for name, way in step.peers().items():
-        call = step.call(way, sets)
-        torch.manual_seed(2)
-        losses[name] = [call(i) for i in range(2)]
-        weights[name] = torch.cat([x.detach().flatten() for x in made[-1].parameters()])
-    assert tuple(weights) == step.PEERS
-    without, want = weights.pop(steps.WITHOUT), weights["eager"]
-    close = dict.fromkeys(("rtol", "atol"), 2e-2 if isinstance(step, steps.AutocastStep) else 1e-5)
-    for name, got in weights.items():
-        torch.testing.assert_close(got, want, **close, msg=lambda text, name=name: f"{name}: {text}")
-        torch.testing.assert_close(losses[name], losses["eager"], **close)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(without, want, **close)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_step_is_measured_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, forward = [], nets.LSTM.forward
-    monkeypatch.setattr(nets.LSTM, "forward", lambda *xs: threads.append(torch.get_num_threads()) or forward(*xs))
-    before, step = torch.get_num_threads(), steps.LSTMStep((3, 6, 4))
-    measured, _ = benchmarks.measure_peers(str, step, step.PEERS, False)
-    assert (tuple(measured), {*threads}, torch.get_num_threads()) == (step.PEERS, {1}, before)
-    assert {figures["clock"] for figures in measured.values()} == {"CPU time of one thread"}
-    assert min(figures["peak_bytes"] for figures in measured.values()) > 3 * 6 * 4 * 4
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_memory_that_peers_hold() -> None:
-    """From forward to backward dropout holds its mask, the formula its changes, and `fused_ar_tar` both gradients."""
-    case, one = cases.DropoutCase((3, 5, 8), torch.float32), 3 * 5 * 8 * 4
-    for peer, figures in benchmarks.measure_peers(str, case, case.PEERS, False)[0].items():
-        beside = {"eager": one * 4 // 5, "compiled": one * 4 // 5}.get(peer, 2 * one * ("fused_ar_tar" in peer))
-        assert figures["held_bytes"] == pytest.approx(one // 5 + beside, abs=64), peer
-
-
-LAUNCHES = {
-    cases.PenaltyCase((64, 70, 400), torch.bfloat16): {"eager": 30, "compiled": 6, "fastreg": 2},
-    cases.DropoutCase((64, 70, 400), torch.bfloat16): {"dropout alone": 4, "eager": 36, "compiled": 8, "fastreg": 4},
-    cases.PaddedCase((64, 70, 400), torch.bfloat16): {"without lengths": 2, "eager": 44, "compiled": 10, "fastreg": 3},
-}
+    assert figures.peak_bytes(lambda _: (x.exp().add(1).exp(),), device) == pytest.approx(x.nbytes, abs=64)
+    assert figures.peak_bytes(lambda _: (), "cpu") is None
 
 
 @gpu
-@pytest.mark.parametrize("case", LAUNCHES, ids=str)
-def test_launches(case: Any, device: str) -> None:
-    torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes
-    sets, peers = cases.input_sets(case, device), case.peers()
-    assert {peer: timing.launches(case.call(peers[peer], sets)) for peer in LAUNCHES[case]} == LAUNCHES[case]
+def test_launches() -> None:
+    """The formula launches 30 kernels in bfloat16, forward and backward, the compiled formula 6, and fastreg 2."""
+    from bench import test_call
+
+    inputs = test_call.penalty_inputs(test_call.SMALL, torch.bfloat16)
+    one = torch.ones((), device="cuda")
+
+    def both(penalty: Any) -> Any:
+        return lambda _: torch.autograd.grad(penalty(*inputs, alpha=2.0, beta=1.0), inputs, one)
+
+    counts = {name: figures.launches(both(penalty)) for name, penalty in test_call.WAYS.items()}
+    assert counts == {"eager": 30, "compiled": 6, "fastreg": 2}
 
 
-FILES = [*sorted(ROOT.glob("bench/*/*.py")), ROOT / "tests" / "fakegpu.py"]
-MODULES = [name for file in FILES for name in re.findall(r'prog="([\w.]+)"', file.read_text())]
+def test_the_fastreg_of_another_checkout_is_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastreg
+
+    monkeypatch.setattr(before, "fastreg", None)
+    before.load(ROOT)
+    assert before.fastreg.fused_ar_tar is not fastreg.fused_ar_tar
+    assert sys.modules["fastreg"] is fastreg
+    x = torch.randn(3, 5, 8)
+    assert before.fastreg.fused_ar_tar(x, x, 2.0, 1.0) == fastreg.fused_ar_tar(x, x, 2.0, 1.0)
+    with pytest.raises((FileNotFoundError, ModuleNotFoundError)):
+        before.load(ROOT / "docs")
+
+
+def bench(folder: Path, *options: str, fails: bool = True, script: bool = False) -> str:
+    """Run benchmarks by bench/run.sh or by pytest itself; return the output."""
+    own = "--limit=15", "--benchmark-max-time=0.02", f"--benchmark-json={folder}/json"
+    # With the variable of pytest-xdist, pytest-benchmark would measure nothing.
+    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "PYTHON": sys.executable}
+    if not script:
+        return python("-m", "pytest", "bench", *own, *options, fails=fails, **environment).stdout
+    command = ["bash", "bench/run.sh", "300", f"{folder}/lines.jsonl", "bench", *own, *options]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True).stdout
+
+
+WHY = {
+    "raises": "ValueError: no",
+    "is_too_large": "OutOfMemoryError: out of memory. Tried to allocate 2 GiB",
+    "wrong": "AssertionError: differs from the formula in float64 by 1.0e-03",
+}
+DIED = ["aborts", "hangs", "aborts_late"]
+FAILING = "-p", "tests.project.failing_ways"
+SHAPE = "20x70x96-float32"
+CASE = f"penalty-{SHAPE}-batch_first"
+
+
+def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
+    """After a crash or a hang another process goes on behind it, and at the end the missing rows are named."""
+    output = bench(tmp_path, *FAILING, "-k", f"{SHAPE} and not compiled and not interrupts", script=True)
+    found = lines.read(tmp_path / "lines.jsonl")
+    missing = {test.removeprefix(f"{CASE}/"): why for test, why in found["missing"].items()}
+    assert missing == WHY | dict.fromkeys(DIED, lines.DIED)
+    assert [row["name"] for row in found["benchmarks"]] == ["eager", "fastreg"]
+    assert f"{CASE}/hangs: {lines.DIED}" in output
+    (own,) = (row for row in found["benchmarks"] if row["name"] == "fastreg")
+    assert own["extra_info"]["held_bytes"] == 2 * 20 * 70 * 96 * 4
+    assert own["options"]["timer"] == "seconds of turns"
+    with (tmp_path / "lines.jsonl").open("a") as file:
+        file.write('{"row": {"cut off')
+    assert lines.read(tmp_path / "lines.jsonl") == found
+
+
+def test_an_interrupt_loses_no_row(tmp_path: Path) -> None:
+    selected = f"({SHAPE} and (eager or fastreg)) or (test_forward and float32 and (interrupts or fastreg))"
+    file = tmp_path / "lines.jsonl"
+    output = bench(tmp_path, *FAILING, "-k", selected, f"--lines={file}")
+    assert "KeyboardInterrupt" in output
+    rows = json.loads((tmp_path / "json").read_text())["benchmarks"]
+    assert [row["name"] for row in rows] == ["eager", "fastreg"]
+    assert lines.records(file)[-1] == {"end": int(pytest.ExitCode.INTERRUPTED)}
+    bench(tmp_path, *FAILING, "-k", f"({selected}) and not interrupts", f"--lines={file}", fails=False)
+    assert len(lines.read(file)["benchmarks"]) == 3, "the second run went on"
+
+
+@more
+def test_steps_are_checked(tmp_path: Path) -> None:
+    output = bench(tmp_path, *FAILING, "-k", "LSTM-8x10x16", "--benchmark-disable", "--limit=300")
+    assert "adds something else than the formula" in output
+    assert "1 failed, 7 passed" in output
+
+
+@more
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    skip_without("pygal")
+    own = f"--benchmark-storage={tmp_path}", "-k", f"{SHAPE} and (fastreg or before)", f"--before={ROOT}"
+    bench(tmp_path, *own, "--benchmark-save=one", fails=False)
+    output = bench(tmp_path, *own, "--benchmark-compare", f"--benchmark-histogram={tmp_path}/drawn", fails=False)
+    assert re.search(rf"{CASE}: before: [01]\.\d+ ± 0\.\d+ of fastreg", output)
+    assert "(0001_one)" in output
+    assert [*tmp_path.glob("drawn*.svg")]
+
+
+@pytest.mark.parametrize("option", ["--benchmark-timer=time.time", "--benchmark-cprofile=tottime"])
+def test_options_without_effect_are_refused(option: str) -> None:
+    done = python("-m", "pytest", "bench", option, "--collect-only", fails=True)
+    assert f"{option.partition('=')[0]} has no effect here: " in done.stderr
+
+
+MODULES = [
+    name
+    for file in [*sorted(ROOT.glob("bench/*/*.py")), ROOT / "tests" / "fakegpu.py"]
+    for name in re.findall(r'prog="([\w.]+)"', file.read_text())
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -190,62 +206,127 @@ def test_help_shows_help(module: str, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().out.startswith("usage: ")
 
 
-WHY = {
-    "aborts": "the process ended with status -6",
-    "hangs": "out of time after 8 s",
-    "raises": "ValueError: no",
-    "is too large": "does not fit in the device's memory",
-    "aborts in a turn": "the process ended with status -6",
-}
+def row(group: str, name: str, milliseconds: float, over: dict[str, list[float]], **info: Any) -> dict[str, Any]:
+    """Return a row as pytest-benchmark would have it."""
+    about = {"pass": results.BOTH, "shape": [2, 3, 4], "dtype": "float32", "layout": "batch first", "waiting": 0.0}
+    stats = dict.fromkeys(results.COLUMNS, 0) | {"median": milliseconds / 1e3}
+    return {"group": group, "name": name, "stats": stats, "extra_info": about | {"over": over} | info}
 
 
-def bench(folder: Path, *options: str, fails: bool) -> str:
-    """Run `python -m pytest bench` with cases that fail; return its output."""
-    own = f"--lines={folder}/lines", f"--benchmark-json={folder}/json", "--limit=8", "--tb=short"
-    command = "-m", "pytest", "bench", "-p", "tests.project.failing_cases", "-p", "no:cacheprovider"
-    # With the variable of pytest-xdist, pytest-benchmark would measure nothing.
-    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "COLUMNS": "200"}
-    return python(*command, *own, *options, fails=fails, **environment).stdout
+def run_of(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
+    about = {"device": "A CPU", "torch": "1", "triton": "2", "python_version": "3", "threads": 2} | facts
+    commit = {"id": "0123456789abc", "dirty": False, "version": "9", "source": "s"}
+    return {
+        "machine_info": about,
+        "commit_info": commit,
+        "datetime": "2026",
+        "version": "5",
+        "benchmarks": rows,
+        "missing": {},
+    }
 
 
-def test_peers_that_fail_and_an_interrupt_lose_no_other_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM comes from a peer of the second group. The lines give the same JSON, even if one of them is cut off."""
-    selected = "(2x5x8 and not interrupts) or (3x5x8 and interrupts)"
-    output = bench(tmp_path, "-k", selected, fails=True)
-    found = json.loads((tmp_path / "json").read_text())
-    assert "KeyboardInterrupt" in output
-    for peer, why in WHY.items():
-        assert f"FAILED bench/test_cases.py::test_case[2x5x8-float32-forward+backward-{peer}] - {why}" in output
-    assert {lost["name"]: lost["why"] for lost in found["missing"]} == WHY
-    assert [row["name"] for row in found["benchmarks"]] == ["eager", "fastreg"]
-    for row in found["benchmarks"]:
-        assert (row["group"], row["options"]["timer"]) == ("2x5x8-float32-forward+backward", CLOCK.__name__)
-        assert row["stats"]["rounds"] == timing.LEAST
-        assert row["extra_info"]["held_bytes"] > 0
-    _, *ended = lines.records(tmp_path / "lines")
-    assert [line["task"].rpartition("-")[2] for line in ended] == ["eager", *WHY, "fastreg"]
-    with (tmp_path / "lines").open("a") as cut:
-        cut.write('{"part": "cut off", "sec\n')
-    monkeypatch.setattr(sys, "argv", ["lines", f"{tmp_path}/lines", f"{tmp_path}/made"])
-    lines.main()
-    made = json.loads((tmp_path / "made").read_text())
-    for key in ("machine_info", "benchmarks", "missing", "version"):
-        assert made[key] == found[key], key
-    assert made["commit_info"].items() <= found["commit_info"].items()
+def test_ratios_that_contain_1_are_dashes_and_rows_of_a_busy_machine_are_missing() -> None:
+    ways = {"compiled": [1.1, 0.06], "eager": [4.0, 0.1]}
+    of_fastreg = {way: [1 / ratio, error / ratio**2] for way, (ratio, error) in ways.items()}
+    kept: dict[str, Any] = {"allocator": machine.KEPT}
+    rows = [row("one", way, ratio[0], {"fastreg": ratio}, **kept) for way, ratio in ways.items()]
+    rows += [row("one", "fastreg", 1.0, of_fastreg, **kept), row("two", "eager", 9.0, {}, waiting=0.5, **kept)]
+    found = results.result_of(json.loads(results.compact(results.merged([run_of(rows)]))))
+    page = "\n".join(report.tables(found))
+    assert "| (2, 3, 4), float32 | 1 | - | 4.00±0.10 | memory kept |" in page
+    assert "threads waited for a core during 50% of the time: two/eager." in page
+    assert report.slowest([found])[0].median == pytest.approx(0.25), "no other row can be told from 1"
+
+
+def committed() -> list[results.Result]:
+    return [results.load(file) for file in sorted(results.RESULTS.glob("*.json"))]
+
+
+def test_every_row_of_the_latest_result_is_on_the_page() -> None:
+    page = report.figures(committed())
+    for result in report.latest(committed()):
+        for case in result.cases:
+            kind = case.info["pass"]
+            assert kind in {*report.KINDS, results.STEP, results.COMPILED}, f"no table shows {kind}"
+            title = f"{report.KINDS[kind]}:\n\n" if kind in report.KINDS else "compiled as a whole:\n\n"
+            shown = page if kind == results.STEP else page.partition(title)[2].partition("\n\n")[0]
+            assert f"| {case.label} |" in shown, f"{case.name} is missing"
+
+
+def test_what_is_committed_is_what_was_measured() -> None:
+    found = committed()
+    assert not any("Fake" in result.machine["device"] for result in found), "kernels that do nothing take no time"
+    drawn = picture.FILE.read_text()
+    for page, begin, part in report.PAGES:
+        text = page.read_text()
+        assert report.with_part(text, part(found), begin) == text, "run `python -m bench.measure.report`"
+    assert picture.FILE.read_text() == drawn, "run `python -m bench.measure.report`"
+
+
+def test_a_rehearsal_has_to_find_the_values_wrong(tmp_path: Path) -> None:
+    for name in ("first", "sweep"):
+        own = lines.Lines(tmp_path / f"{name}.jsonl")
+        own.write(
+            run=run_of([]) | {"tests": ["penalty-128x512x1024/eager", "penalty-small/eager", "penalty-small/fastreg"]}
+        )
+        own.write(test="penalty-128x512x1024/eager", row=row("penalty-128x512x1024", "eager", 1.0, {}))
+        own.write(test="penalty-small/eager", missing=WHY["wrong"])
+        (tmp_path / f"{name}.md").write_text("")
+    (tmp_path / "first.log").write_text("== tests of tests/kernels/a.py\n== tests of tests/call/b.py\n")
+    assert fakegpu.problems(tmp_path) == [f"{name}: penalty-small/fastreg: not reached" for name in ("first", "sweep")]
+
+
+COLLECT = """import sys, pytest; from tests import conftest; conftest.NEEDS.clear()  # no case is left out
+folders = "tests/kernels", "tests/call", "tests/attach"
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *folders]))"""
 
 
 @more
-def test_disabled_benchmarks_call_each_peer_once(tmp_path: Path) -> None:
-    output = bench(tmp_path, "-k", "eager or fastreg or turn", "--benchmark-disable", fails=False)
-    assert "= 6 passed" in output, "the fifth call of a peer aborts"
-    assert [line["found"] for line in lines.records(tmp_path / "lines")[1:]] == [{}] * 6
+def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
+    """Their text shows them, without the time that pytest takes to collect all tests on a GPU."""
+    (line,) = re.findall(r"^files=\$\((.*)\)$", (ROOT / "bench" / "on_gpu.sh").read_text(), re.MULTILINE)
+    files = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    collected = {*re.findall(r"^(tests/.*\.py)::", python("-c", COLLECT).stdout, re.MULTILINE)}
+    assert {*files, "tests/kernels/test_order.py", "tests/kernels/test_sizes.py"} >= collected
+    assert len(files) < len(collected) + 6, "files without such tests take seconds"
 
 
-def test_a_worker_that_cannot_begin_says_so_and_the_next_one_begins() -> None:
-    own = worker.Worker(PYTHONHOME="/nowhere")
-    with pytest.raises(worker.Lost, match="the process ended with status"):
-        own.do(machine.facts, limit=1.0)
-    own.environment.clear()
-    with pytest.raises(worker.Lost, match="TypeError: "):
-        own.do(machine.file_name, "too", "many", limit=60.0)
-    own.stop()
+def test_the_first_minutes_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", "bench/on_gpu.sh", "first"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "expected a GPU, got none" in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
+@more
+def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a copy, where a made-up shell writes a made-up result instead of bench/on_gpu.sh."""
+    skip_without("nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "bench" / "on_gpu.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
+    code[0].source = code[0].source.replace("torch.cuda.is_available()", "True")
+    checkout, shell = tmp_path / "checkout", tmp_path / "bash"
+    shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("fastreg", "kernels"):
+        (checkout / name).symlink_to(ROOT / name)
+    shell.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nmkdir -p bench/results/first\n'
+        'for part in first sweep; do echo "tables of $part" > bench/results/first/$part.md; done\n'
+    )
+    shell.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(checkout / "bench")}}).execute()
+    outputs = "".join(str(output) for cell in code for output in cell.outputs)
+    assert (tmp_path / "called").read_text() == "bench/on_gpu.sh first\n"
+    assert "self-test passed" in outputs
+    assert "tables of first" in outputs
+    with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
+        assert archive.namelist() == ["first.md", "sweep.md"]

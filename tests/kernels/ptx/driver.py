@@ -16,9 +16,9 @@ from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
-from bench.offline.stand_in import StandInDriver, active
 from tests.kernels.ptx.decoder import LANES, Decoder
 from tests.kernels.ptx.machine import PTR, Fault, Instruction, Machine, Region, library
+from tests.kernels.stand_in import StandInDriver, active
 
 H100 = GPUTarget("cuda", 90, 32)
 RESIDENT = 8  # programs that run at once

@@ -1,0 +1,182 @@
+"""Figures of a call beside its time: memory, page faults, launches, and the time in a CUDA graph."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.measure.timing import DEVICE
+
+Call = Callable[[int], tuple[Tensor, ...]]  # returns the results; the number of the call chooses its inputs
+
+REPLAYS = 20
+CLOCK = 2e9  # cycles a second of a fast GPU; a slower GPU sleeps longer than it has to
+COPY_BYTES = 2**30
+
+
+def of(call: Call, forward: Callable[[], tuple[Tensor, ...]], sets: int, moved: int | None) -> dict[str, Any]:
+    """Measure everything except the time of a call.
+
+    Args:
+        call: makes a call with the inputs of one set.
+        forward: makes the forward of a call.
+        sets: the number of sets.
+        moved: the bytes that the call must read and write, if they are known.
+    """
+    call(0)
+    figures: dict[str, Any] = {"held_bytes": held_bytes(forward, DEVICE)} | ({"moved_bytes": moved} if moved else {})
+    if DEVICE == "cpu":
+        return figures | {"page_faults": page_faults(call)}
+    figures |= {"peak_bytes": peak_bytes(call, "cuda"), "host_seconds": host_seconds(call)}
+    try:
+        cold = graph_seconds(call, range(sets))
+        figures |= {"graph_warm_seconds": graph_seconds(call, [0] * sets), "graph_rotated_seconds": cold}
+        figures |= {"share_of_copy": moved / cold / copy_bandwidth()} if moved else {}
+        return figures | {"launches": launches(call)}
+    except RuntimeError as error:  # the way cannot be captured
+        return figures | {"no_graph": f"{error}".partition("\n")[0]}
+
+
+def held_bytes(forward: Callable[[], tuple[Tensor, ...]], device: str) -> int:
+    """Measure the bytes that a forward leaves allocated for the backward, beyond its inputs and results.
+
+    Hooks on saved tensors would change the measurement: with them fastreg writes no gradients ahead. On a CPU
+    PyTorch's profiler reports the allocations of the calling thread, which runs forwards.
+    """
+    forward()
+    gc.collect()  # now, so that nothing else is freed during the call
+    if device == "cpu":
+        results, allocated = allocations(forward)
+        held = sum(allocated)
+    else:
+        before = torch.cuda.memory_allocated()
+        results = forward()
+        held = torch.cuda.memory_allocated() - before
+    own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
+    return held - sum(own.values())
+
+
+def page_faults(call: Call) -> int:
+    """Count the page faults of one call."""
+    for _ in range(2):  # the second call may reuse other blocks of memory than the first
+        call(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call(0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
+    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error.
+
+    A backward has to be captured on the stream of its forward.
+    """
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        call(numbers[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    # torch.cuda.graph does not restore the stream if the end of the capture raises
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=stream):
+        results = [call(i) for i in numbers]  # kept, so that each call writes its gradients to other memory
+    del results
+    return graph
+
+
+def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
+    """Measure the device seconds of a call without gaps between launches, in a CUDA graph of one call for each number.
+
+    The device sleeps until the host has launched the replay, so that this launch is not counted.
+    """
+    graph = capture(call, numbers)
+    graph.replay()  # the first replay uploads the graph
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    graph.replay()
+    asleep = round(CLOCK * (1e-4 + 2 * (time.perf_counter() - began)))
+    times = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(asleep)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times) / len(numbers)
+
+
+def host_seconds(call: Call) -> float:
+    """Measure the seconds until a call returns, with an idle device whose queue is never full."""
+    times = []
+    for number in range(20):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call(number)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def launches(call: Call) -> int:
+    """Count the kernels, copies and fills of one call, which are the nodes of its CUDA graph."""
+    graph, count = capture(call, [0]), ctypes.c_size_t()
+    # the functions of the CUDA runtime that torch has loaded
+    status = ctypes.CDLL(None).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
+    if status:
+        raise RuntimeError(f"cudaGraphGetNodes: error {status}")
+    return count.value
+
+
+def peak_bytes(call: Call, device: str) -> int | None:
+    """Measure the peak memory of one call beyond its inputs and results, in bytes; `None` if it cannot be measured.
+
+    On a CPU PyTorch's profiler reports only the allocations of the calling thread.
+    """
+    call(0)
+    if device == "cpu":
+        results, allocated = allocations(lambda: call(0))
+        return max(itertools.accumulate(allocated)) - sum(x.nbytes for x in results) if allocated else None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+
+
+def allocations(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], list[int]]:
+    """Return the results of a call, and the bytes that each allocation on the CPU adds in order, negative if freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        results = call()
+    profiler: Any = profiled.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    return results, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Measure the bytes a second that a large copy on the GPU reads and writes."""
+    return 2 * COPY_BYTES / copy_seconds(COPY_BYTES, [0] * 4)
+
+
+def copy_seconds(size: int, numbers: Sequence[int]) -> float:
+    """Measure the device seconds of a copy of so many bytes, with a pair of tensors for each value in `numbers`."""
+    tensors = torch.empty(len({*numbers}), 2, size, dtype=torch.uint8, device="cuda")
+
+    def copy(i: int) -> tuple[Tensor, ...]:
+        source, target = tensors[i]
+        return (target.copy_(source),)
+
+    return graph_seconds(copy, numbers)

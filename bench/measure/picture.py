@@ -1,0 +1,91 @@
+"""The picture of the README: time and memory that each way of adding the penalty adds to a training step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from bench.measure.machine import ROOT
+from bench.measure.results import Case
+
+FILE = ROOT / "docs" / "steps.svg"
+CASES = {  # the label of a case, and its title
+    "8 elementwise layers, (4, 256, 256)": "8 layers of tanh(x * weight), 4 x 256 x 256",
+    "LSTM, (16, 35, 60)": "LSTM, 16 x 35 x 60",
+}
+WAYS = {
+    "eager": "formula",
+    "compiled": "compiled formula",
+    "fused_ar_tar": "fused_ar_tar",
+    "attach": "attach",
+    "FusedRNNDropout": "FusedRNNDropout",
+}
+COLORS = {"eager": "#9aa5b1", "compiled": "#6b7785"}  # of the formulas; fastreg has OURS
+OURS = "#1f6feb"
+
+
+def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return the added time and peak memory of each way, in percent of the step without the penalty, with its error."""
+    without = case.ways["no penalty"]
+    found: dict[str, dict[str, tuple[float, float]]] = {"time": {}, "memory": {}}
+    for way in (way for way in WAYS if way in case.ways):
+        added = case.added(way)
+        found["time"][way] = 100 * added.median / without["median"], 100 * added.error / without["median"]
+        if "peak_bytes" in case.ways[way]:
+            found["memory"][way] = 100 * (case.ways[way]["peak_bytes"] / without["peak_bytes"] - 1), 0.0
+    return found
+
+
+def text(cases: list[Case]) -> str:
+    """Say the figures of the picture in words."""
+    parts = []
+    for case in cases:
+        added = shares(case)
+        ways = []
+        for way, (time, _) in added["time"].items():
+            memory = [f"{round(added['memory'][way][0]) + 0}%"] if way in added["memory"] else []
+            ways.append(" and ".join([f"{WAYS[way]} {round(time) + 0}%", *memory]))
+        parts.append(f"{CASES[case.label]}: {', '.join(ways)}")
+    return "Bars: time and peak memory that AR and TAR add to a training step. " + "; ".join(parts)
+
+
+def digest(cases: list[Case], about: str) -> str:
+    """Name the data of a picture, which the file has as its description."""
+    return hashlib.sha256(json.dumps([about, *map(shares, cases)]).encode()).hexdigest()[:12]
+
+
+def draw(cases: list[Case], about: str, clock: str) -> None:
+    """Draw the bars, unless the file has been drawn of the same data."""
+    data = f"data {digest(cases, about)}"
+    if FILE.exists() and data in FILE.read_text():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style: Any = {
+        "svg.hashsalt": "steps",
+        "svg.fonttype": "none",
+        "font.size": 9,
+        "font.family": "sans-serif",
+    }
+    with plt.rc_context(style):
+        shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+        figure, axes = plt.subplots(2, len(cases), figsize=(8, 4.2), **shared)
+        for column, case in enumerate(cases):
+            for row, (what, bars) in enumerate(shares(case).items()):
+                ax, ways = axes[row][column], list(bars)
+                values, errors = zip(*bars.values(), strict=True)
+                colors = [COLORS.get(way, OURS) for way in ways]
+                drawn = ax.barh([WAYS[way] for way in ways], values, xerr=errors if row == 0 else None, color=colors)
+                ax.bar_label(drawn, [f"{round(value) + 0:+d}%" for value in values], padding=3)
+                ax.margins(x=0.2)
+                ax.axvline(0, color="black", linewidth=0.8)
+                ax.spines[["top", "right"]].set_visible(False)
+                ax.set_xlabel(f"added {clock if what == 'time' else 'peak memory'}, % of the step")
+                ax.set_title(CASES[case.label] if row == 0 else "", fontsize=10)
+        axes[0][0].invert_yaxis()
+        figure.savefig(FILE, metadata={"Date": None, "Description": data})
+        plt.close(figure)

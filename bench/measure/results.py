@@ -1,0 +1,138 @@
+"""Results of one machine each: compact JSON of pytest-benchmark in bench/results, without rounds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.measure import lines
+from bench.measure.machine import ALLOCATORS, DEFAULT, ROOT
+from bench.measure.timing import MOST_WAITING
+
+RESULTS = ROOT / "bench" / "results"
+BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
+# A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
+COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
+
+
+class Figure(NamedTuple):
+    """A median over rounds, and its standard error."""
+
+    median: float
+    error: float
+
+    def differs_from(self, value: float) -> bool:
+        """Return whether the value is further away than two standard errors."""
+        return abs(self.median - value) > 2 * self.error
+
+    def __str__(self) -> str:
+        """Render a ratio, or a dash if it cannot be told from 1."""
+        digits = 1 if self.median >= 10 else 2 if self.error >= 0.005 else 3
+        return f"{self.median:.{digits}f}±{self.error:.{digits}f}" if self.differs_from(1) else "-"
+
+    def over(self, other: Figure) -> Figure:
+        """Return the ratio of two figures, with the error of independent ones; NaN if the other one is close to 0."""
+        if not self.median or abs(other.median) < 4 * other.error:
+            return Figure(math.nan, math.nan)
+        ratio = self.median / other.median
+        return Figure(ratio, abs(ratio) * math.hypot(self.error / self.median, other.error / other.median))
+
+
+@dataclass
+class Case:
+    """Ways that were measured in turns: the facts of all, and for each its statistics and its figures."""
+
+    name: str
+    info: dict[str, Any]
+    ways: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        shape = f"({', '.join(map(str, self.info['shape']))})"
+        if "model" in self.info:
+            return f"{self.info['model']}, {shape}"
+        layout = self.info.get("layout", "batch first")
+        return ", ".join([shape, self.info["dtype"], *[layout] * (layout != "batch first")])
+
+    def over(self, way: str, other: str) -> Figure:
+        """Return the time of a way over the time of another one, by pairs of turns."""
+        return Figure(*self.ways[way]["over"][other])
+
+    def added(self, way: str) -> Figure:
+        """Return the seconds that a way adds to a step without the penalty, by pairs of turns."""
+        return Figure(*self.ways[way]["added"])
+
+
+@dataclass
+class Result:
+    """The result of one machine."""
+
+    machine: dict[str, Any]
+    commit: dict[str, Any]
+    date: str
+    cases: list[Case]
+    missing: dict[str, str]
+
+    @property
+    def on_gpu(self) -> bool:
+        return "copy_bandwidth" in self.machine
+
+    def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
+        """Return the cases of one pass, or the cases of `labels` in that order."""
+        cases = [case for case in self.cases if case.info["pass"] == kind]
+        return [case for label in labels for case in cases if case.label == label] if labels else cases
+
+    def parts(self) -> list[Result]:
+        """Split the cases of a CPU by allocator, memory kept first; a GPU's cases stay together."""
+        parts = [[case for case in self.cases if case.info.get("allocator") == allocator] for allocator in ALLOCATORS]
+        return [replace(self, cases=cases) for cases in parts if cases] or [self]
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read the JSON of pytest-benchmark, or the lines of a run."""
+    return lines.read(file) if file.suffix == ".jsonl" else json.loads(file.read_text())
+
+
+def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one result of runs with different allocators; a row of a busy machine is missing."""
+    rows, missing = {}, {}
+    for run in runs:
+        by_default = any(row["extra_info"].get("allocator") == DEFAULT for row in run["benchmarks"])
+        suffix = f" ({DEFAULT})" * by_default
+        missing |= {f"{test}{suffix}": why for test, why in run["missing"].items()}
+        for row in run["benchmarks"]:
+            group, waiting = row["group"] + suffix, row["extra_info"]["waiting"]
+            if waiting > MOST_WAITING:
+                why = f"the machine was busy: threads waited for a core during {waiting:.0%} of the time"
+                missing[f"{group}/{row['name']}"] = why
+                continue
+            stats = {key: row["stats"][key] for key in COLUMNS}
+            about = {"group": group, "name": row["name"], "stats": stats, "extra_info": row["extra_info"]}
+            rows[group, row["name"]] = about
+    return runs[-1] | {"benchmarks": [*rows.values()], "missing": missing}
+
+
+def compact(found: dict[str, Any]) -> str:
+    """Return a merged result with a short line for each row. Numbers have five significant digits; pages show three."""
+    found = json.loads(json.dumps(found), parse_float=lambda digits: float(f"{float(digits):.5g}"))
+    keys = "machine_info", "commit_info", "datetime", "version", "missing"
+    parts = [f'"{key}": {json.dumps(found[key])}' for key in keys]
+    parts.append('"benchmarks": [\n' + ",\n".join(map(json.dumps, found["benchmarks"])) + "\n]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def result_of(found: dict[str, Any]) -> Result:
+    cases: dict[str, Case] = {}
+    for row in found["benchmarks"]:
+        case = cases.setdefault(row["group"], Case(row["group"], row["extra_info"]))
+        case.ways[row["name"]] = row["extra_info"] | row["stats"]
+    return Result(found["machine_info"], found["commit_info"], found["datetime"], [*cases.values()], found["missing"])
+
+
+def load(file: Path) -> Result:
+    """Read a result of bench/results, or any other run."""
+    return result_of(read(file))

@@ -1,0 +1,312 @@
+"""AR and TAR by themselves, forward and backward, by each of several ways: `pytest bench/test_call.py`.
+
+Add your own kernel to WAYS, as `"mine": my_penalty`, and run `pytest bench/test_call.py -k "test_penalty and float32"`.
+Each way is compared with the formula in float64, gradients included, before it is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.conftest import in_turns, name
+from bench.measure import before, figures, formulas
+from bench.measure.formulas import ALPHA, BETA
+from bench.measure.timing import DEVICE
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+
+pytestmark = in_turns
+Measure = Callable[..., None]
+Inputs = tuple[Tensor, ...]
+Way = Callable[..., Tensor]
+# The ways that are compared: (raw, dropped, alpha, beta) -> penalty, where raw and dropped are (batch, time, hidden).
+WAYS: dict[str, Way] = {
+    "eager": formulas.fastai,
+    "compiled": torch.compile(formulas.fastai),
+    "fastreg": fused_ar_tar,
+}
+WAYS |= {"before": before.fastreg.fused_ar_tar} if before.fastreg else {}
+
+BFLOAT16, FLOAT32, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
+DTYPES = BFLOAT16, FLOAT32
+DEMO, SMALL, MIDDLE, LARGE = (20, 70, 96), (64, 70, 400), (32, 512, 1024), (128, 512, 1024)
+SHAPES = [DEMO, SMALL, (64, 70, 1152), (80, 70, 400), MIDDLE, LARGE]
+BATCH_FIRST, TIME_FIRST, SAME = "batch first", "time first", "raw is dropped"
+# The cases, the most important ones of a GPU first.
+CASES: list[Any] = [
+    pytest.param(*case, BATCH_FIRST, marks=pytest.mark.first) for case in product((LARGE, SMALL), DTYPES)
+]
+if DEVICE == "cuda":
+    LONG = (8, 4096, 2048)
+    CASES += product((*SHAPES[2:5], LONG), DTYPES, [BATCH_FIRST])
+    CASES += product((*SHAPES[1:], LONG), DTYPES, [TIME_FIRST])
+    CASES += product(SHAPES[1:], [FLOAT16], [BATCH_FIRST])
+else:
+    CASES += product(SHAPES[2:5], DTYPES, [BATCH_FIRST])
+    CASES += [*product([SMALL], DTYPES, [TIME_FIRST]), (SMALL, FLOAT16, BATCH_FIRST)]
+CASES += [*product([SMALL], DTYPES, [SAME]), (DEMO, FLOAT32, BATCH_FIRST)]
+
+ERROR = {FLOAT32: 1e-4, BFLOAT16: 2e-2, FLOAT16: 2e-2}  # of penalty and gradients, relative to the greatest
+MOST_CHECKED = 2**23  # elements: of the largest shape the formula in float64 takes 26 s
+CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
+MOST_SETS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of calls, and the results of the formula in float64.
+
+    Attributes:
+        sets: so many sets of inputs that none is in the cache when its turn comes again.
+        want: the penalty and its gradients by the first set, or nothing if that would take too long.
+    """
+
+    sets: list[Inputs]
+    want: list[Tensor]
+
+
+@functools.lru_cache(maxsize=1)
+def case_of(make: Callable[..., Inputs], formula: Way | None, *about: Any) -> Case:
+    """Make the inputs of a case once for all of its ways."""
+    torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
+    torch.manual_seed(0)
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE == "cuda" else CPU_CACHE
+    first = make(*about)
+    count = min(max(2, math.ceil(2 * cache / sum(x.nbytes for x in dict.fromkeys(first)))), MOST_SETS)
+    sets = [first, *(make(*about) for _ in range(count - 1))]
+    want = value_and_gradients(formula, doubled(first)) if formula and first[0].numel() <= MOST_CHECKED else []
+    return Case(sets, want)
+
+
+def doubled(inputs: Inputs) -> Inputs:
+    """Return copies of the inputs in float64; two inputs that are one tensor stay one."""
+    copies = {x: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs}
+    return tuple(copies[x] for x in inputs)
+
+
+def leaves_of(inputs: Inputs) -> list[Tensor]:
+    """Return the inputs that need gradients, each once."""
+    return list(dict.fromkeys(x for x in inputs if x.requires_grad))
+
+
+def value_and_gradients(way: Way, inputs: Inputs) -> list[Tensor]:
+    value = way(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, leaves_of(inputs), torch.ones_like(value))]
+
+
+def check(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
+    """Compare values with those in float64."""
+    for x, exact in zip(got, want, strict=True):
+        error = ((x.double() - exact).abs().max() / exact.abs().max()).item()
+        assert error < ERROR[dtype], f"differs from the formula in float64 by {error:.1e}"
+
+
+def run(measure: Measure, case: Case, ways: Mapping[Any, Way], info: dict[str, Any], slopes: Any = (1.0,)) -> None:
+    """Measure forward and backward of each way, each time with the next inputs and the next upstream gradient."""
+    raw = case.sets[0][0]
+    upstream = itertools.cycle([torch.full((), x, device=DEVICE) for x in slopes])
+
+    def call(way: Way, inputs: Inputs) -> Inputs:
+        penalty = way(*inputs)
+        return torch.autograd.grad(penalty, leaves_of(inputs), next(upstream).to(penalty.dtype))
+
+    def prepare(way: str) -> Any:
+        if case.want and way not in OTHERWISE:
+            check(value_and_gradients(ways[way], case.sets[0]), case.want, raw.dtype)
+        one, sets = partial(call, ways[way]), itertools.cycle(case.sets)
+        passes = PASSES.get(way) if info["pass"] == "forward + backward" else None
+        moved = passes * sum(x.nbytes for x in leaves_of(case.sets[0])) if passes else None
+        forward = lambda: (ways[way](*case.sets[0]),)  # noqa: E731
+        own = figures.of(lambda i: one(case.sets[i]), forward, len(case.sets), moved)
+        return lambda: one(next(sets)), own
+
+    measure(prepare, described(raw) | info, calls=CALLS)
+
+
+# How often a way reads or writes each input: compiled code reads the inputs again in the backward.
+PASSES = {"compiled": 3, "fastreg": 2, "before": 2}
+OTHERWISE = ("without lengths",)  # ways that compute something else
+CALLS = 10 if DEVICE == "cuda" else 1  # of a turn
+
+
+def described(x: Tensor) -> dict[str, Any]:
+    return {"shape": tuple(x.shape), "dtype": name(x.dtype)}
+
+
+def with_coefficients(ways: dict[str, Way]) -> dict[str, Way]:
+    return {name: partial(way, alpha=ALPHA, beta=BETA) for name, way in ways.items()}
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def penalty_inputs(shape: Any, dtype: torch.dtype, layout: str = BATCH_FIRST) -> Inputs:
+    """Return raw and dropped, `(batch, time, hidden)`."""
+
+    def leaf() -> Tensor:
+        x = tensor(shape, dtype)
+        x = x.transpose(0, 1).contiguous().transpose(0, 1) if layout == TIME_FIRST else x  # in memory, time first
+        return x.requires_grad_()
+
+    raw = leaf()
+    return raw, raw if layout == SAME else leaf()
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize(("shape", "dtype", "layout"), CASES, ids=name)
+def test_penalty(measure: Measure, shape: Any, dtype: Any, layout: str) -> None:
+    """The penalty, its forward and backward: the cases that the README quotes."""
+    case = case_of(penalty_inputs, formulas.penalty, shape, dtype, layout)
+    run(measure, case, with_coefficients(WAYS), {"pass": "forward + backward", "layout": layout})
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
+def test_forward(measure: Measure, way: str, shape: Any, dtype: Any) -> None:
+    """A forward without a backward, of inputs that need gradients."""
+    case = case_of(penalty_inputs, formulas.penalty, shape, dtype)
+
+    def prepare(way: str) -> Any:
+        penalty = partial(WAYS[way], alpha=ALPHA, beta=BETA)
+        if case.want:
+            check(value_and_gradients(penalty, case.sets[0]), case.want, dtype)
+        sets = itertools.cycle(case.sets)
+        call = lambda i: (penalty(*case.sets[i]),)  # noqa: E731
+        return lambda: penalty(*next(sets)), figures.of(call, lambda: call(0), len(case.sets), None)
+
+    measure(prepare, described(case.sets[0][0]) | {"pass": "forward"}, calls=CALLS)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
+def test_changing(measure: Measure, shape: Any, dtype: Any) -> None:
+    """An upstream gradient that changes in each step, so that fastreg always predicts a wrong one."""
+    case = case_of(penalty_inputs, formulas.penalty, shape, dtype)
+    run(measure, case, with_coefficients(WAYS), {"pass": "changing upstream gradient"}, slopes=(1.0, 2.0))
+
+
+PADDED_WAYS: dict[str, Way] = {  # (raw, dropped, lengths, alpha, beta) -> penalty
+    "without lengths": lambda raw, dropped, lengths, alpha, beta: fused_ar_tar(raw, dropped, alpha, beta),
+    "eager": formulas.padded,
+    "compiled": torch.compile(formulas.padded),
+    "fastreg": lambda raw, dropped, lengths, alpha, beta: fused_ar_tar(raw, dropped, alpha, beta, lengths=lengths),
+}
+
+
+def padded_inputs(shape: Any, dtype: torch.dtype) -> Inputs:
+    """Return raw, dropped, and lengths from 0 to all time steps in random order."""
+    lengths = torch.linspace(0, shape[1], shape[0]).round().long()[torch.randperm(shape[0])]
+    return *penalty_inputs(shape, dtype), lengths.to(DEVICE)
+
+
+@pytest.mark.parametrize("way", PADDED_WAYS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", [SMALL, MIDDLE, LARGE] if DEVICE == "cuda" else [SMALL, MIDDLE], ids=name)
+def test_padded(measure: Measure, shape: Any, dtype: Any) -> None:
+    """The penalty of a batch in which half of the time steps are padding."""
+    case = case_of(padded_inputs, formulas.padded_penalty, shape, dtype)
+    run(measure, case, with_coefficients(PADDED_WAYS), {"pass": "padded"})
+
+
+CHANGES = partial(formulas.changes, time_dim=2)
+CHANGES_WAYS: dict[str, Way] = {  # (batch, channels, time, 1, 1) -> the mean of squared changes over time
+    "eager": CHANGES,
+    "compiled": torch.compile(CHANGES),
+    "fastreg": partial(fused_ar_tar, dropped=None, alpha=0.0, beta=1.0, time_dim=2),
+}
+
+
+def changes_inputs(dtype: torch.dtype, layout: str) -> Inputs:
+    """Return representations of eb_jepa's action-conditioned model."""
+    x = tensor((128, 17, 512), dtype).movedim(1, 2)[..., None, None]
+    return ((x.contiguous() if layout == "time innermost" else x).requires_grad_(),)
+
+
+@pytest.mark.parametrize("way", CHANGES_WAYS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("layout", [BATCH_FIRST, "time innermost"], ids=name)
+def test_changes(measure: Measure, layout: str, dtype: Any) -> None:
+    """TAR of a world model's representations."""
+    case = case_of(changes_inputs, CHANGES, dtype, layout)
+    run(measure, case, CHANGES_WAYS, {"pass": "changes", "shape": (128, 17, 512), "layout": layout})
+
+
+P = 0.4  # AWD-LSTM's output dropout
+
+
+def dropped_by(raw: Tensor) -> tuple[Tensor, ...]:
+    return (formulas.rnn_dropout(raw, P),)
+
+
+def dropout_then(penalty: Way) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def both(raw: Tensor) -> tuple[Tensor, ...]:
+        (dropped,) = dropped_by(raw)
+        return dropped, penalty(raw, dropped, ALPHA, BETA)
+
+    return both
+
+
+DROPOUT_WAYS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {  # raw -> dropped and, if there is one, the penalty
+    "dropout alone": dropped_by,
+    "eager": dropout_then(formulas.fastai),
+    "fused_ar_tar": dropout_then(fused_ar_tar),
+    "compiled dropout alone": torch.compile(dropped_by),
+    "compiled": torch.compile(dropout_then(formulas.fastai)),
+    "compiled fused_ar_tar": torch.compile(dropout_then(fused_ar_tar)),
+    "compiled fastreg": torch.compile(fused := partial(fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA)),
+    "fastreg": fused,
+}
+
+
+def dropout_inputs(shape: Any, dtype: torch.dtype) -> Inputs:
+    """Return raw, and the gradient of dropped that a decoder sends back."""
+    return tensor(shape, dtype).requires_grad_(), tensor(shape, dtype)
+
+
+@pytest.mark.parametrize("way", DROPOUT_WAYS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=name)
+def test_dropout(measure: Measure, shape: Any, dtype: Any) -> None:
+    """Variational dropout, forward and backward: by itself, followed by the penalty, and fused with it."""
+    sets = case_of(dropout_inputs, None, shape, dtype).sets
+
+    def prepare(way: str) -> Any:
+        drop = DROPOUT_WAYS[way]
+
+        def call(inputs: Inputs) -> Inputs:
+            raw, slope = inputs
+            results = drop(raw)
+            ones = [torch.ones_like(penalty) for penalty in results[1:]]
+            return *results, *torch.autograd.grad(results, raw, [slope, *ones])
+
+        if sets[0][0].numel() <= MOST_CHECKED:
+            check_dropout(list(call(sets[0])), *sets[0])
+        rotated = itertools.cycle(sets)
+        forward = lambda: drop(sets[0][0])  # noqa: E731
+        return lambda: call(next(rotated)), figures.of(lambda i: call(sets[i]), forward, len(sets), None)
+
+    measure(prepare, described(sets[0][0]) | {"pass": "dropout"}, calls=CALLS)
+
+
+def check_dropout(got: list[Tensor], raw: Tensor, slope: Tensor) -> None:
+    """Compare dropped, the penalty and the gradient of raw with those in float64 by the same mask."""
+    x = raw.detach().double().requires_grad_()
+    mask = (got[0].detach() != 0).any(1, keepdim=True).double() / (1 - P)
+    assert abs(mask.count_nonzero() / mask.numel() - (1 - P)) < 0.02, "drops another share of the units"
+    dropped = x * mask
+    penalty = [formulas.penalty(x, dropped, ALPHA, BETA)] * (len(got) - 2)
+    gradient = torch.autograd.grad([dropped, *penalty], x, [slope.double(), *map(torch.ones_like, penalty)])
+    check([y.detach() for y in got], [y.detach() for y in (dropped, *penalty, *gradient)], raw.dtype)

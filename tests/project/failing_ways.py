@@ -1,0 +1,51 @@
+"""Ways that fail: `pytest bench -p tests.project.failing_ways`."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import test_call, test_step
+from bench.measure.formulas import fastai
+
+
+def hang(*_: Any, **__: Any) -> None:
+    """Hang in C, with the interpreter's lock, where no signal helps."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    ctypes.PyDLL(None).sleep(999)
+
+
+def late(fail: Callable[[], Any]) -> Callable[..., Any]:
+    """Fail in a turn, not before."""
+    calls = itertools.count()
+    return lambda *inputs, **options: fastai(*inputs, **options) if next(calls) < 10 else fail()
+
+
+def raises(*_: Any, **__: Any) -> None:
+    raise ValueError("no\nsuch")
+
+
+def full() -> None:
+    raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+
+
+def wrong(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
+    return 1.001 * fastai(raw, dropped, alpha, beta)
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    """End the run as Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(999)
+
+
+test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raises, "is_too_large": late(full)}
+test_call.WAYS |= {"aborts_late": late(os.abort), "wrong": wrong, "interrupts": interrupt}
+test_step.WAYS |= {"wrong": test_step.by(wrong)}
