@@ -1,12 +1,13 @@
 """`Attachment`: the hooks on a recurrent module and on the dropout that follows it.
 
-The hook on the module begins a run in the step, and writes a `Call` into raw. The hook on the dropout finds the call in
-raw, computes the penalty, and returns dropped with a mark by which a loss finds the run. Without a dropout the hook on
-the module does this with raw. `fastreg.attach.step` follows the runs.
+The hook on the module begins a run, and writes a `Call` into raw. The hook on the dropout finds the call in raw,
+computes the penalty, and returns dropped with a mark by which a loss finds the run. Without a dropout the hook on the
+module does this with raw. `fastreg.attach.runs` follows the runs.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,17 +22,21 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.outputs import address_of, mapped, tensors_in
+from fastreg.attach.runs import FROZEN, NO_CALL, NO_GRADIENTS, RUN, Run, Runs
 from fastreg.attach.source import Source
-from fastreg.attach.step import Run, Site, Step
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import Options, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
-from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
+from fastreg.call.torch_state import current, level_of_caller, recomputes, transformed, untraced, version_of
 
 SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its own weights "
     "and its penalty would be lost; or the forward of its class was replaced. Use DistributedDataParallel instead of "
     "DataParallel, or on_loss_begin; or remove() the attachment, and attach again"
+)
+UNKEPT = (
+    "attach: the regularizer of the attached {} was deleted before the module ran in training, and its hooks are removed "
+    "now. Keep the regularizer in a variable, and call its on_backward_begin in each step"
 )
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
 KEY = "_fastreg_call"  # the attribute of raw that holds its call
@@ -103,7 +108,7 @@ class Hooked:
 def attachments_of(module: nn.Module) -> list[Attachment]:
     """Return the attachments that have hooks on a module."""
     hooks: Any = vars(module)["_forward_hooks"].values()
-    return [x.function.__self__ for x in hooks if isinstance(x, Hook)]  # pyright: ignore
+    return [x.function.__self__ for x in hooks if isinstance(x, Hook) and x.function is not nothing]  # pyright: ignore
 
 
 def nothing(*_: object) -> None:
@@ -134,42 +139,55 @@ class Call:
         return OrderedDict, ()  # raw may be saved, and loaded with `weights_only=True` where fastreg is not installed
 
     def coefficients(self, raw: Tensor) -> Sequence[Any]:
-        """Return alpha and beta on the device of raw."""
-        return [x.to(raw.device) if isinstance(x, Tensor) else x for x in self.given]
+        """Return alpha and beta on the device of raw; a tensor is copied, as it may change before the backward."""
+        return [x.to(raw.device, copy=True) if isinstance(x, Tensor) else x for x in self.given]
 
 
-class Attachment(Site, AbstractContextManager["Attachment"]):
+class Attachment(AbstractContextManager["Attachment"]):
     """Hold the hooks on a module and its dropout until `remove()`. Hooks in a copy of the model do nothing.
 
     Args:
-        owner: the regularizer, which has the coefficients; when it is gone, the hooks are removed.
-        step: the step of the regularizer.
+        owner: the regularizer, which has the coefficients. When it is gone, the hooks are removed; if the module has
+            not run by then, its first call in training removes them, and warns.
+        runs: the runs of the regularizer.
         source: the source, which has the modules.
 
     Attributes:
         owner: a weak reference to the regularizer.
-        step: the step.
+        runs: the runs of the regularizer.
         source: the source.
         options: the options of the calls that compute penalties.
+        names: the names of the types of the module and of its dropout, for messages.
+        paths: their paths in the model, where an adapter has found them there.
+        say: a function that is called once with the `repr()`, at the first loss; `None` to say nothing.
+        shown: the axes and the masks of the first run, in words.
+        waiting: how many runs wait for their dropout.
+        called: the strongest kind of a call in training since a loss last took a penalty.
+        tally: the lost penalties of the module.
     """
 
-    _hooked: Any = ()  # a copy of a handle has no hooks
-
-    def __init__(self, owner: Any, step: Step, source: Source) -> None:
-        self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: self.remove())
-        self.step, self.source = step, source
+    def __init__(self, owner: Any, runs: Runs, source: Source) -> None:
+        self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: self.shown and self.remove())
+        self.runs, self.source = runs, source
         self.names, dropout = {"module": type(source.module).__name__}, source.dropout
+        self.paths: tuple[Any, Any] = None, None
+        self.say: Callable[[str], Any] | None = None
+        self.shown, self.waiting, self.called = "", 0, NO_CALL
         self.options = Options(*source.place, "mean", True, predicts=False)
         self._hooked = [Hooked(source.module, self._before_module, self._after_module)]
         if dropout is not None:
             self.names["dropout"] = type(dropout).__name__
             before = self._lend if isinstance(dropout, FusedRNNDropout) else None
             self._hooked.append(Hooked(dropout, before, self._after_dropout))
-        step.add(self, source.module)
+        self.tally = runs.add(self, source.module)
+
+    def __repr__(self) -> str:
+        label = [f"{path} ({x})" if path else x for x, path in zip(self.names.values(), self.paths, strict=False)]
+        return f"{' -> '.join(label)}: {self.shown or 'no run yet'}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no hooks and no runs."""
-        return {"shown": "removed"}
+        return {"names": {"module": "Attachment"}, "paths": (None, None), "shown": "removed", "_hooked": ()}
 
     def __exit__(self, *_: object) -> None:
         self.remove()
@@ -180,7 +198,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         for x in hooked:
             x.remove()
         if hooked:
-            self.step.remove(self)
+            self.runs.remove(self)
             self.shown = "removed"
             self.owner = nothing  # the callback of the reference would keep the batch that an adapter's masks hold
 
@@ -193,8 +211,15 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
 
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Begin a run, and mark tensors of the module's output: the states, and raw if there is no dropout."""
-        source, step, owner = self.source, self.step, self.owner()
-        if not source.module.training or not step.enter(self):
+        source, owner = self.source, self.owner()
+        if not source.module.training:
+            return None
+        if owner is None:
+            self.remove()
+            warnings.warn(UNKEPT.format(self.names["module"]), stacklevel=level_of_caller())
+            return None
+        if not torch.is_grad_enabled():
+            self._note(NO_GRADIENTS)
             return None
         again = current() != -1
         if again and not recomputes():
@@ -212,15 +237,23 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         self._check_apart(rows)
         given, masks = (owner.alpha, owner.beta), source.masks.of(*args, **kwargs)
         packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
-        run = None if again else step.begin(self, given, source.dropout is not None)
+        run = None if again else self.runs.begin(self, given, rows.requires_grad)
         call = Call(self, run, version_of(rows), packed, masks, given)
         if source.dropout is None:
             self._form(call, run, rows, rows, None)
         else:
             setattr(rows, KEY, call)
+            self.waiting += run is not None
         if run is None or (result is rows and source.dropout is not None):
             return None
         return self._marked(run, rows, result, (*args, *kwargs.values()))
+
+    def _note(self, kind: int) -> None:
+        """Note the kind of a call in training."""
+        self.called, tally = max(self.called, kind), self.tally
+        tally.losses = 0
+        if kind != NO_GRADIENTS:
+            tally.ran = kind == RUN
 
     def _marked(self, run: Run, rows: Tensor, result: Any, inputs: Any) -> Any:
         """Return the output of a module with its tensors marked for a run, or `None` if there are none to mark.
@@ -242,7 +275,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         at = {i: address_of(x) for i, x in tensors.items()}
         memory = [*at.values(), *map(address_of, tensors_in(inputs).values())]
         marked = {
-            i: mark(run, x, x is rows or memory.count(at[i]) > 1)
+            i: mark(run, x is rows or memory.count(at[i]) > 1, x)
             for i, x in tensors.items()
             if x.requires_grad and (is_dropped or x is not rows)
         }
@@ -268,10 +301,11 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         call, raw = self._call_of(args, kwargs)
         if call is None or not torch.is_grad_enabled():
             return None
-        run = call.run
-        if run is not None and not self.step.arrive(run):
-            return None
-        call.run = None
+        run, call.run = call.run, None
+        if run is not None:
+            if not run.is_held:  # it was cleared
+                return None
+            self.waiting -= 1
         if run is None and current() == -1:
             raise RuntimeError(
                 f"attach: the attached {self.names['dropout']} got the same output of the {self.names['module']} "
@@ -289,7 +323,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         self._form(call, run, raw, rows, kwargs.get("loan"))
         if run is None or not rows.requires_grad:
             return None
-        dropped = mark(run, rows)
+        dropped = mark(run, True, rows)
         return dropped if result is rows else result._replace(data=dropped)  # pyright: ignore
 
     def _call_of(self, args: Any, kwargs: Any) -> Any:
@@ -308,7 +342,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
             rows: raw, or the rows of a `PackedSequence`.
         """
         call: Any = rows.__dict__.get(KEY)
-        found: Any = call.attachment if call else rows.grad_fn.run.site if is_marked(rows) else None  # pyright: ignore
+        found: Any = call.attachment if call else rows.grad_fn.run.attachment if is_marked(rows) else None  # pyright: ignore
         module = self.source.module
         if found is not None and found.source.module is not module and found.source.module in module.modules():
             raise RuntimeError(
@@ -322,7 +356,8 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         A recomputation, which has no run, computes the penalty, too, so that it saves the same tensors as the forward.
         """
         terms: Any = loan and loan.terms
-        if loan is None or loan.dropped is not dropped or loan.version != version_of(dropped):
+        is_frozen = not (raw.requires_grad or dropped.requires_grad)  # then there is nothing to compute
+        if not is_frozen and (loan is None or loan.dropped is not dropped or loan.version != version_of(dropped)):
             dropout: Any = self.source.dropout  # asking a module for an attribute that it lacks takes 2 us
             pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
             if call.packed is not None:
@@ -333,18 +368,23 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
             terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
         if run is None:
             return
-        if terms.penalty.requires_grad and not dropped.requires_grad:
+        self.shown = self.shown or self._described(raw, call)
+        if is_frozen or not terms.penalty.requires_grad:
+            run.number = 0
+        elif not dropped.requires_grad:
             raise RuntimeError(
                 f"attach: no loss can find the penalty, as the output of the attached {self.names['dropout']} needs no "
                 "gradient; let the dropout pass a gradient on, or attach no dropout, or use fused_ar_tar"
             )
+        if not dropped.requires_grad:
+            self._note(FROZEN)
+            return
+        self._note(RUN)
         place = self.source.place
         steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
         # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
         is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.given[1])
-        run.is_one_step = steps == 1 and not is_batch
-        self.shown = self.shown or self._described(raw, call)
-        self.step.form(run, terms, call.given, not dropped.requires_grad)
+        run.terms, run.is_one_step = terms, steps == 1 and not is_batch
 
     def _described(self, rows: Tensor, call: Call) -> str:
         """Say which axes of raw were taken for what, and which time steps count."""

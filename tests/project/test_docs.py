@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fastreg import fused_ar_tar
-from fastreg.attach.step import OUTCOMES, WARNINGS
+from fastreg.attach.runs import OUTCOMES, WARNINGS
 from tests.adapters.test_fastai1 import environment_with
 from tests.conftest import ROOT, more, python, skip_without
 from tests.language_model import BATCH, HIDDEN, TIME
