@@ -7,7 +7,6 @@ module does this with raw. `fastreg.attach.runs` follows the runs.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,69 +21,65 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.outputs import address_of, mapped, tensors_in
-from fastreg.attach.runs import FROZEN, NO_CALL, NO_GRADIENTS, RUN, Run, Runs
+from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, report
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import Options, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
-from fastreg.call.torch_state import current, level_of_caller, recomputes, transformed, untraced, version_of
+from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
 
 SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its own weights "
     "and its penalty would be lost; or the forward of its class was replaced. Use DistributedDataParallel instead of "
     "DataParallel, or on_loss_begin; or remove() the attachment, and attach again"
 )
-UNKEPT = (
-    "attach: the regularizer of the attached {} was deleted before the module ran in training, and its hooks are removed "
-    "now. Keep the regularizer in a variable, and call its on_backward_begin in each step"
-)
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
 KEY = "_fastreg_call"  # the attribute of raw that holds its call
 
 
 class Hook:
-    """Run a function as a hook on the forward of a module; in a copy or a pickle of the module, do nothing."""
+    """Run functions before and after the forward of a module until `remove()`; in a copy or a pickle, do nothing.
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], register: Any) -> None:
-        self.module, self.function, self.handle = module, function, register(self, with_kwargs=True)
+    Attributes:
+        attachment: the attachment; `None` after `remove()`.
+        module: the module.
+        after: a function of the arguments and the output of the forward.
+        before: a function of the arguments; `None` if nothing comes before the forward.
+        handles: the handles of the hooks; the first one runs after the forward.
+        forward: the forward of the module's class, which is an attribute of the module itself while it is hooked.
+    """
+
+    def __init__(self, attachment: Attachment, module: nn.Module, after: Any, before: Any = None) -> None:
+        for hook in (*vars(module)["_forward_hooks"].values(), *vars(module)["_forward_pre_hooks"].values()):
+            if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
+                for handle in hook.__self__.enter_result:
+                    handle.remove()
+        self.attachment: Attachment | None = attachment
+        self.module, self.after, self.before = module, after, before
+        self.handles = [module.register_forward_hook(self, with_kwargs=True)]
+        if before is not None:
+            self.handles.append(module.register_forward_pre_hook(self, with_kwargs=True))
+        # Dynamo does not guard on hooks, and would run code that was compiled for a module without hooks. But it does
+        # guard on whether the instance itself has an attribute forward.
+        self.forward = MethodType(type(module).forward, module)
+        vars(module).setdefault("forward", self.forward)
 
     @untraced
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        if module is self.module or self.function is nothing:
-            return self.function(*args)
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        if module is self.module:
+            args, kwargs, *result = given  # there is no result before the forward
+            return self.after(args, kwargs, *result) if result else self.before(args, kwargs)
         # A shallow copy or a replica shares the hooks, and the forward, with the weights of the hooked module. torch.ao
-        # puts the hooks on other modules, which are right in evaluation.
-        if module.training or "forward" in vars(module):
+        # puts the hooks on other modules, which are right in evaluation, and after `remove()`.
+        if self.attachment is not None and (module.training or "forward" in vars(module)):
             raise RuntimeError(SHARED.format(type(module).__name__))
         return None
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
-        # installed. From the handle PyTorch learns the ids of the hooks in the pickle, and gives these ids to no other
+        # installed. From the handles PyTorch learns the ids of the hooks in the pickle, and gives these ids to no other
         # hook.
-        return getattr, (nullcontext(self.handle), "__exit__")
-
-
-class Hooked:
-    """Hold the hooks on a module until `remove()`.
-
-    Attributes:
-        module: the module.
-        hooks: the hooks; the first one runs after the forward.
-        forward: the forward of the module's class, which is an attribute of the module itself while it is hooked.
-    """
-
-    def __init__(self, module: nn.Module, before: Any, after: Any) -> None:
-        for hook in (*vars(module)["_forward_hooks"].values(), *vars(module)["_forward_pre_hooks"].values()):
-            if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
-                hook.__self__.enter_result.remove()
-        self.module, self.hooks = module, [Hook(module, after, module.register_forward_hook)]
-        if before is not None:
-            self.hooks.append(Hook(module, before, module.register_forward_pre_hook))
-        # Dynamo does not guard on hooks, and would run code that was compiled for a module without hooks. But it does
-        # guard on whether the instance itself has an attribute forward.
-        self.forward = MethodType(type(module).forward, module)
-        vars(module).setdefault("forward", self.forward)
+        return getattr, (nullcontext(self.handles), "__exit__")
 
     def prepare(self) -> None:
         """Move the hook after the forward to the end, behind hooks that were registered later.
@@ -94,13 +89,13 @@ class Hooked:
         """
         if self.forward.__func__ is not type(self.module).forward:
             raise RuntimeError(SHARED.format(type(self.module).__name__))
-        vars(self.module)["_forward_hooks"].move_to_end(self.hooks[0].handle.id)
+        vars(self.module)["_forward_hooks"].move_to_end(self.handles[0].id)
 
     def remove(self) -> None:
-        """Remove the hooks; those that others have moved to another module do nothing from now on."""
-        for hook in self.hooks:
-            hook.handle.remove()
-            hook.function = nothing
+        """Remove the hook."""
+        self.attachment = None
+        for handle in self.handles:
+            handle.remove()
         if not attachments_of(self.module) and vars(self.module).get("forward") == self.forward:
             del self.module.forward
 
@@ -108,11 +103,7 @@ class Hooked:
 def attachments_of(module: nn.Module) -> list[Attachment]:
     """Return the attachments that have hooks on a module."""
     hooks: Any = vars(module)["_forward_hooks"].values()
-    return [x.function.__self__ for x in hooks if isinstance(x, Hook) and x.function is not nothing]  # pyright: ignore
-
-
-def nothing(*_: object) -> None:
-    """Return `None`."""
+    return [x.attachment for x in hooks if isinstance(x, Hook) and x.attachment is not None]
 
 
 @dataclass(eq=False)
@@ -156,13 +147,12 @@ class Attachment(AbstractContextManager["Attachment"]):
         owner: a weak reference to the regularizer.
         runs: the runs of the regularizer.
         source: the source.
-        options: the options of the calls that compute penalties.
         names: the names of the types of the module and of its dropout, for messages.
         paths: their paths in the model, where an adapter has found them there.
         say: a function that is called once with the `repr()`, at the first loss; `None` to say nothing.
         shown: the axes and the masks of the first run, in words.
         waiting: how many runs wait for their dropout.
-        called: the strongest kind of a call in training since a loss last took a penalty.
+        called: whether the module was called in training, and the strongest call since a loss last took a penalty.
         tally: the lost penalties of the module.
     """
 
@@ -172,13 +162,12 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.names, dropout = {"module": type(source.module).__name__}, source.dropout
         self.paths: tuple[Any, Any] = None, None
         self.say: Callable[[str], Any] | None = None
-        self.shown, self.waiting, self.called = "", 0, NO_CALL
-        self.options = Options(*source.place, "mean", True, predicts=False)
-        self._hooked = [Hooked(source.module, self._before_module, self._after_module)]
+        self.shown, self.waiting, self.called = "", 0, NEVER
+        self._hooks = [Hook(self, source.module, self._after_module, self._before_module)]
         if dropout is not None:
             self.names["dropout"] = type(dropout).__name__
             before = self._lend if isinstance(dropout, FusedRNNDropout) else None
-            self._hooked.append(Hooked(dropout, before, self._after_dropout))
+            self._hooks.append(Hook(self, dropout, self._after_dropout, before))
         self.tally = runs.add(self, source.module)
 
     def __repr__(self) -> str:
@@ -187,26 +176,26 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no hooks and no runs."""
-        return {"names": {"module": "Attachment"}, "paths": (None, None), "shown": "removed", "_hooked": ()}
+        return {"names": {"module": "Attachment"}, "paths": (None, None), "shown": "removed", "_hooks": ()}
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
     def remove(self) -> None:
         """Remove the hooks and drop the runs; a second call does nothing."""
-        hooked, self._hooked = self._hooked, ()
-        for x in hooked:
+        hooks, self._hooks = self._hooks, ()
+        for x in hooks:
             x.remove()
-        if hooked:
-            self.runs.remove(self)
+        if hooks:
+            self.runs.attachments.remove(self)
             self.shown = "removed"
-            self.owner = nothing  # the callback of the reference would keep the batch that an adapter's masks hold
+            self.owner = lambda: None  # the callback of the reference would keep the batch that an adapter's masks hold
 
     # The hooks
 
     def _before_module(self, *_: Any) -> None:
         """Prepare the hooks of the module and of its dropout."""
-        for x in self._hooked:
+        for x in self._hooks:
             x.prepare()
 
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
@@ -216,7 +205,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             return None
         if owner is None:
             self.remove()
-            warnings.warn(UNKEPT.format(self.names["module"]), stacklevel=level_of_caller())
+            report("the regularizer is gone", [self])
             return None
         if not torch.is_grad_enabled():
             self._note(NO_GRADIENTS)
@@ -250,10 +239,9 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _note(self, kind: int) -> None:
         """Note the kind of a call in training."""
-        self.called, tally = max(self.called, kind), self.tally
-        tally.losses = 0
+        self.called, self.tally.losses = max(self.called, kind), 0
         if kind != NO_GRADIENTS:
-            tally.ran = kind == RUN
+            self.tally.ran = kind == RUN
 
     def _marked(self, run: Run, rows: Tensor, result: Any, inputs: Any) -> Any:
         """Return the output of a module with its tensors marked for a run, or `None` if there are none to mark.
@@ -362,9 +350,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
             if call.packed is not None:
                 pair = [call.packed._replace(data=x) for x in pair]
-            place, options = self.source.place_for(pair[0]), self.options
-            if place is not self.source.place:
-                options = options._replace(batch_first=place.batch_first, time_dim=place.time_dim)
+            options = Options(*self.source.place_for(pair[0]), "mean", True, predicts=False)
             terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
         if run is None:
             return

@@ -33,10 +33,10 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
         try:
             made = copy(result)
             own = vars(result) if kind.__dictoffset__ else {}
-            if own is result:  # an `AttrDict`, whose items are its attributes
+            if own is result:  # the items are the attributes, as in many an `AttrDict`
                 made.__dict__ = made
             elif own:  # a model output has the items as attributes, too
-                vars(made).update({name: mapped(x, function) for name, x in own.items()})
+                vars(made).update(mapped(own, function))
             for name, x in dict.items(result):
                 made[name] = mapped(x, function)
         except Exception as error:

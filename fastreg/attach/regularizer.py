@@ -28,10 +28,6 @@ from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
 
 
-PUBLIC = "alpha", "beta", "layers", "bptt", "ar", "tar"  # attributes of a regularizer
-ATTRIBUTES = {*PUBLIC, "_given", "_warned", "_runs"}
-
-
 class RNNRegularizer:
     """Add `alpha * AR + beta * TAR` to the loss of each training step.
 
@@ -102,8 +98,9 @@ class RNNRegularizer:
         self._runs = Runs()  # of attached modules
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if type(self) is RNNRegularizer and name not in ATTRIBUTES:  # a subclass may have more
-            raise AttributeError(f"RNNRegularizer: expected one of the attributes {', '.join(PUBLIC)}, got {name!r}")
+        is_closed = type(self) is RNNRegularizer and "_runs" in vars(self)  # a subclass may have more attributes
+        if is_closed and not hasattr(self, name):
+            raise AttributeError(f"RNNRegularizer: expected alpha, beta, layers or bptt as an attribute, got {name!r}")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -311,12 +308,12 @@ class RNNRegularizer:
         for attachment in attachments_of(module):
             if attachment.owner() is None:  # its regularizer is gone, as when a cell of a notebook runs again
                 attachment.remove()
-        if any(attachment.source.module is module for attachment in attachments_of(module)):
-            raise RuntimeError(
-                f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
-                "its handle first. If an error in a notebook has lost it, the traceback keeps the regularizer: restart "
-                "the kernel"
-            )
+            elif attachment.source.module is module:
+                raise RuntimeError(
+                    f"module: the {type(module).__name__} is attached already, and its penalty would count twice; "
+                    "remove() its handle first. If an error in a notebook has lost it, the traceback keeps the "
+                    "regularizer: restart the kernel"
+                )
         return Attachment(self, self._runs, source)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:

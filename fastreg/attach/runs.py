@@ -30,8 +30,9 @@ from fastreg.attach.mark import reached
 from fastreg.call.problem import ARTAR, Coefficient, is_on
 from fastreg.call.torch_state import level_of_caller, untraced, version_of
 
-# The cases of a loss, and at the end the case of a run. A case without a message is as it should be, the cases in
-# WARNINGS are warned of, once for a module, and all others are errors.
+NOTHING = "on_backward_begin: nothing was captured: the attached {modules} "
+# The cases of a loss, and at the end those of a run. A case without a message is as it should be, the cases in WARNINGS
+# are warned of, once for a module, and all others are errors.
 OUTCOMES = {
     "a dropout did not get raw": "on_backward_begin: the attached {dropout} did not get the output of the {module}: "
     "something lies between them (packing, padding, a slice, a full backward hook, another module), or the dropout ran "
@@ -40,37 +41,40 @@ OUTCOMES = {
     "all modules are in evaluation": "",
     "only frozen modules ran": "",
     "nothing needs a gradient": "",
-    "the loss does not depend on a run": "on_backward_begin: nothing was captured: the attached {modules} ran in "
-    "training, but the loss does not depend on that run. Pass a loss of the model's output that is not detached, and "
-    "that depends on the output of the dropout if one is attached; see docs/messages.md",
-    "a module ran without gradients": "on_backward_begin: nothing was captured: the attached {modules} ran only under "
-    "torch.no_grad() or in a reentrant checkpoint. Enable gradients, or pass use_reentrant=False to the checkpoint; "
-    "see docs/messages.md",
-    "a run is taken": "on_backward_begin: nothing was captured: the attached {modules} did not run since an earlier "
-    "loss took the penalty, or since clear() or an error. Call on_backward_begin once for each forward, with the sum "
-    "of the losses, and only in steps that call the module; see docs/messages.md",
-    "no module was called": "on_backward_begin: nothing was captured: the attached {modules} was not called in "
-    "training since attach(). Attach the module that the model calls: the wrapper, if one calls the forward() of the "
-    "module itself, or the copy, if the model is a copy; see docs/messages.md",
+    "the loss depends on no run": NOTHING + "ran, but the loss does not depend on its output, or on the output of its "
+    "dropout. Pass a loss of the model's output that is not detached; see docs/messages.md",
+    "a module ran without gradients": NOTHING + "ran only under torch.no_grad() or in a reentrant checkpoint. Enable "
+    "gradients, or pass use_reentrant=False to the checkpoint; see docs/messages.md",
+    "a run is taken": NOTHING
+    + "has not run since an earlier loss took its penalty, or since clear() or an error. Call "
+    "on_backward_begin once in a step that calls the module, with the sum of all losses; see docs/messages.md",
+    "no module was called": NOTHING + "has never been called in training. Attach what the model calls: a wrapper may "
+    "call the forward() of the module, and a copy of the model has its own modules; see docs/messages.md",
     "a coefficient changed": "on_backward_begin: alpha or beta has changed since the forward of the attached {module}, "
     "but the penalty has the coefficients of that forward; change them after the backward",
     "four runs over one step": "on_backward_begin: the {module} ran {count} times over one time step, where AR would "
     "add up and TAR has no changes; stack its outputs along time, and call fused_ar_tar",
     "several runs over one step": "on_backward_begin: the {module} ran {count} times over one time step, where AR adds "
     "up and TAR has no changes. If this is a loop over time, stack its outputs along time, and call fused_ar_tar",
-    "a module is left out": "on_backward_begin: {count} losses in a row came without a call of the attached {module}, "
-    "which has never had a penalty in training, or was frozen. If the model calls a wrapper, a copy or the forward() "
-    "of the module instead, attach what it calls; otherwise remove() the attachment",
     "the loss depends on runs": "",
+    "a module is left out": "on_backward_begin: {count} losses came without a call of the attached {module}, which was "
+    "frozen or never called before; attach what the model calls, such as a wrapper or a copy, or remove() the handle",
+    "the regularizer is gone": "attach: the regularizer of the attached {module} was deleted before the module ran in "
+    "training, and its hooks are removed now; keep the regularizer in a variable",
     "no penalty got a gradient": "attach: the penalties of {count} runs of the attached {module} in a row got no "
-    "gradient. Call loss = regularizer.on_backward_begin(loss), and then loss.backward(). If you do, the loss does not "
-    "depend on the output of the {module}, or of its dropout if one is attached; or these runs belong to no training "
-    "step, and should run under torch.no_grad()",
+    "gradient. Call loss = regularizer.on_backward_begin(loss), then loss.backward(), and let the loss depend on the "
+    "output of the module and its dropout. If these runs belong to no training step, run them under torch.no_grad()",
 }
-WARNINGS = "several runs over one step", "a module is left out", "no penalty got a gradient"
-NO_CALL, NO_GRADIENTS, FROZEN, RUN = range(4)  # kinds of calls in training, in the order of their weight for a loss
+WARNINGS = "several runs over one step", "a module is left out", "the regularizer is gone", "no penalty got a gradient"
+# What a module has done: it was never called in training, or not since a loss took a penalty; or its strongest call
+# since then; and the case of a loss that depends on no run, by the strongest of the modules
+NEVER, BEFORE, NO_GRADIENTS, FROZEN, RUN = range(5)
+LOST = (
+    *("no module was called", "a run is taken", "a module ran without gradients"),
+    *("only frozen modules ran", "the loss depends on no run"),
+)
 AT_FIRST, PATIENCE = 20, 50  # how many penalties in a row may get no gradient, before the first one gets it and after
-HOOKED = 10  # how many runs may begin after a penalty has got a gradient until the next penalty gets a hook
+HOOKED = 10  # how many runs begin after a penalty got a gradient until another penalty has to show that it gets one
 
 
 @dataclass(eq=False)
@@ -95,18 +99,9 @@ class Tally:
     losses: int = 0
     notes: set[str] = field(default_factory=set)
 
-    def begin(self) -> int:
-        """Count a run, and return its number."""
-        self.begun += 1
-        return self.begun
-
     def is_due(self) -> bool:
         """Return whether a penalty has to show by a hook that it gets a gradient."""
         return self.patience == AT_FIRST or self.begun >= self.settled + HOOKED
-
-    def settle(self) -> None:
-        """Note that a penalty has got a gradient."""
-        self.settled, self.lost, self.patience = self.begun, 0, PATIENCE
 
     def is_first(self, note: str) -> bool:
         """Make a note, and return whether it is new."""
@@ -149,7 +144,7 @@ class Run:
 
 def report(case: str, attachments: Sequence[Any], count: int = 0) -> None:
     """Raise the error of a case, or give its warning, once for a module; the message names the modules."""
-    if not OUTCOMES[case] or (case in WARNINGS and not attachments[0].tally.is_first(case)):
+    if case in WARNINGS and not attachments[0].tally.is_first(case):
         return
     modules = ", ".join(dict.fromkeys(x.names["module"] for x in attachments))
     text = OUTCOMES[case].format(modules=modules, count=count, **attachments[0].names)
@@ -185,13 +180,6 @@ class Runs:
         self.attachments.append(attachment)
         return self.tallies.setdefault(module, Tally())
 
-    def remove(self, attachment: Any) -> None:
-        """Drop the runs of an attachment, and leave it out from now on; they are lost if no loss has taken them."""
-        for run in self.held():
-            if run.attachment is attachment:
-                run.end()
-        self.attachments.remove(attachment)
-
     def begin(self, attachment: Any, given: Sequence[Coefficient], needs_gradient: bool) -> Run:
         """Return a new run, and warn if the module has lost many penalties.
 
@@ -203,7 +191,9 @@ class Runs:
         tally = attachment.tally
         if tally.lost >= tally.patience:
             report("no penalty got a gradient", [attachment], tally.lost)
-        run = Run(attachment, stamps_of(given), tally.begin() if needs_gradient and any(map(is_on, given)) else 0)
+        can_be_lost = needs_gradient and any(map(is_on, given))
+        tally.begun += can_be_lost
+        run = Run(attachment, stamps_of(given), tally.begun if can_be_lost else 0)
         self.runs.append(ref(run))
         if len(self.runs) % 1000 == 0:  # a loop without a loss must not fill the memory
             self.held()
@@ -223,15 +213,13 @@ class Runs:
         Warns:
             UserWarning: the outcome is a warning.
         """
-        training = []
         for x in self.attachments:
             if x.waiting:
                 report("a dropout did not get raw", [x])
-            if x.source.module.training:
-                training.append(x)
+        training = [x for x in self.attachments if x.source.module.training]
         counted = reached(loss, [run for run in self.held() if run.terms is not None])
         if not counted:
-            report(*self._case_without(loss, training))
+            self._check_calls(loss, training)
         self._check(counted, given)
         for x in training if loss.requires_grad else ():
             x.tally.losses += 1
@@ -244,25 +232,19 @@ class Runs:
         if terms.penalty.requires_grad and any([x.is_due() for x in tallies]):  # a hook takes 10 us
             terms.penalty.register_hook(partial(settle, tallies))
         for x in training:
-            x.called = NO_CALL
+            x.called = min(x.called, BEFORE)
             if x.say is not None and x.shown and x.tally.is_first("said"):
                 x.say(repr(x))
         return terms
 
-    def _case_without(self, loss: Tensor, training: Sequence[Any]) -> tuple[str, Sequence[Any]]:
-        """Return the case of a loss that depends on no run, and the attachments that it is about."""
-        if not training:
-            return "all modules are in evaluation", ()
-        called = {kind: [x for x in training if x.called == kind] for kind in (RUN, FROZEN, NO_GRADIENTS)}
-        if called[RUN]:
-            return "the loss does not depend on a run", called[RUN]
-        if called[NO_GRADIENTS]:
-            is_lost = loss.requires_grad
-            return "a module ran without gradients" if is_lost else "nothing needs a gradient", called[NO_GRADIENTS]
-        if called[FROZEN]:
-            return "only frozen modules ran", ()
-        before = [x for x in training if x.shown]
-        return ("a run is taken", before) if before else ("no module was called", training)
+    def _check_calls(self, loss: Tensor, training: Sequence[Any]) -> None:
+        """Report the error of a loss that depends on no run, unless the calls of the modules explain it."""
+        kinds = {x.called for x in training}
+        calls = kinds - {NEVER, BEFORE}
+        needs_no_gradient = bool(calls) and RUN not in calls and not loss.requires_grad
+        if training and calls != {FROZEN} and not needs_no_gradient:
+            kind = RUN if RUN in calls else NO_GRADIENTS if calls else max(kinds)
+            report(LOST[kind], [x for x in training if x.called == kind])
 
     def _check(self, counted: Sequence[Run], given: Sequence[Coefficient]) -> None:
         """Report errors and warnings of the runs that count for a loss."""
@@ -283,22 +265,23 @@ class Runs:
             run.number = 0
             run.end()
         for x in self.attachments:
-            x.waiting, x.called = 0, NO_CALL
+            x.waiting, x.called = 0, min(x.called, BEFORE)
 
     def held(self) -> list[Run]:
-        """Return the runs that are held, and forget all others."""
-        held = [run for x in self.runs if (run := x()) is not None and run.is_held]
+        """Return the runs that are held, and whose hooks are not removed, and forget all others."""
+        left = self.attachments
+        held = [run for x in self.runs if (run := x()) is not None and run.is_held and run.attachment in left]
         self.runs = [*map(ref, held)]
         return held
 
 
 def settle(tallies: Iterable[Tally], gradient: Tensor | None) -> None:
-    """Note that penalties have got a gradient.
+    """Note that penalties have got a gradient, which forgives all runs of their modules that began before.
 
     The node of a fused dropout calls the hook with `None` where only its output gets a gradient.
     """
-    for tally in tallies if gradient is not None else ():
-        tally.settle()
+    for x in tallies if gradient is not None else ():
+        x.settled, x.lost, x.patience = x.begun, 0, PATIENCE
 
 
 def total(formed: Iterable[ARTAR], device: torch.device) -> ARTAR:
