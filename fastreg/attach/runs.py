@@ -228,7 +228,7 @@ class Runs:
         if not counted:
             return None
         terms = total([run.end() for run in counted], loss.device)
-        tallies = {run.attachment.tally for run in counted}
+        tallies = {run.attachment.tally for run in counted if run.number > 0}
         if terms.penalty.requires_grad and any([x.is_due() for x in tallies]):  # a hook takes 10 us
             terms.penalty.register_hook(partial(settle, tallies))
         for x in training:
