@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.outputs import address_of, mapped, tensors_in
-from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, report
+from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, Tally, report
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import Options, axes_of, data_of, is_on
@@ -168,7 +168,8 @@ class Attachment(AbstractContextManager["Attachment"]):
             self.names["dropout"] = type(dropout).__name__
             before = self._lend if isinstance(dropout, FusedRNNDropout) else None
             self._hooks.append(Hook(self, dropout, self._after_dropout, before))
-        self.tally = runs.add(self, source.module)
+        runs.attachments.append(self)
+        self.tally = runs.tallies.setdefault(source.module, Tally())
 
     def __repr__(self) -> str:
         label = [f"{path} ({x})" if path else x for x, path in zip(self.names.values(), self.paths, strict=False)]
@@ -205,11 +206,9 @@ class Attachment(AbstractContextManager["Attachment"]):
             return None
         if owner is None:
             self.remove()
-            report("the regularizer is gone", [self])
-            return None
+            return report("the regularizer is gone", [self])
         if not torch.is_grad_enabled():
-            self._note(NO_GRADIENTS)
-            return None
+            return self._note(NO_GRADIENTS)
         again = current() != -1
         if again and not recomputes():
             raise RuntimeError(
@@ -289,11 +288,11 @@ class Attachment(AbstractContextManager["Attachment"]):
         call, raw = self._call_of(args, kwargs)
         if call is None or not torch.is_grad_enabled():
             return None
-        run, call.run = call.run, None
-        if run is not None:
-            if not run.is_held:  # it was cleared
-                return None
-            self.waiting -= 1
+        run = call.run
+        if run is not None and not run.is_held:  # it was cleared
+            return None
+        self.waiting -= run is not None
+        call.run = None
         if run is None and current() == -1:
             raise RuntimeError(
                 f"attach: the attached {self.names['dropout']} got the same output of the {self.names['module']} "
@@ -353,7 +352,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             options = Options(*self.source.place_for(pair[0]), "mean", True, predicts=False)
             terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
         if run is None:
-            return
+            return None
         self.shown = self.shown or self._described(raw, call)
         if is_frozen or not terms.penalty.requires_grad:
             run.number = 0
@@ -363,14 +362,14 @@ class Attachment(AbstractContextManager["Attachment"]):
                 "gradient; let the dropout pass a gradient on, or attach no dropout, or use fused_ar_tar"
             )
         if not dropped.requires_grad:
-            self._note(FROZEN)
-            return
+            return self._note(FROZEN)
         self._note(RUN)
         place = self.source.place
         steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
         # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
         is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.given[1])
         run.terms, run.is_one_step = terms, steps == 1 and not is_batch
+        return None
 
     def _described(self, rows: Tensor, call: Call) -> str:
         """Say which axes of raw were taken for what, and which time steps count."""

@@ -30,7 +30,6 @@ from fastreg.attach.mark import reached
 from fastreg.call.problem import ARTAR, Coefficient, is_on
 from fastreg.call.torch_state import level_of_caller, untraced, version_of
 
-NOTHING = "on_backward_begin: nothing was captured: the attached {modules} "
 # The cases of a loss, and at the end those of a run. A case without a message is as it should be, the cases in WARNINGS
 # are warned of, once for a module, and all others are errors.
 OUTCOMES = {
@@ -41,15 +40,16 @@ OUTCOMES = {
     "all modules are in evaluation": "",
     "only frozen modules ran": "",
     "nothing needs a gradient": "",
-    "the loss depends on no run": NOTHING + "ran, but the loss does not depend on its output, or on the output of its "
-    "dropout. Pass a loss of the model's output that is not detached; see docs/messages.md",
-    "a module ran without gradients": NOTHING + "ran only under torch.no_grad() or in a reentrant checkpoint. Enable "
-    "gradients, or pass use_reentrant=False to the checkpoint; see docs/messages.md",
-    "a run is taken": NOTHING
-    + "has not run since an earlier loss took its penalty, or since clear() or an error. Call "
-    "on_backward_begin once in a step that calls the module, with the sum of all losses; see docs/messages.md",
-    "no module was called": NOTHING + "has never been called in training. Attach what the model calls: a wrapper may "
-    "call the forward() of the module, and a copy of the model has its own modules; see docs/messages.md",
+    "the loss depends on no run": "on_backward_begin: nothing was captured: the attached {modules} ran, but the loss "
+    "does not depend on its output, or on the output of its dropout. Pass a loss of the model's output that is not "
+    "detached; see docs/messages.md",
+    "a module ran without gradients": "on_backward_begin: nothing was captured: the attached {modules} ran only under "
+    "torch.no_grad() or in a reentrant checkpoint. Enable gradients, or pass use_reentrant=False; see docs/messages.md",
+    "a run is taken": "on_backward_begin: nothing was captured: the attached {modules} has not run since an earlier "
+    "loss took its penalty, or since clear() or an error. Call on_backward_begin once in a step that calls the module, "
+    "with the sum of all losses; see docs/messages.md",
+    "no module was called": "on_backward_begin: nothing was captured: the attached {modules} has never been called in "
+    "training. Attach what the model calls, which may be a wrapper or a copy of the module; see docs/messages.md",
     "a coefficient changed": "on_backward_begin: alpha or beta has changed since the forward of the attached {module}, "
     "but the penalty has the coefficients of that forward; change them after the backward",
     "four runs over one step": "on_backward_begin: the {module} ran {count} times over one time step, where AR would "
@@ -175,11 +175,6 @@ class Runs:
     def __reduce__(self) -> Any:
         return Runs, ()
 
-    def add(self, attachment: Any, module: nn.Module) -> Tally:
-        """Add an attachment of a module, and return the tally of the module."""
-        self.attachments.append(attachment)
-        return self.tallies.setdefault(module, Tally())
-
     def begin(self, attachment: Any, given: Sequence[Coefficient], needs_gradient: bool) -> Run:
         """Return a new run, and warn if the module has lost many penalties.
 
@@ -254,10 +249,9 @@ class Runs:
                 report("a coefficient changed", [run.attachment])
         single = [run.attachment for run in counted if run.is_one_step]
         for x, count in Counter(single).most_common() if single else ():  # an error comes before all warnings
-            if count > 3 and is_on(given[1]):
-                report("four runs over one step", [x], count)
             if count > 1:
-                report("several runs over one step", [x], count)
+                is_loop = count > 3 and is_on(given[1])
+                report("four runs over one step" if is_loop else "several runs over one step", [x], count)
 
     def clear(self) -> None:
         """Drop all runs; none of them is lost."""

@@ -188,8 +188,8 @@ def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
         return True
     why = f", and may return (time, batch, hidden) like the {inside[False]} inside it" if inside else ""
     raise ValueError(
-        "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
-        f"{type(module).__name__} does not have it{why}, or time_dim= for another axis of time, got None"
+        "batch_first: expected True for (batch, time, hidden), False for (time, batch, hidden), or time_dim= for any "
+        f"other axis of time, as the {type(module).__name__} does not have it{why}, got None"
     )
 
 

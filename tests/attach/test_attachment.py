@@ -478,10 +478,12 @@ def test_ar_of_raw_stays_when_a_hook_of_others_replaces_dropped() -> None:
     model.check(run._replace(dropped=run.raw))
 
 
-@pytest.mark.parametrize("in_place", [lambda x: x.mul_(2), lambda x: x.clamp_(min=0)])
-def test_a_hook_that_changes_the_output_of_a_fused_dropout_in_place_is_part_of_ar(in_place: Any) -> None:
+def test_ar_is_of_the_output_that_a_hook_of_others_has_changed_in_place() -> None:
+    def halve(_module: Any, _args: Any, dropped: Tensor) -> None:
+        dropped.mul_(0.5)
+
     model = Attached(nn.LSTM, FUSED)
-    model.dropout.register_forward_hook(lambda module, args, dropped: in_place(dropped) and None)
+    model.dropout.register_forward_hook(halve)
     model.check(model(lm.inputs()))
 
 
@@ -706,7 +708,7 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         nn.Identity(),
         {},
         ValueError,
-        "batch_first: .* time_dim= for another axis of time",
+        "time_dim= for any other axis of time, as the Identity",
     ),
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),
