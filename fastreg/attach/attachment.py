@@ -138,8 +138,8 @@ class Attachment(AbstractContextManager["Attachment"]):
     """Hold the hooks on a module and its dropout until `remove()`. Hooks in a copy of the model do nothing.
 
     Args:
-        owner: the regularizer, which has the coefficients. When it is gone, the hooks are removed; if the module has
-            not run by then, its first call in training removes them, and warns.
+        owner: the regularizer, which has the coefficients. With it the hooks are removed; but if the module has not run
+            by then, its first call in training removes them, and warns.
         runs: the runs of the regularizer.
         source: the source, which has the modules.
 
@@ -206,7 +206,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             return None
         if owner is None:
             self.remove()
-            return report("the regularizer is gone", [self])
+            return report("a regularizer is deleted", [self])
         if not torch.is_grad_enabled():
             return self._note(NO_GRADIENTS)
         again = current() != -1

@@ -306,7 +306,7 @@ class RNNRegularizer:
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use either on_loss_begin or attach")
         for attachment in attachments_of(module):
-            if attachment.owner() is None:  # its regularizer is gone, as when a cell of a notebook runs again
+            if attachment.owner() is None:  # a cell of a notebook that runs again has deleted its regularizer
                 attachment.remove()
             elif attachment.source.module is module:
                 raise RuntimeError(

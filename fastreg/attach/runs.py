@@ -30,8 +30,8 @@ from fastreg.attach.mark import reached
 from fastreg.call.problem import ARTAR, Coefficient, is_on
 from fastreg.call.torch_state import level_of_caller, untraced, version_of
 
-# The cases of a loss, and at the end those of a run. A case without a message is as it should be, the cases in WARNINGS
-# are warned of, once for a module, and all others are errors.
+# The cases of a loss, and at the end the cases of a run. A case without a message is as it should be, the cases in
+# WARNINGS are warned of, once for a module, and all others are errors.
 OUTCOMES = {
     "a dropout did not get raw": "on_backward_begin: the attached {dropout} did not get the output of the {module}: "
     "something lies between them (packing, padding, a slice, a full backward hook, another module), or the dropout ran "
@@ -59,15 +59,15 @@ OUTCOMES = {
     "the loss depends on runs": "",
     "a module is left out": "on_backward_begin: {count} losses came without a call of the attached {module}, which was "
     "frozen or never called before; attach what the model calls, such as a wrapper or a copy, or remove() the handle",
-    "the regularizer is gone": "attach: the regularizer of the attached {module} was deleted before the module ran in "
+    "a regularizer is deleted": "attach: the regularizer of the attached {module} was deleted before the module ran in "
     "training, and its hooks are removed now; keep the regularizer in a variable",
     "no penalty got a gradient": "attach: the penalties of {count} runs of the attached {module} in a row got no "
     "gradient. Call loss = regularizer.on_backward_begin(loss), then loss.backward(), and let the loss depend on the "
     "output of the module and its dropout. If these runs belong to no training step, run them under torch.no_grad()",
 }
-WARNINGS = "several runs over one step", "a module is left out", "the regularizer is gone", "no penalty got a gradient"
-# What a module has done: it was never called in training, or not since a loss took a penalty; or its strongest call
-# since then; and the case of a loss that depends on no run, by the strongest of the modules
+WARNINGS = "several runs over one step", "a module is left out", "a regularizer is deleted", "no penalty got a gradient"
+# The calls of a module in training: it was never called, or not since a loss took a penalty; or its strongest call
+# since then. LOST has the case of a loss that depends on no run, by the strongest call of the modules.
 NEVER, BEFORE, NO_GRADIENTS, FROZEN, RUN = range(5)
 LOST = (
     *("no module was called", "a run is taken", "a module ran without gradients"),
@@ -88,7 +88,7 @@ class Tally:
         patience: how many may be.
         ran: whether the last call in training with gradients was a run that is not frozen.
         losses: the losses since the last call in training.
-        notes: what was said of the module, and is not said again.
+        notes: the messages about the module that were given, as each is given once.
     """
 
     begun: int = 0
@@ -254,7 +254,7 @@ class Runs:
                 report("four runs over one step" if is_loop else "several runs over one step", [x], count)
 
     def clear(self) -> None:
-        """Drop all runs; none of them is lost."""
+        """Drop all runs, which do not count as lost."""
         for run in self.held():
             run.number = 0
             run.end()
