@@ -422,7 +422,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Runs", "runs whose numbers are the same", "        tally.begun += can_be_lost", "        tally.begun = 1"),
         ("Runs", "losses of frozen modules", "if x.tally.losses > PATIENCE and", "if False and"),
         ("Runs", "modules that are left out", " and not x.tally.ran:", ":"),
-        ("Runs", "losses without gradients", "in training if loss.requires_grad else ()", "in training"),
+        ("Runs", "losses without gradients", "x.tally.losses += loss.requires_grad", "x.tally.losses += 1"),
         ("Runs", "a handle that says nothing", "x.say(repr(x))", "pass"),
         ("Runs", "a handle that says it again", ' and x.tally.is_first("said"):', ":"),
         ("Runs", "a handle that has nothing to say", "and x.shown and", "and"),

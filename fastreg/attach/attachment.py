@@ -54,8 +54,7 @@ class Hook:
             if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
                 for handle in hook.__self__.enter_result:
                     handle.remove()
-        self.attachment: Attachment | None = attachment
-        self.module, self.after, self.before = module, after, before
+        self.attachment, self.module, self.after, self.before = attachment, module, after, before
         self.handles = [module.register_forward_hook(self, with_kwargs=True)]
         if before is not None:
             self.handles.append(module.register_forward_pre_hook(self, with_kwargs=True))

@@ -208,16 +208,15 @@ class Runs:
         Warns:
             UserWarning: the outcome is a warning.
         """
-        for x in self.attachments:
-            if x.waiting:
-                report("a dropout did not get raw", [x])
+        if waiting := [x for x in self.attachments if x.waiting]:
+            report("a dropout did not get raw", waiting)
         training = [x for x in self.attachments if x.source.module.training]
         counted = reached(loss, [run for run in self.held() if run.terms is not None])
         if not counted:
             self._check_calls(loss, training)
         self._check(counted, given)
-        for x in training if loss.requires_grad else ():
-            x.tally.losses += 1
+        for x in training:
+            x.tally.losses += loss.requires_grad
             if x.tally.losses > PATIENCE and not x.tally.ran:
                 report("a module is left out", [x], x.tally.losses)
         if not counted:

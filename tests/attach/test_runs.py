@@ -21,168 +21,98 @@ from fastreg.attach.runs import OUTCOMES
 from tests import language_model as lm
 from tests.language_model import HIDDEN, PLAIN, STARTS, VALID, Attached, each_dropout
 
-# The cases of a loss: functions of a model, and of inputs, that return a loss
+# The cases of a loss that depends on no run
 
 
 no_grad: Any = torch.no_grad()
 
 
-def freeze(m: Attached, frozen: bool = True) -> None:
-    m.rnn.requires_grad_(not frozen)
+def trained(m: Attached) -> Attached:
+    m.reg.on_backward_begin(m(lm.inputs()).loss).backward()
+    return m
 
 
-def in_evaluation(m: Attached, x: Tensor) -> Tensor:
-    return m.eval()(x).loss
+def frozen(m: Attached) -> Attached:
+    m.rnn.requires_grad_(False)
+    return m
 
 
-def frozen_run(m: Attached, x: Tensor) -> Tensor:
-    freeze(m)
-    return m(x).loss
+def beside_a_frozen_run(m: Attached) -> Attached:
+    other = lm.gru().requires_grad_(False)
+    m.reg.attach(other)
+    other(lm.inputs())
+    return m
 
 
-def frozen_after_training(m: Attached, x: Tensor) -> Tensor:
-    m.reg.on_backward_begin(m(x).loss).backward()
-    return frozen_run(m, x)
+def after_a_run(m: Attached) -> Attached:
+    m.kept = m(lm.inputs())
+    return m
 
 
-def a_second_loss_of_a_frozen_run(m: Attached, x: Tensor) -> Tensor:
-    freeze(m)
-    run = m(x)
-    assert m.reg.on_backward_begin(run.loss) is run.loss
-    return m.head(run.dropped).square().sum()
-
-
-def frozen_before_a_validation(m: Attached, x: Tensor) -> Tensor:
-    loss = frozen_run(m, x)
+def before_a_validation(m: Attached, x: Tensor) -> Tensor:
+    loss = frozen(m)(x).loss
     no_grad(m)(x)
     return loss
 
 
-def a_validation_in_training_mode(m: Attached, x: Tensor) -> Tensor:
-    m.reg.on_backward_begin(m(x).loss).backward()
-    return no_grad(m)(x).loss
-
-
-def a_validation_beside_a_frozen_module(m: Attached, x: Tensor) -> Tensor:
-    other = lm.gru().requires_grad_(False)
-    m.reg.attach(other)
-    other(x)
-    return no_grad(m)(x).loss
-
-
-def a_loss_of_other_tensors(m: Attached, x: Tensor) -> Tensor:
-    m.kept = m(x)
-    return m.head(x).sum()
-
-
-def a_detached_output(m: Attached, x: Tensor) -> Tensor:
-    return m.head(m(x).dropped.detach()).sum()
-
-
-def a_detached_loss_after_a_validation(m: Attached, x: Tensor) -> Tensor:
-    m.kept = m(x)
-    return no_grad(m)(x).loss
-
-
-def frozen_after_a_run_without_a_loss(m: Attached, x: Tensor) -> Tensor:
-    m.kept = m(x)
-    return frozen_run(m, x)
-
-
-def a_module_without_gradients(m: Attached, x: Tensor) -> Tensor:
-    raw, _ = no_grad(m.rnn)(x)
-    return m.head(m.dropout(raw)).sum()
-
-
-def a_model_without_gradients_after_a_step(m: Attached, x: Tensor) -> Tensor:
-    m.reg.on_backward_begin(m(x).loss).backward()
-    _, dropped, _ = no_grad(m.begin)(x)
-    return m.head(dropped).sum()
-
-
-def a_reentrant_checkpoint(m: Attached, x: Tensor) -> Tensor:
-    return checkpoint(lambda y: m(y).loss, x.clone().requires_grad_(), use_reentrant=True)  # pyright: ignore
-
-
-def beside_a_frozen_run_without_gradients(m: Attached, x: Tensor) -> Tensor:
-    other = lm.gru().requires_grad_(False)
-    m.reg.attach(other)
-    other(x)
-    return a_module_without_gradients(m, x)
-
-
-def a_second_loss(m: Attached, x: Tensor) -> Tensor:
+def second_loss(m: Attached, x: Tensor) -> Tensor:
     run = m(x)
     m.reg.on_backward_begin(run.loss)
-    return run.loss.square()
+    return m.head(run.dropped).square().sum()
 
 
-def a_second_loss_beside_a_frozen_module(m: Attached, x: Tensor) -> Tensor:
-    other = lm.gru().requires_grad_(False)
-    m.reg.attach(other)
-    other(x)
-    return a_second_loss(m, x)
-
-
-def a_cleared_run(m: Attached, x: Tensor) -> Tensor:
+def cleared(m: Attached, x: Tensor) -> Tensor:
     loss = m(x).loss
     m.reg.clear()
     return loss
 
 
-def a_step_that_leaves_the_module_out(m: Attached, x: Tensor) -> Tensor:
-    m.reg.on_backward_begin(m(x).loss).backward()
-    return m.head(x).sum()
+def without_gradients(m: Attached, x: Tensor) -> Tensor:
+    raw, _ = no_grad(m.rnn)(x)
+    return m.head(m.dropout(raw)).sum()
 
 
-def a_module_that_was_never_called(m: Attached, x: Tensor) -> Tensor:
-    return m.head(x).sum()
+def reentrant(m: Attached, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: m(y).loss, x.clone().requires_grad_(), use_reentrant=True)  # pyright: ignore
 
 
-def a_loss_without_gradients_of_a_module_that_was_never_called(m: Attached, x: Tensor) -> Tensor:
-    return no_grad(m.head)(x).sum()
-
-
-def the_forward_itself(m: Attached, x: Tensor) -> Tensor:
-    return m.head(m.rnn.forward(x)[0]).sum()
-
-
-def a_copy(m: Attached, x: Tensor) -> Tensor:
-    return deepcopy(m)(x).loss
-
-
+# A case of the table of outcomes, and functions of a model and inputs that return a loss
 CASES: dict[str, list[Callable[[Attached, Tensor], Tensor]]] = {
-    "all modules are in evaluation": [in_evaluation],
+    "all modules are in evaluation": [lambda m, x: m.eval()(x).loss, lambda m, x: after_a_run(m).eval()(x).loss],
     "only frozen modules ran": [
-        frozen_run,
-        frozen_after_training,
-        a_second_loss_of_a_frozen_run,
-        frozen_before_a_validation,
+        lambda m, x: frozen(m)(x).loss,
+        lambda m, x: frozen(trained(m))(x).loss,
+        lambda m, x: second_loss(frozen(m), x),
+        before_a_validation,
     ],
-    "nothing needs a gradient": [a_validation_in_training_mode, a_validation_beside_a_frozen_module],
+    "nothing needs a gradient": [
+        lambda m, x: no_grad(m)(x).loss,
+        lambda m, x: no_grad(trained(m))(x).loss,
+        lambda m, x: no_grad(beside_a_frozen_run(m))(x).loss,
+    ],
     "the loss depends on no run": [
-        a_loss_of_other_tensors,
-        a_detached_output,
-        a_detached_loss_after_a_validation,
-        frozen_after_a_run_without_a_loss,
+        lambda m, x: after_a_run(m).head(x).sum(),
+        lambda m, x: m.head(m(x).dropped.detach()).sum(),
+        lambda m, x: no_grad(after_a_run(m))(x).loss,
+        lambda m, x: frozen(after_a_run(m))(x).loss,
     ],
     "a module ran without gradients": [
-        a_module_without_gradients,
-        a_model_without_gradients_after_a_step,
-        a_reentrant_checkpoint,
-        beside_a_frozen_run_without_gradients,
+        without_gradients,
+        lambda m, x: without_gradients(trained(m), x),
+        lambda m, x: without_gradients(beside_a_frozen_run(m), x),
+        reentrant,
     ],
     "a run is taken": [
-        a_second_loss,
-        a_second_loss_beside_a_frozen_module,
-        a_cleared_run,
-        a_step_that_leaves_the_module_out,
+        second_loss,
+        lambda m, x: second_loss(beside_a_frozen_run(m), x),
+        cleared,
+        lambda m, x: trained(m).head(x).sum(),
     ],
     "no module was called": [
-        a_module_that_was_never_called,
-        a_loss_without_gradients_of_a_module_that_was_never_called,
-        the_forward_itself,
-        a_copy,
+        lambda m, x: m.head(x).sum(),
+        lambda m, x: m.head(x).sum().detach(),
+        lambda m, x: m.head(m.rnn.forward(x)[0]).sum(),
+        lambda m, x: deepcopy(m)(x).loss,
     ],
 }
 
@@ -200,7 +130,7 @@ def test_a_loss_that_depends_on_no_run(case: str, step: Any, dropout: Any) -> No
     else:
         assert m.reg.on_backward_begin(loss) is loss
         assert m.reg.take(loss) is None
-    freeze(m, False)
+    m.rnn.requires_grad_(True)
     m.check(m.train()(x))
 
 
@@ -222,12 +152,12 @@ def test_a_loss_of_raw_beside_its_dropout_depends_on_no_run() -> None:
 @each_dropout
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any) -> None:
-    model, frozen = Attached(nn.LSTM, dropout), lm.gru().requires_grad_(False)
-    model.reg.attach(frozen)
+    model, other = Attached(nn.LSTM, dropout), lm.gru().requires_grad_(False)
+    model.reg.attach(other)
     for _ in range(3):
         run: Any = checkpoint(model, lm.inputs(), use_reentrant=False) if checkpoints else model(lm.inputs())
         model.check(run)
-        loss = model.head(frozen(lm.inputs())[0]).sum()
+        loss = model.head(other(lm.inputs())[0]).sum()
         assert model.reg.on_backward_begin(loss) is loss
 
 
