@@ -246,7 +246,7 @@ class Play:
     def run(self, kind: str = "", carries: bool = True) -> Call:
         """Run the net of each side with the same input and the same masks of dropout."""
         draw, carried = self.draw, self.carried() if carries else None
-        kind = kind or draw.choices(["train", "no gradients"], [10, 1])[0]
+        kind = kind or draw.choices(["train", "no gradients", "evaluation"], [10, 1, 1])[0]
         steps, event, at = 3 if self.compiled else draw.randint(2, 6), "", draw.randrange(len(self.kinds))
         beside = self.has_beside and (self.compiled or draw.random() < 0.8)
         if kind == "train":
@@ -355,14 +355,6 @@ class Play:
         for net in self.nets:
             net.zero_grad()
 
-    def evaluate(self) -> None:
-        """Check that evaluation adds nothing."""
-        call = self.run("evaluation", carries=False)
-        self.net.eval()
-        loss = call.tensors[0]["out"].square().mean()
-        assert self.reg.on_backward_begin(loss) is loss
-        self.net.train()
-
     def train_step(self) -> None:
         """Change the parameters, as an optimizer does, and often the coefficients."""
         with torch.no_grad():
@@ -386,7 +378,7 @@ class Play:
             warnings.filterwarnings("error", "attach|FusedRNNDropout|on_backward_begin")
             warnings.filterwarnings("ignore", "attach: the penalties of .* got no gradient")  # of steps that forget it
             for _ in range(events):
-                weights: dict[Any, float] = {self.run: 6, self.step: 8, self.train_step: 2, self.evaluate: 1}
+                weights: dict[Any, float] = {self.run: 6, self.step: 8, self.train_step: 2}
                 weights |= {self.clear: 0.3, self.change_coefficients: 1}
                 self.draw.choices([*weights], [*weights.values()])[0]()
             self.clear()
