@@ -684,6 +684,13 @@ def test_copies_of_copies_keep_the_hooks_of_others_alone_and_attach_again(dropou
     torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
+def test_a_copy_of_a_fused_dropout_that_ran_before_it_was_attached_warns_no_earlier(duplicate: Any) -> None:
+    dropout = FUSED(0.4)
+    dropout(lm.inputs())  # a second one without coefficients is warned of, and a warning is an error
+    duplicate(dropout)(lm.inputs())
+
+
 # Arguments and results that are refused
 
 

@@ -10,7 +10,7 @@ from tests.conftest import more
 from tests.random_training import Play
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
-FIRST = 1, 5, 6, 12  # a frozen net, three layers that share a dropout, a quantizer, and a module without a dropout
+FIRST = 1, 5, 6, 12  # a frozen net, three layers, a quantizer, and a module without a dropout
 CASES: list[Any] = [pytest.param(seed, False, marks=() if seed in FIRST else more) for seed in range(15)]
 CASES += [
     pytest.param(seed, True, marks=[pytest.mark.main] * (seed % 4 > 0) + [more] * (seed > 100))
@@ -28,8 +28,8 @@ def test_a_random_sequence_gets_the_gradients_of_plain_pytorch(seed: int, compil
     assert play.counts["compared"] > 0
 
 
-@pytest.mark.parametrize(("what", "seed"), [("alpha", 1), ("beta", 1), ("valid", 6), ("starts", 6), ("layer", 1)])
-def test_a_sequence_whose_reference_is_wrong_fails(what: str, seed: int) -> None:
+@pytest.mark.parametrize("what", ["alpha", "beta", "valid", "starts", "layer"])
+def test_a_sequence_whose_reference_is_wrong_fails(what: str) -> None:
     class Wrong(Play):
         def step(self) -> None:
             alpha, beta = self.coefficients
@@ -40,4 +40,4 @@ def test_a_sequence_whose_reference_is_wrong_fails(what: str, seed: int) -> None
             super().step()
 
     with pytest.raises(AssertionError, match="relative error"):
-        Wrong(seed, compiles=False).play()
+        Wrong(8, compiles=False).play()
