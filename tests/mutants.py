@@ -386,7 +386,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Attachment", "a time step of a batch", " and raw.dim() != 3", ""),
         ("Attachment", "a batch of one with TAR", " and not is_on(call.given[1])", ""),
         ("Attachment", "another axis of one", "place.time_dim == 0 and raw", "place.time_dim is not None and raw"),
-        ("Attachment", "axes in a wrong order", '{time: "time", batch: "batch"}', '{0: "batch", 1: "time"}'),
+        ("described", "axes in a wrong order", '{time: "time", batch: "batch"}', '{0: "batch", 1: "time"}'),
     ],
     "fastreg/attach/captures.py": [
         ("check_output", "any output", "is_list(output) and len(output) == 3 and _are", "_are"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -24,7 +24,7 @@ from fastreg.attach.outputs import address_of, mapped, tensors_in
 from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, Tally, report
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import Options, axes_of, data_of, is_on
+from fastreg.call.problem import Options, Place, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
 from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
 
@@ -352,7 +352,9 @@ class Attachment(AbstractContextManager["Attachment"]):
             terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
         if run is None:
             return None
-        self.shown = self.shown or self._described(raw, call)
+        place = self.source.place
+        whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
+        self.shown = self.shown or described(whole, place, call.masks)
         if is_frozen or not terms.penalty.requires_grad:
             run.number = 0
         elif not dropped.requires_grad:
@@ -363,21 +365,22 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not dropped.requires_grad:
             return self._note(FROZEN)
         self._note(RUN)
-        place = self.source.place
         steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
         # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
         is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.given[1])
         run.terms, run.is_one_step = terms, steps == 1 and not is_batch
         return None
 
-    def _described(self, rows: Tensor, call: Call) -> str:
-        """Say which axes of raw were taken for what, and which time steps count."""
-        shape, packed = (*rows.shape,), call.packed
-        if packed is not None:
-            sequences = f"{packed.batch_sizes[0]} packed sequences of up to {len(packed.batch_sizes)} time steps"
-            return f"raw {shape} as {sequences}, hidden {shape[-1]}; every step counts"
-        time, batch = axes_of(rows, self.source.place.axis())
-        names, given = {time: "time", batch: "batch"}, [x for x in call.masks if call.masks[x] is not None]
-        axes = ", ".join([f"{names.get(i, 'hidden')} {size}" for i, size in enumerate(shape)])
-        steps = "; ".join([f"{x} {(*call.masks[x].shape,)}: {MASKED[x]}" for x in given])
-        return f"raw {shape} as {axes}; {steps or 'no mask: every step counts'}"
+
+def described(raw: Tensor | PackedSequence, place: Place, masks: Mapping[str, Tensor | None]) -> str:
+    """Say which axes of raw were taken for what, and which time steps count."""
+    rows = data_of(raw)
+    shape = (*rows.shape,)
+    if isinstance(raw, PackedSequence):
+        sequences = f"{raw.batch_sizes[0]} packed sequences of up to {len(raw.batch_sizes)} time steps"
+        return f"raw {shape} as {sequences}, hidden {shape[-1]}; every step counts"
+    time, batch = axes_of(rows, place.axis())
+    names = {time: "time", batch: "batch"}
+    axes = ", ".join([f"{names.get(i, 'hidden')} {size}" for i, size in enumerate(shape)])
+    steps = "; ".join([f"{x} {(*mask.shape,)}: {MASKED[x]}" for x, mask in masks.items() if mask is not None])
+    return f"raw {shape} as {axes}; {steps or 'no mask: every step counts'}"
