@@ -124,7 +124,7 @@ def render(page: str) -> str:
 
 def with_outcomes(page: str) -> str:
     """Return the page with the table of outcomes rendered anew; dots stand for the values in a message."""
-    from fastreg.attach.step import OUTCOMES, WARNINGS
+    from fastreg.attach.runs import OUTCOMES, WARNINGS
 
     rows = ["| case | outcome | message |", "| --- | --- | --- |"]
     for case, message in OUTCOMES.items():

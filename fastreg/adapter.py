@@ -1,4 +1,4 @@
-"""Parts that adapters share: the attributes that a user may set, and the sums of the terms that a trainer logs.
+"""Parts that adapters share: the coefficients that a user may set, and the sums of the terms that a trainer logs.
 
 An adapter turns the events of a framework into three. When an epoch begins, the state of the model is reset, and
 captures are dropped. When a loss begins, the activations have been captured, by hooks or from the output of the model.
@@ -15,23 +15,6 @@ from torch import Tensor
 
 from fastreg.attach.paths import Paths
 from fastreg.attach.regularizer import RNNRegularizer
-
-
-class KnownAttributes:
-    """Refuse new attributes once `is_made` is set, because a misspelt `aplha` would change nothing.
-
-    Subclasses outside of fastreg may add attributes.
-    """
-
-    is_made = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        kind = type(self)
-        if self.is_made and kind.__module__.startswith("fastreg.") and not (name in vars(self) or hasattr(kind, name)):
-            raise AttributeError(
-                f"{kind.__name__}: expected one of its attributes, such as alpha or beta, got {name!r}"
-            )
-        super().__setattr__(name, value)
 
 
 def of_regularizer(name: str) -> property:

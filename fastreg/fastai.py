@@ -21,7 +21,6 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from fastreg.adapter import KnownAttributes
 from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer as Regularizer
 from fastreg.attach.source import Masks
@@ -70,7 +69,7 @@ def _without_columns(metrics: Any) -> list[Any]:
     return [metric for metric in metrics if not isinstance(metric, _Column)]
 
 
-class RNNRegularizer(KnownAttributes, Regularizer, stock.RNNRegularizer):
+class RNNRegularizer(Regularizer, stock.RNNRegularizer):
     """Add `alpha * AR + beta * TAR` to `learn.loss_grad`, which is differentiated, but not to `learn.loss`.
 
     The recorder's table gets the columns `ar` and `tar`: the terms without their coefficients, averaged over the
@@ -140,7 +139,7 @@ class RNNRegularizer(KnownAttributes, Regularizer, stock.RNNRegularizer):
         self._totals = [0.0, 0.0, 0]  # sums over the epoch: AR times size, TAR times size, and size of a batch
         self._columns = [_Column(partial(self._average, i), name) for i, name in enumerate(["ar", "tar"])]
         self._own_metrics: Any = None  # of the learner, from before_fit on until training shows that this is a fit
-        self.is_made = True
+        self.is_made = type(self) is RNNRegularizer
 
     def before_fit(self) -> None:
         # fastai begins learn.validate() with this event, too, maybe within a fit: before_train tells a fit from it.

@@ -22,7 +22,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreg.adapter import KnownAttributes
 from fastreg.attach.paths import UNFUSED, Swap, check_options_of_fuse, coefficients_of_learner, paths_of_learner
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
@@ -60,7 +59,7 @@ SWAP = Swap("1.output_dp", RNNDropout, partial(FusedRNNDropout, batch_first=BATC
 FUSED: dict[str, Any] = {"pairs": [("0", SWAP)], "output": last_raw, "batch_first": BATCH_FIRST}
 
 
-class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
+class RNNTrainer(RNNRegularizer, LearnerCallback):
     """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
     `ar` and `tar` are the terms of the last step. Activations are `(batch, time, hidden)`, but `(time, batch, hidden)`
@@ -133,7 +132,7 @@ class RNNTrainer(KnownAttributes, RNNRegularizer, LearnerCallback):
         self.adjust = adjust
         self.scaled = ExitStack()  # restores the learning rate of the optimizer
         self.on_train_end()
-        learn.export, self.is_made = self.export, True
+        learn.export, self.is_made = self.export, type(self) is RNNTrainer
 
     def on_epoch_begin(self, **_: Any) -> None:
         super().on_epoch_begin(self.learn.model)

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastreg.adapter import Adapter, KnownAttributes
+from fastreg.adapter import Adapter
 from fastreg.attach.paths import Paths, pairs_of
-from fastreg.attach.regularizer import RNNRegularizer
+from fastreg.attach.regularizer import KnownAttributes, RNNRegularizer
 from fastreg.attach.source import Masks
 from fastreg.call.arguments import check_flags, shown
 from fastreg.call.problem import Coefficient
@@ -83,7 +83,7 @@ class ActivationRegularization(KnownAttributes, Adapter, Callback):
         check_flags(log=log)
         paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
         self.begin(RNNRegularizer(alpha, beta), paths)
-        self.logged, self.is_made = log, True
+        self.logged, self.is_made = log, type(self) is ActivationRegularization
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch: reset the hidden state."""

@@ -75,12 +75,10 @@ class Locked(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Round activations as a vector quantizer does, and pass their gradient on, unless `is_straight` is false."""
-
-    is_straight = True
+    """Round activations as a vector quantizer does, and pass their gradient on."""
 
     def forward(self, raw: Tensor) -> Tensor:
-        return raw + (raw.round() - raw).detach() if self.is_straight else raw.detach().round()
+        return raw + (raw.round() - raw).detach()
 
 
 def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:

@@ -1,8 +1,8 @@
 """`Attachment`: the hooks on a recurrent module and on the dropout that follows it.
 
-The hook on the module begins a run in the step, and writes a `Call` into raw. The hook on the dropout finds the call in
-raw, computes the penalty, and returns dropped with a mark by which a loss finds the run. Without a dropout the hook on
-the module does this with raw. `fastreg.attach.step` follows the runs.
+The hook on the module begins a run, and writes a `Call` into raw. The hook on the dropout finds the call in raw,
+computes the penalty, and returns dropped with a mark by which a loss finds the run. Without a dropout the hook on the
+module does this with raw. `fastreg.attach.runs` follows the runs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.outputs import address_of, mapped, tensors_in
+from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, Tally, report
 from fastreg.attach.source import Source
-from fastreg.attach.step import Run, Site, Step
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import Options, Place, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
@@ -38,48 +38,47 @@ KEY = "_fastreg_call"  # the attribute of raw that holds its call
 
 
 class Hook:
-    """Run a function as a hook on the forward of a module; in a copy or a pickle of the module, do nothing."""
+    """Run functions before and after the forward of a module until `remove()`; in a copy or a pickle, do nothing.
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any], register: Any) -> None:
-        self.module, self.function, self.handle = module, function, register(self, with_kwargs=True)
+    Attributes:
+        attachment: the attachment; `None` after `remove()`.
+        module: the module.
+        after: a function of the arguments and the output of the forward.
+        before: a function of the arguments; `None` if nothing comes before the forward.
+        handles: the handles of the hooks; the first one runs after the forward.
+        forward: the forward of the module's class, which is an attribute of the module itself while it is hooked.
+    """
+
+    def __init__(self, attachment: Attachment, module: nn.Module, after: Any, before: Any = None) -> None:
+        for hook in (*vars(module)["_forward_hooks"].values(), *vars(module)["_forward_pre_hooks"].values()):
+            if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
+                for handle in hook.__self__.enter_result:
+                    handle.remove()
+        self.attachment, self.module, self.after, self.before = attachment, module, after, before
+        self.handles = [module.register_forward_hook(self, with_kwargs=True)]
+        if before is not None:
+            self.handles.append(module.register_forward_pre_hook(self, with_kwargs=True))
+        # Dynamo does not guard on hooks, and would run code that was compiled for a module without hooks. But it does
+        # guard on whether the instance itself has an attribute forward.
+        self.forward = MethodType(type(module).forward, module)
+        vars(module).setdefault("forward", self.forward)
 
     @untraced
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        if module is self.module or self.function is nothing:
-            return self.function(*args)
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
+        if module is self.module:
+            args, kwargs, *result = given  # there is no result before the forward
+            return self.after(args, kwargs, *result) if result else self.before(args, kwargs)
         # A shallow copy or a replica shares the hooks, and the forward, with the weights of the hooked module. torch.ao
-        # puts the hooks on other modules, which are right in evaluation.
-        if module.training or "forward" in vars(module):
+        # puts the hooks on other modules, which are right in evaluation, and after `remove()`.
+        if self.attachment is not None and (module.training or "forward" in vars(module)):
             raise RuntimeError(SHARED.format(type(module).__name__))
         return None
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
-        # installed. From the handle PyTorch learns the ids of the hooks in the pickle, and gives these ids to no other
+        # installed. From the handles PyTorch learns the ids of the hooks in the pickle, and gives these ids to no other
         # hook.
-        return getattr, (nullcontext(self.handle), "__exit__")
-
-
-class Hooked:
-    """Hold the hooks on a module until `remove()`.
-
-    Attributes:
-        module: the module.
-        hooks: the hooks; the first one runs after the forward.
-        forward: the forward of the module's class, which is an attribute of the module itself while it is hooked.
-    """
-
-    def __init__(self, module: nn.Module, before: Any, after: Any) -> None:
-        for hook in (*vars(module)["_forward_hooks"].values(), *vars(module)["_forward_pre_hooks"].values()):
-            if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
-                hook.__self__.enter_result.remove()
-        self.module, self.hooks = module, [Hook(module, after, module.register_forward_hook)]
-        if before is not None:
-            self.hooks.append(Hook(module, before, module.register_forward_pre_hook))
-        # Dynamo does not guard on hooks, and would run code that was compiled for a module without hooks. But it does
-        # guard on whether the instance itself has an attribute forward.
-        self.forward = MethodType(type(module).forward, module)
-        vars(module).setdefault("forward", self.forward)
+        return getattr, (nullcontext(self.handles), "__exit__")
 
     def prepare(self) -> None:
         """Move the hook after the forward to the end, behind hooks that were registered later.
@@ -89,13 +88,13 @@ class Hooked:
         """
         if self.forward.__func__ is not type(self.module).forward:
             raise RuntimeError(SHARED.format(type(self.module).__name__))
-        vars(self.module)["_forward_hooks"].move_to_end(self.hooks[0].handle.id)
+        vars(self.module)["_forward_hooks"].move_to_end(self.handles[0].id)
 
     def remove(self) -> None:
-        """Remove the hooks; those that others have moved to another module do nothing from now on."""
-        for hook in self.hooks:
-            hook.handle.remove()
-            hook.function = nothing
+        """Remove the hook."""
+        self.attachment = None
+        for handle in self.handles:
+            handle.remove()
         if not attachments_of(self.module) and vars(self.module).get("forward") == self.forward:
             del self.module.forward
 
@@ -103,11 +102,7 @@ class Hooked:
 def attachments_of(module: nn.Module) -> list[Attachment]:
     """Return the attachments that have hooks on a module."""
     hooks: Any = vars(module)["_forward_hooks"].values()
-    return [x.function.__self__ for x in hooks if isinstance(x, Hook)]  # pyright: ignore
-
-
-def nothing(*_: object) -> None:
-    """Return `None`."""
+    return [x.attachment for x in hooks if isinstance(x, Hook) and x.attachment is not None]
 
 
 @dataclass(eq=False)
@@ -134,68 +129,85 @@ class Call:
         return OrderedDict, ()  # raw may be saved, and loaded with `weights_only=True` where fastreg is not installed
 
     def coefficients(self, raw: Tensor) -> Sequence[Any]:
-        """Return alpha and beta on the device of raw."""
-        return [x.to(raw.device) if isinstance(x, Tensor) else x for x in self.given]
+        """Return alpha and beta on the device of raw; a tensor is copied, as it may change before the backward."""
+        return [x.to(raw.device, copy=True) if isinstance(x, Tensor) else x for x in self.given]
 
 
-class Attachment(Site, AbstractContextManager["Attachment"]):
+class Attachment(AbstractContextManager["Attachment"]):
     """Hold the hooks on a module and its dropout until `remove()`. Hooks in a copy of the model do nothing.
 
     Args:
-        owner: the regularizer, which has the coefficients; when it is gone, the hooks are removed.
-        step: the step of the regularizer.
+        owner: the regularizer, which has the coefficients. With it the hooks are removed; but if the module has not run
+            by then, its first call in training removes them, and warns.
+        runs: the runs of the regularizer.
         source: the source, which has the modules.
 
     Attributes:
         owner: a weak reference to the regularizer.
-        step: the step.
+        runs: the runs of the regularizer.
         source: the source.
-        options: the options of the calls that compute penalties.
+        names: the names of the types of the module and of its dropout, for messages.
+        paths: their paths in the model, where an adapter has found them there.
+        say: a function that is called once with the `repr()`, at the first loss; `None` to say nothing.
+        shown: the axes and the masks of the first run, in words.
+        waiting: how many runs wait for their dropout.
+        called: whether the module was called in training, and the strongest call since a loss last took a penalty.
+        tally: the lost penalties of the module.
     """
 
-    _hooked: Any = ()  # a copy of a handle has no hooks
-
-    def __init__(self, owner: Any, step: Step, source: Source) -> None:
-        self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: self.remove())
-        self.step, self.source = step, source
+    def __init__(self, owner: Any, runs: Runs, source: Source) -> None:
+        self.owner: Callable[[], Any] = weakref.ref(owner, lambda _: self.shown and self.remove())
+        self.runs, self.source = runs, source
         self.names, dropout = {"module": type(source.module).__name__}, source.dropout
-        self.options = Options(*source.place, "mean", True, predicts=False)
-        self._hooked = [Hooked(source.module, self._before_module, self._after_module)]
+        self.paths: tuple[Any, Any] = None, None
+        self.say: Callable[[str], Any] | None = None
+        self.shown, self.waiting, self.called = "", 0, NEVER
+        self._hooks = [Hook(self, source.module, self._after_module, self._before_module)]
         if dropout is not None:
             self.names["dropout"] = type(dropout).__name__
             before = self._lend if isinstance(dropout, FusedRNNDropout) else None
-            self._hooked.append(Hooked(dropout, before, self._after_dropout))
-        step.add(self, source.module)
+            self._hooks.append(Hook(self, dropout, self._after_dropout, before))
+        runs.attachments.append(self)
+        self.tally = runs.tallies.setdefault(source.module, Tally())
+
+    def __repr__(self) -> str:
+        label = [f"{path} ({x})" if path else x for x, path in zip(self.names.values(), self.paths, strict=False)]
+        return f"{' -> '.join(label)}: {self.shown or 'no run yet'}"
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no hooks and no runs."""
-        return {"shown": "removed"}
+        return {"names": {"module": "Attachment"}, "paths": (None, None), "shown": "removed", "_hooks": ()}
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
     def remove(self) -> None:
         """Remove the hooks and drop the runs; a second call does nothing."""
-        hooked, self._hooked = self._hooked, ()
-        for x in hooked:
+        hooks, self._hooks = self._hooks, ()
+        for x in hooks:
             x.remove()
-        if hooked:
-            self.step.remove(self)
+        if hooks:
+            self.runs.attachments.remove(self)
             self.shown = "removed"
-            self.owner = nothing  # the callback of the reference would keep the batch that an adapter's masks hold
+            self.owner = lambda: None  # the callback of the reference would keep the batch that an adapter's masks hold
 
     # The hooks
 
     def _before_module(self, *_: Any) -> None:
         """Prepare the hooks of the module and of its dropout."""
-        for x in self._hooked:
+        for x in self._hooks:
             x.prepare()
 
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Begin a run, and mark tensors of the module's output: the states, and raw if there is no dropout."""
-        source, step, owner = self.source, self.step, self.owner()
-        if not source.module.training or not step.enter(self):
+        source, owner = self.source, self.owner()
+        if not source.module.training:
             return None
+        if owner is None:
+            self.remove()
+            return report("a regularizer is deleted", [self])
+        if not torch.is_grad_enabled():
+            return self._note(NO_GRADIENTS)
         again = current() != -1
         if again and not recomputes():
             raise RuntimeError(
@@ -212,15 +224,22 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         self._check_apart(rows)
         given, masks = (owner.alpha, owner.beta), source.masks.of(*args, **kwargs)
         packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
-        run = None if again else step.begin(self, given, source.dropout is not None)
+        run = None if again else self.runs.begin(self, given, rows.requires_grad)
         call = Call(self, run, version_of(rows), packed, masks, given)
         if source.dropout is None:
             self._form(call, run, rows, rows, None)
         else:
             setattr(rows, KEY, call)
+            self.waiting += run is not None
         if run is None or (result is rows and source.dropout is not None):
             return None
         return self._marked(run, rows, result, (*args, *kwargs.values()))
+
+    def _note(self, kind: int) -> None:
+        """Note the kind of a call in training."""
+        self.called, self.tally.losses = max(self.called, kind), 0
+        if kind != NO_GRADIENTS:
+            self.tally.ran = kind == RUN
 
     def _marked(self, run: Run, rows: Tensor, result: Any, inputs: Any) -> Any:
         """Return the output of a module with its tensors marked for a run, or `None` if there are none to mark.
@@ -242,7 +261,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         at = {i: address_of(x) for i, x in tensors.items()}
         memory = [*at.values(), *map(address_of, tensors_in(inputs).values())]
         marked = {
-            i: mark(run, x, x is rows or memory.count(at[i]) > 1)
+            i: mark(run, x is rows or memory.count(at[i]) > 1, x)
             for i, x in tensors.items()
             if x.requires_grad and (is_dropped or x is not rows)
         }
@@ -269,8 +288,9 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         if call is None or not torch.is_grad_enabled():
             return None
         run = call.run
-        if run is not None and not self.step.arrive(run):
+        if run is not None and not run.is_held:  # it was cleared
             return None
+        self.waiting -= run is not None
         call.run = None
         if run is None and current() == -1:
             raise RuntimeError(
@@ -289,7 +309,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         self._form(call, run, raw, rows, kwargs.get("loan"))
         if run is None or not rows.requires_grad:
             return None
-        dropped = mark(run, rows)
+        dropped = mark(run, True, rows)
         return dropped if result is rows else result._replace(data=dropped)  # pyright: ignore
 
     def _call_of(self, args: Any, kwargs: Any) -> Any:
@@ -308,7 +328,7 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
             rows: raw, or the rows of a `PackedSequence`.
         """
         call: Any = rows.__dict__.get(KEY)
-        found: Any = call.attachment if call else rows.grad_fn.run.site if is_marked(rows) else None  # pyright: ignore
+        found: Any = call.attachment if call else rows.grad_fn.run.attachment if is_marked(rows) else None  # pyright: ignore
         module = self.source.module
         if found is not None and found.source.module is not module and found.source.module in module.modules():
             raise RuntimeError(
@@ -322,30 +342,34 @@ class Attachment(Site, AbstractContextManager["Attachment"]):
         A recomputation, which has no run, computes the penalty, too, so that it saves the same tensors as the forward.
         """
         terms: Any = loan and loan.terms
-        if loan is None or loan.dropped is not dropped or loan.version != version_of(dropped):
+        is_frozen = not (raw.requires_grad or dropped.requires_grad)  # then there is nothing to compute
+        if not is_frozen and (loan is None or loan.dropped is not dropped or loan.version != version_of(dropped)):
             dropout: Any = self.source.dropout  # asking a module for an attribute that it lacks takes 2 us
             pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
             if call.packed is not None:
                 pair = [call.packed._replace(data=x) for x in pair]
-            place, options = self.source.place_for(pair[0]), self.options
-            if place is not self.source.place:
-                options = options._replace(batch_first=place.batch_first, time_dim=place.time_dim)
+            options = Options(*self.source.place_for(pair[0]), "mean", True, predicts=False)
             terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
         if run is None:
-            return
-        if terms.penalty.requires_grad and not dropped.requires_grad:
+            return None
+        place = self.source.place
+        whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
+        self.shown = self.shown or described(whole, place, call.masks)
+        if is_frozen or not terms.penalty.requires_grad:
+            run.number = 0
+        elif not dropped.requires_grad:
             raise RuntimeError(
                 f"attach: no loss can find the penalty, as the output of the attached {self.names['dropout']} needs no "
                 "gradient; let the dropout pass a gradient on, or attach no dropout, or use fused_ar_tar"
             )
-        place = self.source.place
+        if not dropped.requires_grad:
+            return self._note(FROZEN)
+        self._note(RUN)
         steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
         # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
         is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.given[1])
-        run.is_one_step = steps == 1 and not is_batch
-        whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
-        self.shown = self.shown or described(whole, place, call.masks)
-        self.step.form(run, terms, call.given, not dropped.requires_grad)
+        run.terms, run.is_one_step = terms, steps == 1 and not is_batch
+        return None
 
 
 def described(raw: Tensor | PackedSequence, place: Place, masks: Mapping[str, Tensor | None]) -> str:

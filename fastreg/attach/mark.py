@@ -26,33 +26,18 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Any, leaf: Tensor | None, as_view: bool, x: Tensor) -> Tensor:
+    def forward(ctx: Any, run: Any, as_view: bool, x: Tensor) -> Tensor:
         ctx.run = run
         return x.view_as(x) if as_view else x.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.run.can_be_lost:
-            ctx.run.step.passed(ctx.run, ctx.next_functions[0][0])
-        return None, None, None, gradient
+        return None, None, gradient
 
 
-# `Function.apply` without its part for transforms of torch.func, under which nothing is marked; this saves 3 us
-_apply: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def mark(run: Any, x: Tensor, as_view: bool = True) -> Any:
-    """Return a tensor that needs a gradient behind a node that holds a run.
-
-    Args:
-        run: the run.
-        x: the tensor.
-        as_view: whether the result is a view; otherwise it may be changed in place.
-    """
-    # `backward()` accumulates a gradient into this leaf, and `torch.autograd.grad` does not. No mark needs it once a
-    # penalty has got a gradient. Marks must not share it, as compiled autograd cannot add up what they return for it.
-    leaf = None if run.step.backwards is None else torch.zeros((), requires_grad=True)
-    return _apply(run, leaf, as_view, x)
+# `mark(run, as_view, x)` returns a tensor that needs a gradient behind a node that holds a run. It is `Function.apply`
+# without its part for transforms of torch.func, under which nothing is marked; this saves 3 us.
+mark: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_marked(x: Tensor) -> bool:

@@ -32,8 +32,11 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(result, dict):
         try:
             made = copy(result)
-            if kind.__dictoffset__:  # a model output has the items as attributes, too
-                vars(made).update({name: mapped(x, function) for name, x in vars(result).items()})
+            own = vars(result) if kind.__dictoffset__ else {}
+            if own is result:  # the items are the attributes, as in many an `AttrDict`
+                made.__dict__ = made
+            elif own:  # a model output has the items as attributes, too
+                vars(made).update(mapped(own, function))
             for name, x in dict.items(result):
                 made[name] = mapped(x, function)
         except Exception as error:

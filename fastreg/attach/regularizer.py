@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
-from fastreg.attach.source import Masks, Source
-from fastreg.attach.step import Step, total
+from fastreg.attach.runs import Runs, total
+from fastreg.attach.source import Masks, Source, without_lengths
 from fastreg.call.arguments import check_coefficient, check_count, check_selectors, shown
 from fastreg.call.operation import coefficient, place_of
 from fastreg.call.penalty import fused_ar_tar
@@ -29,7 +29,24 @@ from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
 
 
-class RNNRegularizer:
+class KnownAttributes:
+    """Refuse new attributes once `is_made` is set, because a misspelt `aplha` would change nothing.
+
+    A class sets it at the end of its constructor, but not for its subclasses, which may add attributes.
+    """
+
+    is_made = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self)
+        if self.is_made and not (name in vars(self) or hasattr(kind, name)):
+            raise AttributeError(
+                f"{kind.__name__}: expected one of its attributes, such as alpha or beta, got {name!r}"
+            )
+        super().__setattr__(name, value)
+
+
+class RNNRegularizer(KnownAttributes):
     """Add `alpha * AR + beta * TAR` to the loss of each training step.
 
     If a model returns only its output, `attach` puts hooks on its modules. If it returns its activations, too, as
@@ -76,9 +93,6 @@ class RNNRegularizer:
         >>> loss.backward()
     """
 
-    _has_layers = False  # whether `layers` was given; files of 0.3.0 lack this attribute
-    _warned: tuple[str, ...] = ()  # the kinds of warnings that were given
-
     @shown("RNNRegularizer(alpha=2.0, beta=1.0)")
     def __init__(
         self,
@@ -93,25 +107,23 @@ class RNNRegularizer:
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
         self.alpha, self.beta = coefficient(alpha), coefficient(beta)
-        self.layers, self._has_layers = layers, layers is not None
+        self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
-        self._step = Step()  # the runs of attached modules
+        self._warned = set[str]()  # the kinds of warnings about `on_loss_begin` that were given
+        self._runs = Runs()  # of attached modules
+        self.is_made = type(self) is RNNRegularizer
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
         own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
-        return "\n  ".join([own, *map(repr, self._step.sites)])
+        return "\n  ".join([own, *map(repr, self._runs.attachments)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_warned": (), "_step": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._step = Step()
+        return self.__dict__ | {"_given": None, "_warned": set(), "_runs": Runs()}
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture.
@@ -161,7 +173,7 @@ class RNNRegularizer:
         """
         place = place_of(batch_first, time_dim)
         check_selectors(lengths, valid, starts)
-        if self._step.sites:
+        if self._runs.attachments:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         decoded, raw, dropped = check_output(output)
         if self.layers != "all" and is_list(raw):
@@ -218,9 +230,8 @@ class RNNRegularizer:
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}; do not call item() before")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}; call mean() before")
-            if self._step.sites:
-                training = [x for x in self._step.sites if x.source.module.training]
-                terms = self._step.take(loss, (self.alpha, self.beta), training)
+            if self._runs.attachments:
+                terms = self._runs.take(loss, (self.alpha, self.beta))
             elif given is None:
                 raise RuntimeError(
                     "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
@@ -238,14 +249,15 @@ class RNNRegularizer:
     def _warn_once(self, kind: str, message: str) -> None:
         """Give a warning about `on_loss_begin`, unless one of the same kind was given."""
         if kind not in self._warned:
-            self._warned = (*self._warned, kind)
+            self._warned.add(kind)
             warnings.warn(f"on_loss_begin: {message}", stacklevel=level_of_caller())
 
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
         self._given = None
-        self._step.clear()
+        self._runs.clear()
 
+    @without_lengths
     def attach(
         self,
         module: nn.Module,
@@ -262,10 +274,12 @@ class RNNRegularizer:
         Call it once, instead of `on_loss_begin` in each step. Every attached module is regularized; of an `nn.LSTM`
         with several layers the last one is. `on_backward_begin` adds the penalty of each run on which the loss depends,
         once, with the coefficients of that run's forward. A loss depends on a run through the output of the dropout, or
-        through raw without a dropout, or through another tensor that the module returned, such as a state. If a module
-        and its inputs need no gradients, its latest run counts as a constant, for the next loss. Runs in evaluation,
-        runs without gradients, and recomputations of activation checkpointing do not count. The model may be compiled
-        before or after.
+        through raw without a dropout, or through another tensor that the module returned, such as a state. Runs in
+        evaluation, runs without gradients, runs of frozen modules, and recomputations of activation checkpointing do
+        not count. The model may be compiled before or after.
+
+        Keep the regularizer in a variable, as the hooks go with it. If the penalties of many runs in a row get no
+        gradient, because `on_backward_begin` was forgotten or its result is not used, a warning names the module.
 
         The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
         place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
@@ -303,17 +317,20 @@ class RNNRegularizer:
                 would be wrong or lost. The message names the remedy.
         """
         source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).checked()
-        if self._has_layers:
+        if self.layers is not None:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use either on_loss_begin or attach")
-        if any(attachment.source.module is module for attachment in attachments_of(module)):
-            raise RuntimeError(
-                f"module: the {type(module).__name__} is attached already, and its penalty would count twice; remove() "
-                "its handle first. If an error in a notebook has lost it, the traceback keeps the regularizer: restart "
-                "the kernel"
-            )
-        return Attachment(self, self._step, source)
+        for attachment in attachments_of(module):
+            if attachment.owner() is None:  # a cell of a notebook that runs again has deleted its regularizer
+                attachment.remove()
+            elif attachment.source.module is module:
+                raise RuntimeError(
+                    f"module: the {type(module).__name__} is attached already, and its penalty would count twice; "
+                    "remove() its handle first. If an error in a notebook has lost it, the traceback keeps the "
+                    "regularizer: restart the kernel"
+                )
+        return Attachment(self, self._runs, source)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
         """Scale the learning rate of every group by `seq_len / bptt` in a `with` block, and restore it at the end.

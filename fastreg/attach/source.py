@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.call.operation import place_of
 from fastreg.call.problem import Place, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Classes of modules that return no raw, or whose hooks do not run, with the expectation that an error names
 REFUSED: dict[Any, str] = {
@@ -160,7 +163,7 @@ class Source:
                 f"{tuple(raw.shape)}. If this is one time step, attach the module that runs over all time steps. If "
                 "these are the rows of several sequences, (batch * time, features), unflatten them in the model, and "
                 "pass them through an nn.Identity, which you attach. If this is one sequence, (time, hidden), pass "
-                "time_dim=0"
+                "time_dim=0; if it is a number for each time step, (batch, time), pass time_dim=1"
             )
         return raw
 
@@ -185,8 +188,8 @@ def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
         return True
     why = f", and may return (time, batch, hidden) like the {inside[False]} inside it" if inside else ""
     raise ValueError(
-        "batch_first: expected True for (batch, time, hidden) or False for (time, batch, hidden), as the "
-        f"{type(module).__name__} does not have it{why}, got None"
+        "batch_first: expected True for (batch, time, hidden), False for (time, batch, hidden), or time_dim= for any "
+        f"other axis of time, as the {type(module).__name__} does not have it{why}, got None"
     )
 
 
@@ -203,6 +206,21 @@ def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
             got = [f"{type(x).__name__}{[*of] or ''}" for x, of in zip(given, facts, strict=True)]
             add_note(f"{name}: fastreg called this function with ({', '.join(got)})")
         raise
+
+
+def without_lengths(function: Function) -> Function:
+    """Make a function whose error about an argument `lengths` names the argument that takes a mask instead."""
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if "lengths" in kwargs:
+            raise TypeError(
+                f"{function.__name__}: expected no lengths; pass valid=, a function that returns the mask of valid "
+                "time steps, such as torch.arange(time) < lengths[:, None]"
+            )
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)
 
 
 def check_callable(name: str, function: object) -> None:

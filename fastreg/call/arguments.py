@@ -37,8 +37,9 @@ SELECTORS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
 }
 ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
 TWO_AXES = (
-    ". Pass time_dim=0 if a tensor of two axes is one sequence, (time, hidden). If it is one time step, "
-    "(batch, hidden), pass all steps in one tensor, torch.stack(states, 1)"
+    ". Pass time_dim=0 if a tensor of two axes is one sequence, (time, hidden), or time_dim=1 if it has a number for "
+    "each time step, (batch, time). If it is one time step, (batch, hidden), pass all steps in one tensor, "
+    "torch.stack(states, 1)"
 )
 HINT = " (an RNN returns its output and its state: pass the output)"
 

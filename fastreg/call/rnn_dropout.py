@@ -79,8 +79,6 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
-    _is_said = True  # whether a coefficient was given; files of 0.4.0 lack this attribute
-    _ran_without = False  # whether a forward in training had neither coefficients nor a loan
     _is_replica = False  # DataParallel sets it on its replicas
 
     def __init__(
@@ -97,7 +95,8 @@ class FusedRNNDropout(nn.Module):
         if ar_of not in ("dropped", "raw"):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         check_probability(p)
-        self._is_said = not (alpha is None and beta is None)
+        self._is_said = not (alpha is None and beta is None)  # whether a coefficient was given
+        self._ran_without = False  # whether a forward in training had neither coefficients nor a loan
         alpha, beta = (0.0 if x is None else x for x in (alpha, beta))
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)

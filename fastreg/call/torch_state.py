@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MISSING: list[str] = []  # private names that this release of PyTorch lacks; then the formula runs everywhere
@@ -40,7 +41,6 @@ _disable: Callable[[Any], Any] = _private("_disable_dynamo", torch.compiler.disa
 for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag"):  # values, which change
     _private(_name, None)
 _forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
-_will_execute: Callable[[Any], bool] = _private("_C._will_engine_execute_node", lambda _: True)
 
 
 def level_of_caller() -> int:
@@ -108,14 +108,6 @@ def is_memory(x: Tensor) -> bool:
     )
 
 
-def accumulates(leaf: Any) -> bool:
-    """Return whether the present backward accumulates a gradient into a leaf, given by its node."""
-    try:
-        return _will_execute(leaf)
-    except RuntimeError:  # `torch.autograd.grad` returns the gradient of this leaf
-        return False
-
-
 def has_float64(device: torch.device) -> bool:
     """Return whether a device has float64, which GPUs of Apple and some of Intel lack."""
     return device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
@@ -132,8 +124,20 @@ def has_values(x: Tensor) -> bool:
 
 
 def recomputes() -> bool:
-    """Return whether activation checkpointing that is not reentrant runs a forward, maybe in a backward again."""
-    return "recomputation_hook" in (hooks := str(hooks_on_saved(False))) or "checkpoint_hook" in hooks
+    """Return whether activation checkpointing that is not reentrant runs a forward, maybe in a backward again.
+
+    Its hooks on saved tensors may be below others, such as those of `save_on_cpu`, which are taken off to look.
+    """
+    if (hooks := hooks_on_saved(False)) is None:
+        return False
+    if "recomputation_hook" in (names := str(hooks)) or "checkpoint_hook" in names:
+        return True
+    above = saved_tensors_hooks(*hooks)
+    above.__exit__()
+    try:
+        return recomputes()
+    finally:
+        above.__enter__()
 
 
 def keepable(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`RNNRegularizer.attach`: the runs that count for a loss, layouts, outputs of modules, and errors.
 
-`test_compiled.py` compiles attached models, and `test_random_training.py` plays random steps of them.
+`test_runs.py` has the outcomes of a loss, and `test_alarms.py` the loops that lose a penalty. `test_compiled.py`
+compiles attached models, and `test_random_training.py` plays random steps of them.
 """
 
 from __future__ import annotations
@@ -136,6 +137,14 @@ class Closed(dict):
         raise TypeError("closed")
 
 
+class OneDict(dict):
+    """A dictionary whose items are its attributes."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__(**items)
+        self.__dict__ = self
+
+
 CACHE = SimpleNamespace(keys=[torch.ones(2)])  # any object of the model
 Pair = namedtuple("Pair", "raw state")
 first, last, a, b, named = *map(itemgetter, (0, -1, "a", "b")), attrgetter("last_hidden_state")
@@ -146,6 +155,12 @@ RETURNED: dict[str, tuple[Any, Callable[[Any], Tensor], Callable[[Any], Tensor],
     "a named tuple": (Pair, attrgetter("raw"), attrgetter("state"), None),
     "a dictionary": (lambda raw, state: {"a": raw, "b": state}, a, b, a),
     "attributes": (lambda raw, state: AttrDict(last_hidden_state=raw, c=state), named, attrgetter("c"), None),
+    "a dictionary that is its attributes": (
+        lambda raw, state: OneDict(raw=raw, c=state),
+        attrgetter("raw"),
+        attrgetter("c"),
+        itemgetter("raw"),
+    ),
     "picked": (lambda raw, state: (state, raw), last, first, last),
     "a model output": (
         *(lambda raw, state: ModelOutput(last_hidden_state=raw, hidden_states=(state, raw), cache=CACHE), named),
@@ -168,6 +183,8 @@ def test_results_are_rebuilt_and_a_loss_finds_the_run_by_raw_or_a_state(dropout:
     model.check(run, loss=(run.dropped if by == "raw" else state).sum())
     assert type(result) is type(own[0])
     assert result is not own[0]  # which the module may keep
+    if kind == "a dictionary that is its attributes":
+        assert vars(result) is result
     if kind == "a model output":
         assert [*result] == [*own[0]]
         assert result.last_hidden_state is result["last_hidden_state"] is result["hidden_states"][1]
@@ -233,7 +250,13 @@ REGIONS: dict[str, Callable[[Attached, Tensor], Any]] = {
     "the RNN and the dropout": lambda m, x: m.end(*cp(m.begin, x)),
     "the dropout": lambda m, x: (raw := (result := m.rnn(x))[0], m.end(raw, cp(m.dropout, raw), result[1]))[1],
     "the dropout and more": lambda m, x: cp(lambda raw, state: m.end(raw, m.dropout(raw), state), *m.rnn(x)),
+    "the model with save_on_cpu inside": lambda m, x: cp(saved_on_cpu, m, x),
 }
+
+
+def saved_on_cpu(m: Attached, x: Tensor) -> Any:
+    with torch.autograd.graph.save_on_cpu():
+        return m(x)
 
 
 def checkpointed(region: str, m: Attached, x: Tensor) -> Any:
@@ -270,9 +293,7 @@ COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
         ((a := m(x)).loss, [a]),
     )[2],
     "a dropout in evaluation": lambda m, x: (m.dropout.eval(), ((a := m(x)).loss, [a]))[1],
-    "frozen": lambda m, x: last_of_two(freeze(m), x),
-    "frozen in a later step": lambda m, x: (m.reg.on_backward_begin(m(x).loss), last_of_two(freeze(m), x))[1],
-    "frozen behind a layer": lambda m, x: ((a := freeze(m)(m.head(x))).loss + (b := m(x)).loss, [a, b]),
+    "frozen behind a layer": lambda m, x: ((a := freeze(m)(m.head(x))).loss + m(x).loss, [a]),
     "after a frozen run that no loss took": lambda m, x: (freeze(m)(x), last_of_two(freeze(m, False), x))[1],
     **dict.fromkeys(within, lambda m, x: ((a := m(x)).loss.float(), [a])),
     **{f"{x} checkpointed": partial(checkpointed, x) for x in REGIONS},
@@ -280,17 +301,15 @@ COUNTED: dict[str, Callable[[Attached, Tensor], Any]] = {
 
 
 @lm.each_dropout
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("step", COUNTED)
+@pytest.mark.parametrize(
+    ("step", "kind"), [(step, nn.LSTM) for step in COUNTED] + [(step, nn.GRU) for step in COUNTED if "state" in step]
+)
 def test_the_runs_that_count(step: str, kind: Any, dropout: Any) -> None:
     model = Attached(kind, dropout)
     with within.get(step, nullcontext)():
         loss, runs = COUNTED[step](model, lm.inputs())
     tolerance = {"rtol": 0.02, "atol": 0.002} if step == "autocast" else {}  # which rounds each gradient
     model.check(*runs, loss=loss, **tolerance)
-    if step in ("frozen", "frozen in a later step"):  # whose latest constant the first loss got
-        assert model.reg.on_backward_begin(loss) is loss
-        return
     with pytest.raises(RuntimeError, match="nothing was captured"):
         model.reg.on_backward_begin(loss)
 
@@ -305,7 +324,6 @@ def test_a_module_beside_the_model_may_be_on_another_device(device: str) -> None
 @lm.each_dropout
 def test_a_loss_in_evaluation_or_without_gradients_is_returned_itself(dropout: Any) -> None:
     model = Attached(nn.LSTM, dropout)
-    freeze(freeze(model)(lm.inputs()) and model, False)  # a constant, which belongs to no loss of an evaluation
     for context, training in ((nullcontext, False), (torch.no_grad, True), (torch.inference_mode, True)):
         with context():
             loss = model.train(training)(lm.inputs()).loss
@@ -346,7 +364,6 @@ def quantized(m: Attached, x: Tensor) -> Tensor:
         return m(x).loss
 
 
-NOTHING = "nothing was captured: the loss depends on no run of the attached LSTM"
 LATE = "attach: the attached LSTM runs in a backward, where its penalty is lost; pass use_reentrant=False"
 GAP = r"attached \w+ did not get the output of the LSTM: something lies between .* a full backward hook.*clear\(\)"
 TWICE = "got the same output of the LSTM twice, and AR is defined for one dropped tensor"
@@ -356,15 +373,7 @@ TRANSFORM = r"attach: no loss can find the penalty of the attached LSTM under a 
 QUANTIZED = r"attach: no loss can find the penalty, as the output of the attached \w+ needs no gradient; let"
 ALL, WITH, NONE = (None, PLAIN, FUSED), (PLAIN, FUSED), (None,)
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = {
-    "no run": (lambda m, x: m.head(x).sum(), NOTHING, ALL),
-    "another loss": (lambda m, x: (m.head(x).sum(), setattr(m, "kept", m(x)))[0], NOTHING, ALL),
-    "a run that is taken": (lambda m, x: (m.reg.take((a := m(x)).loss), a.loss)[1], NOTHING, ALL),
-    "a run that is cleared": (lambda m, x: (m(x), m.reg.clear())[0].loss, NOTHING, ALL),
-    "no gradients": (lambda m, x: m.head(no_grad(m.begin)(x)[1]).sum(), NOTHING, ALL),
-    "a detached output": (lambda m, x: m.head(m(x).dropped.detach()).sum(), NOTHING, ALL),
-    "none of raw": (lambda m, x: m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum(), NOTHING, ALL),
     "none of dropped": (lambda m, x: m.head(no_grad(m.dropout)(m.rnn(x)[0])).sum(), GAP, WITH),
-    "a reentrant checkpoint": (reentrant, NOTHING, ALL),
     "a reentrant checkpoint and another run": (lambda m, x: reentrant(m, x) + m(x).loss, LATE, ALL),
     "a quantizer": (quantized, QUANTIZED, WITH),
     "a transform": (lambda m, x: torch.func.grad(lambda y: m(y).loss)(x).sum(), TRANSFORM, ALL),
@@ -375,7 +384,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
     "packed steps": (lambda m, x: sum(m.rnn(packed(y, 1, 1, 1))[0].data.sum() for y in x.split(1, 1)), "7 times", NONE),
     "a copy that shares the hooks": (lambda m, x: copy.copy(m.rnn)(x), SHARED, ALL),
     "a replica": (lambda m, x: m.rnn._replicate_for_data_parallel()(x), SHARED, ALL),
-    "raw beside its dropout": (lambda m, x: m(x).raw.sum(), NOTHING, WITH),
     "raw twice": (lambda m, x: m.dropout((a := m(x)).raw).sum() + a.loss, TWICE, WITH),
     "a slice": (lambda m, x: m.dropout(m.rnn(x)[0][:, 1:]).sum(), GAP, WITH),
     "a slice of raw that is kept": (lambda m, x: (raw := m.rnn(x)[0], m.dropout(raw[:, 1:]), m(x).loss)[2], GAP, WITH),
@@ -392,38 +400,15 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str, tuple[Any, ...]]] = 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("case", "dropout"), [(case, x) for case, (*_, dropouts) in REFUSED.items() for x in dropouts])
-@pytest.mark.parametrize("beside", ["no module", "a module", "a frozen module"])
-def test_steps_that_are_refused(beside: str, case: str, dropout: Any) -> None:
-    """Some are right beside a run that the loss depends on, as if the model had not run; a frozen run hides nothing."""
+def test_steps_that_are_refused(case: str, dropout: Any) -> None:
     step, message, _ = REFUSED[case]
-    model, x, other = Attached(nn.LSTM, dropout), lm.inputs(), lm.gru()
-    is_dropped = case in ("a run that is taken", "a run that is cleared")  # after which only the other module runs
-    is_right = message is NOTHING and (beside == "a module" or (beside == "a frozen module" and is_dropped))
-    if beside != "no module":
-        model.reg.attach(other.requires_grad_(beside == "a module"))
-        no_grad(lambda: (model(x), other(x)))()  # or a warning says that a module was never called
-    with nullcontext() if is_right else pytest.raises(RuntimeError, match=message):
-        loss, another = step(model, x), other(x)[0]
-        total = model.reg.on_backward_begin(loss := loss if beside == "no module" else loss + another.sum())
-        if is_right:
-            torch.testing.assert_close(total, loss + lm.formula(another, another, 1))
-        with pytest.raises(RuntimeError, match=LATE) if step is reentrant else nullcontext():
-            total.backward()
+    model, x = Attached(nn.LSTM, dropout), lm.inputs()
+    with pytest.raises(RuntimeError, match=message):
+        model.reg.on_backward_begin(step(model, x)).backward()
     model.dropout.inplace = False
-    if message not in (NOTHING, GAP):  # which come at the loss
+    if message is not GAP:  # which comes at the loss
         model.reg.clear()
     model.check(model(x))
-
-
-@lm.each_dropout
-def test_a_call_without_gradients_in_an_earlier_step_changes_no_outcome(dropout: Any) -> None:
-    model, x = Attached(nn.LSTM, dropout), lm.inputs()
-    validated = lambda: (model(x).loss.detach(), no_grad(model)(x))[0]  # noqa: E731
-    for loss in (lambda: model.head(x).sum(), lambda: model(x).loss.detach(), validated):
-        no_grad(model)(x)
-        right(model)
-        with pytest.raises(RuntimeError, match=NOTHING):
-            model.reg.on_backward_begin(loss())
 
 
 @pytest.mark.parametrize("dropouts", [(PLAIN, PLAIN), (None, None), (FUSED, None), (None, PLAIN)])
@@ -463,7 +448,8 @@ def test_coefficients_are_those_of_the_forward(before: Any, change: Any, name: s
         model.reg.on_backward_begin(run.loss)
     run = model(lm.inputs())
     total, options = model.reg.on_backward_begin(run.loss), {name: float(getattr(model.reg, name))}
-    setattr(model.reg, name, 5.0)  # too late for this loss
+    value = getattr(model.reg, name)  # which changes too late for this loss
+    _ = value.fill_(5.0) if isinstance(value, Tensor) else setattr(model.reg, name, 5.0)
     lm.check_gradients(model, total, run.loss + lm.formula(run.raw, run.dropped, 1, **options))
 
 
@@ -490,6 +476,15 @@ def test_ar_of_raw_stays_when_a_hook_of_others_replaces_dropped() -> None:
     model.dropout.register_forward_hook(lm.doubled)
     run = model(lm.inputs())
     model.check(run._replace(dropped=run.raw))
+
+
+def test_ar_is_of_the_output_that_a_hook_of_others_has_changed_in_place() -> None:
+    def halve(_module: Any, _args: Any, dropped: Tensor) -> None:
+        dropped.mul_(0.5)
+
+    model = Attached(nn.LSTM, FUSED)
+    model.dropout.register_forward_hook(halve)
+    model.check(model(lm.inputs()))
 
 
 # The lifetime of a run
@@ -540,84 +535,6 @@ def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(dropout: 
     total.backward()
     assert [x() for x in memory] == [None, None]
     assert total.grad_fn is not None
-
-
-# A penalty that was forgotten
-
-
-FORGOTTEN: dict[str, Callable[[Attached, Any], Any]] = {
-    "not called": lambda m, run: (run.hidden.sum() + run.loss).backward(),
-    "not called, a loss of the state": lambda m, run: run.hidden.sum().backward(),
-    "its result not used": lambda m, run: (m.reg.on_backward_begin(run.loss), (run.hidden.sum() + run.loss).backward()),
-    "after the backward": lambda m, run: (run.loss.backward(), m.reg.on_backward_begin(run.loss)),
-    "attached anew": lambda m, run: (run.loss.backward(), m.attach_anew()),
-}
-
-
-def backwards(model: Attached, count: int, step: Any = FORGOTTEN["not called"]) -> list[str]:
-    """Run steps without the penalty, and return their warnings."""
-    return [x for _ in range(count) for x in lm.warned(partial(step, model, model(lm.inputs())))[1]]
-
-
-@lm.each_dropout
-@pytest.mark.parametrize("how", FORGOTTEN)
-def test_a_forgotten_penalty_is_warned_of_in_the_second_backward_and_once(how: str, dropout: Any) -> None:
-    model = Attached(nn.LSTM, dropout)
-    assert backwards(model, 1, FORGOTTEN[how]) == []
-    (message,) = backwards(model, 1, FORGOTTEN[how])
-    assert "second backward runs through the output of the attached LSTM" in message
-    assert "loss = regularizer.on_backward_begin(loss)" in message
-    assert backwards(model, 3, FORGOTTEN[how]) == []
-
-
-def right(m: Attached, run: Any = None) -> None:
-    """Make a step as documented."""
-    m.reg.on_backward_begin((m(lm.inputs()) if run is None else run).loss).backward()
-
-
-def of(m: Attached, alpha: float, beta: float) -> Attached:
-    m.reg.alpha, m.reg.beta = alpha, beta
-    return m
-
-
-def attacked(m: Attached, differentiate: Callable[[Tensor, Tensor], Any], times: int) -> None:
-    """Differentiate losses by their inputs before the first step."""
-    for _ in range(times):
-        x = lm.inputs().requires_grad_()
-        differentiate(m(x).loss, x)
-    right(m)
-
-
-NOT_FORGOTTEN: dict[str, Callable[[Attached], Any]] = {
-    "a loss was regularized": right,
-    "attacks by autograd.grad": lambda m: attacked(m, torch.autograd.grad, 20),
-    "gradients of parameters": lambda m: attacked(m, lambda y, _: torch.autograd.grad(y, [*m.rnn.parameters()]), 20),
-    "attacks by backward(inputs)": lambda m: attacked(m, lambda y, x: y.backward(inputs=[x]), 20),
-    "an attack by backward()": lambda m: attacked(m, lambda y, _: y.backward(), 1),
-    "evaluation": lambda m: m.eval(),
-    "frozen": freeze,
-    "coefficients of 0": lambda m: of(m, 0.0, 0.0),
-    "removed": lambda m: (m(lm.inputs()), m.handle.remove()),  # a fused dropout that no regularizer has ever used warns
-}
-
-
-@lm.each_dropout
-@pytest.mark.parametrize("kind", [nn.LSTM, lm.Elementwise])  # whose input is nearer to the loss than any parameter
-@pytest.mark.parametrize("why", NOT_FORGOTTEN)
-def test_a_penalty_that_was_not_forgotten_is_not_warned_of(why: str, kind: Any, dropout: Any) -> None:
-    model = Attached(kind, dropout)
-    NOT_FORGOTTEN[why](model)  # a warning is an error
-    assert backwards(model, 100 if why == "coefficients of 0" else 3) == []
-
-
-@lm.each_dropout
-@pytest.mark.parametrize("start", [lambda m: of(m, 0.0, 0.0), freeze], ids=["a warm-up from 0", "gradual unfreezing"])
-def test_a_start_without_gradients_of_the_penalty_decides_nothing(start: Any, dropout: Any) -> None:
-    model = start(Attached(nn.LSTM, dropout))
-    assert backwards(model, 3, right) == []
-    assert backwards(model, 1, FORGOTTEN["not called"]) == []
-    of(freeze(model, False), ALPHA, BETA)
-    assert [len(backwards(model, 1)) for _ in range(4)] == [0, 1, 0, 0]
 
 
 # Hooks
@@ -705,6 +622,7 @@ def test_hooks_that_are_registered_anew_without_keywords_are_an_error_in_trainin
             copy.copy(module.eval())(x)
         model.train().handle.remove()
         twin.train()(x)
+        lm.regularizer().attach(twin, batch_first=True)
         model.attach_anew()
 
 
@@ -766,6 +684,13 @@ def test_copies_of_copies_keep_the_hooks_of_others_alone_and_attach_again(dropou
     torch.testing.assert_close(lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 1))
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
+def test_a_copy_of_a_fused_dropout_that_ran_before_it_was_attached_warns_no_earlier(duplicate: Any) -> None:
+    dropout = FUSED(0.4)
+    dropout(lm.inputs())  # a second one without coefficients is warned of, and a warning is an error
+    duplicate(dropout)(lm.inputs())
+
+
 # Arguments and results that are refused
 
 
@@ -785,6 +710,13 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "swapped": (nn.Dropout(), {"dropout": GRU}, TypeError, "expected the GRU before the Dropout, got them in"),
     "swapped, ours": (FUSED(), {"dropout": GRU}, TypeError, "expected the GRU before the FusedRNNDropout"),
     "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
+    "lengths": (GRU, {"lengths": torch.ones(3)}, TypeError, r"attach: expected no lengths; pass valid=, a function"),
+    "an axis of time": (
+        nn.Identity(),
+        {},
+        ValueError,
+        "time_dim= for any other axis of time, as the Identity",
+    ),
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),
     "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),
     "layout inside": (nn.Sequential(TIME_FIRST), {}, ValueError, "expected True .* like the LSTM inside it, got None"),
@@ -816,6 +748,11 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "give a dictionary with attributes": ({"give": lambda raw: AttrDict(raw=raw)}, TypeError, WRONG.format("AttrDict")),
     "give a nested tensor": ({"give": lambda raw: NESTED(raw)}, TypeError, "raw: expected a dense .* got nested"),
     "give a step": ({"give": lambda raw: raw[:, 0]}, ValueError, r"from the Returning, got \(3, 6\)\. If this is one"),
+    "give scalars": (
+        {"give": lambda raw: raw[..., 0]},
+        ValueError,
+        r"each time step, \(batch, time\), .*time_dim=1",
+    ),
     "give rows": ({"give": lambda raw: raw.flatten(0, 1)}, ValueError, r"\(batch \* time, features\), unflatten them"),
     "give an opaque object": ({"give": OPAQUE, "output": attrgetter("raw")}, TypeError, NO_PLACE.format("SimpleNam.*")),
     "give more than raw": ({"output": lambda result: result[:, 1:]}, TypeError, NO_PLACE.format("Tensor")),

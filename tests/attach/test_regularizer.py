@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim import SGD
 
+import fastreg
 from fastreg import ARTAR, RNNRegularizer, fused_ar_tar
 from tests import language_model as lm
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID
@@ -57,7 +58,7 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
     assert loss.item() == before
     assert not any(x is None or x.requires_grad for x in (reg.ar, reg.tar))
     torch.testing.assert_close((reg.ar, reg.tar), (dropped.pow(2).mean(), raw.diff(dim=1).pow(2).mean()))
-    said = "an earlier loss has taken it" if by_hooks else "nothing was captured"
+    said = "has not run since an earlier loss took its penalty" if by_hooks else "nothing was captured"
     for again in (reg.take, reg.on_backward_begin):
         with pytest.raises(RuntimeError, match=said):
             again(loss)
@@ -141,6 +142,38 @@ def test_on_epoch_begin_resets() -> None:
     assert len(resets) == 2
 
 
+# Attributes
+
+
+class WithName(RNNRegularizer):
+    """A subclass, which may have attributes of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(2.0, 1.0)
+        self.name = name
+
+
+def test_an_attribute_that_a_regularizer_does_not_have_is_an_error() -> None:
+    reg = lm.regularizer()
+    reg.alpha, reg.bptt = 3.0, 70
+    for one in (reg, copy.deepcopy(reg), lm.pickled(reg)):
+        with pytest.raises(AttributeError, match="RNNRegularizer: expected one of its attributes, .* got 'aplha'"):
+            one.aplha = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    named = WithName("first")
+    named.name = "second"
+    assert lm.pickled(named).name == "second"
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("fuse", "fastai, or fastreg.fastai1"), ("ActivationRegularization", "lightning"), ("RegularizedTrainer", "tra")],
+)
+def test_an_import_of_an_adapter_from_the_package_names_its_module(name: str, module: str) -> None:
+    with pytest.raises(ImportError, match=f"fastreg: {name} is in a module of .* import it from fastreg.{module}"):
+        exec(f"from fastreg import {name}")
+    assert not hasattr(fastreg, "other")
+
+
 # The learning rate
 
 
@@ -203,7 +236,7 @@ def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
         (lambda: by_hand(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: lm.attach_gru()[1].take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: lm.penalty_of(lm.regularizer()), RuntimeError, r"call on_loss_begin\(output\) .* or attach\(rnn"),
-        (lambda: lm.penalty_of(lm.attach_gru()[1]), RuntimeError, "no run of the .*GRU.*that calls the forward"),
+        (lambda: lm.penalty_of(lm.attach_gru()[1]), RuntimeError, "GRU has never been called in training. Attach what"),
         (lambda: lm.attach_gru()[1].on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
         (lambda: lm.regularizer(layers="all").attach(RNN), ValueError, "layers: expected None with attach, .* 'all'"),
         (lambda: captured(False)[1].attach(lm.gru()), RuntimeError, "attach: on_loss_begin captures already"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import tracemalloc
 from collections.abc import Callable
-from contextlib import nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from functools import partial
 from typing import Any
 
@@ -16,51 +17,162 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg.attach.runs import OUTCOMES
 from tests import language_model as lm
-from tests.language_model import HIDDEN, PLAIN, STARTS, VALID, Attached, Run, each_dropout
+from tests.language_model import HIDDEN, PLAIN, STARTS, VALID, Attached, each_dropout
 
-# A frozen module beside the model
-
-
-@pytest.fixture
-def frozen() -> nn.GRU:
-    return lm.gru().requires_grad_(False)
+# The cases of a loss that depends on no run
 
 
-def constant(frozen: nn.Module, x: Tensor) -> Run:
-    """Run a frozen module."""
-    raw = frozen(x)[0]
-    return Run(raw, raw, None, raw.sum())
+no_grad: Any = torch.no_grad()
+
+
+def trained(m: Attached) -> Attached:
+    m.reg.on_backward_begin(m(lm.inputs()).loss).backward()
+    return m
+
+
+def frozen(m: Attached) -> Attached:
+    m.rnn.requires_grad_(False)
+    return m
+
+
+def beside_a_frozen_run(m: Attached) -> Attached:
+    other = lm.gru().requires_grad_(False)
+    m.reg.attach(other)
+    other(lm.inputs())
+    return m
+
+
+def after_a_run(m: Attached) -> Attached:
+    m.kept = m(lm.inputs())
+    return m
+
+
+def before_a_validation(m: Attached, x: Tensor) -> Tensor:
+    loss = frozen(m)(x).loss
+    no_grad(m)(x)
+    return loss
+
+
+def second_loss(m: Attached, x: Tensor) -> Tensor:
+    run = m(x)
+    m.reg.on_backward_begin(run.loss)
+    return m.head(run.dropped).square().sum()
+
+
+def cleared(m: Attached, x: Tensor) -> Tensor:
+    loss = m(x).loss
+    m.reg.clear()
+    return loss
+
+
+def without_gradients(m: Attached, x: Tensor) -> Tensor:
+    raw, _ = no_grad(m.rnn)(x)
+    return m.head(m.dropout(raw)).sum()
+
+
+def reentrant(m: Attached, x: Tensor) -> Tensor:
+    return checkpoint(lambda y: m(y).loss, x.clone().requires_grad_(), use_reentrant=True)  # pyright: ignore
+
+
+# A case of the table of outcomes, and functions of a model and inputs that return a loss
+CASES: dict[str, list[Callable[[Attached, Tensor], Tensor]]] = {
+    "all modules are in evaluation": [lambda m, x: m.eval()(x).loss, lambda m, x: after_a_run(m).eval()(x).loss],
+    "only frozen modules ran": [
+        lambda m, x: frozen(m)(x).loss,
+        lambda m, x: frozen(trained(m))(x).loss,
+        lambda m, x: second_loss(frozen(m), x),
+        before_a_validation,
+    ],
+    "nothing needs a gradient": [
+        lambda m, x: no_grad(m)(x).loss,
+        lambda m, x: no_grad(trained(m))(x).loss,
+        lambda m, x: no_grad(beside_a_frozen_run(m))(x).loss,
+    ],
+    "the loss depends on no run": [
+        lambda m, x: after_a_run(m).head(x).sum(),
+        lambda m, x: m.head(m(x).dropped.detach()).sum(),
+        lambda m, x: no_grad(after_a_run(m))(x).loss,
+        lambda m, x: frozen(after_a_run(m))(x).loss,
+    ],
+    "a module ran without gradients": [
+        without_gradients,
+        lambda m, x: without_gradients(trained(m), x),
+        lambda m, x: without_gradients(beside_a_frozen_run(m), x),
+        reentrant,
+    ],
+    "a run is taken": [
+        second_loss,
+        lambda m, x: second_loss(beside_a_frozen_run(m), x),
+        cleared,
+        lambda m, x: trained(m).head(x).sum(),
+    ],
+    "no module was called": [
+        lambda m, x: m.head(x).sum(),
+        lambda m, x: m.head(x).sum().detach(),
+        lambda m, x: m.head(m.rnn.forward(x)[0]).sum(),
+        lambda m, x: deepcopy(m)(x).loss,
+    ],
+}
+
+
+@each_dropout
+@pytest.mark.parametrize(("case", "step"), [(case, step) for case, steps in CASES.items() for step in steps])
+def test_a_loss_that_depends_on_no_run(case: str, step: Any, dropout: Any) -> None:
+    """It is returned itself, or it is the error that names the cause and the module; the next step is right."""
+    m, x = Attached(nn.LSTM, dropout), lm.inputs()
+    loss = step(m, x)
+    if OUTCOMES[case]:
+        cause = re.escape(OUTCOMES[case]).replace(r"\{modules\}", "LSTM(, GRU)?")
+        with pytest.raises(RuntimeError, match=f"^{cause}$"):
+            m.reg.on_backward_begin(loss)
+    else:
+        assert m.reg.on_backward_begin(loss) is loss
+        assert m.reg.take(loss) is None
+    m.rnn.requires_grad_(True)
+    m.check(m.train()(x))
+
+
+@pytest.mark.parametrize("step", [step for case, steps in CASES.items() if OUTCOMES[case] for step in steps])
+def test_a_run_of_another_module_is_enough(step: Any) -> None:
+    """A module may be left out of a step, beside another whose run the loss depends on."""
+    m, other, x = Attached(nn.LSTM, PLAIN), lm.gru(), lm.inputs()
+    m.reg.attach(other)
+    loss, (raw, _) = step(m, x), other(x)
+    torch.testing.assert_close(m.reg.on_backward_begin(loss + raw.sum()), loss + raw.sum() + lm.formula(raw, raw, 1))
+
+
+def test_a_loss_of_raw_beside_its_dropout_depends_on_no_run() -> None:
+    m = Attached(nn.LSTM, PLAIN)
+    with pytest.raises(RuntimeError, match="the attached LSTM ran, but the loss does not depend on its output"):
+        m.reg.on_backward_begin(m(lm.inputs()).raw.sum())
 
 
 @each_dropout
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any, frozen: nn.GRU) -> None:
-    model = Attached(nn.LSTM, dropout)
-    model.reg.attach(frozen)
-    for step in range(3):
+def test_two_tasks_in_turns_one_of_them_frozen(checkpoints: bool, dropout: Any) -> None:
+    model, other = Attached(nn.LSTM, dropout), lm.gru().requires_grad_(False)
+    model.reg.attach(other)
+    for _ in range(3):
         run: Any = checkpoint(model, lm.inputs(), use_reentrant=False) if checkpoints else model(lm.inputs())
-        with pytest.warns(UserWarning, match="GRU was never called") if step == 0 else nullcontext():
-            model.check(run)
-        beside = constant(frozen, lm.inputs())
-        model.check(beside, loss=model.head(beside.raw).sum())
+        model.check(run)
+        loss = model.head(other(lm.inputs())[0]).sum()
+        assert model.reg.on_backward_begin(loss) is loss
 
 
-def test_a_later_loss_of_a_trained_module_is_refused_beside_a_frozen_one(frozen: nn.GRU) -> None:
-    model = Attached(nn.GRU)
-    model.reg.attach(frozen)
-    frozen(lm.inputs())
+@pytest.mark.parametrize("loss", [torch.zeros(1), torch.zeros(1, 1)])
+def test_a_loss_of_one_element_keeps_its_shape(loss: Tensor) -> None:
+    model = Attached(nn.LSTM)
     run = model(lm.inputs())
-    model.reg.on_backward_begin(run.loss)
-    with pytest.raises(RuntimeError, match="the loss depends on no run of the attached GRU"):
-        model.reg.on_backward_begin(run.loss.sin())
+    model.check(run, loss=loss + run.loss)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
-def test_a_penalty_without_a_gradient_is_added_and_never_warned_of(enabled: bool, frozen: nn.GRU) -> None:
-    reg, dropout = RNNRegularizer(0.0, lm.BETA), nn.Linear(HIDDEN, HIDDEN)
-    reg.attach(frozen if enabled else frozen.requires_grad_(), dropout)
-    for _ in range(3):
+def test_a_penalty_without_a_gradient_is_added_and_never_warned_of(enabled: bool) -> None:
+    reg, dropout, frozen = RNNRegularizer(0.0, lm.BETA), nn.Linear(HIDDEN, HIDDEN), lm.gru().requires_grad_(not enabled)
+    reg.attach(frozen, dropout)
+    for _ in range(30 if enabled else 3):
         raws = [frozen(lm.inputs())[0] for _ in range(2)]
         loss = torch.stack([dropout(raw).sum() for raw in raws]).sum()
         with torch.set_grad_enabled(enabled):
@@ -165,21 +277,25 @@ def test_reprs_say_what_is_taken_for_what(text: str) -> None:
 # Memory
 
 
+@pytest.mark.filterwarnings("ignore:attach. the penalties of .* in a row")
 @pytest.mark.parametrize("dropout", [None, PLAIN])
 def test_a_loop_without_a_loss_or_its_dropout_does_not_fill_the_memory(dropout: Any) -> None:
     model, x = Attached(nn.Identity(), dropout, batch_first=True), torch.ones(1, 2, 2, requires_grad=True)
-    for _ in range(2500):
+    tracemalloc.start()
+    sizes = []
+    for step in range(5000):
         model.rnn(2 * x)
-    assert len(model.reg._step.runs) < 1000  # pyright: ignore
+        sizes += [tracemalloc.get_traced_memory()[0]] if step in (999, 4999) else []
+    tracemalloc.stop()
+    assert sizes[1] - sizes[0] < 150_000  # a reference takes 80 bytes
 
 
-def test_recomputations_do_not_fill_the_memory() -> None:
+def test_a_recomputation_is_no_run_that_waits_for_its_dropout() -> None:
     model = Attached(nn.GRU, PLAIN)
     for _ in range(3):
         with set_checkpoint_early_stop(False):  # the recomputation runs the hook on the RNN, too
             raw, _ = checkpoint(model.rnn, lm.inputs(), use_reentrant=False)  # pyright: ignore
         model.reg.on_backward_begin(model.dropout(raw).sum()).backward()
-    assert len(model.reg._step.runs) <= 1  # pyright: ignore
 
 
 # What is dropped, and said
@@ -194,7 +310,6 @@ def test_runs_of_others_stay_when_a_handle_is_removed(dropout: Any) -> None:
     model.check(run)
 
 
-@pytest.mark.filterwarnings("ignore:attach. the attached LSTM was never called")
 def test_a_handle_says_once_what_was_taken_for_what() -> None:
     rnn, reg, said = lm.gru(), lm.regularizer(), []
     reg.attach(nn.LSTM(HIDDEN, HIDDEN)).say = said.append  # has nothing to say, as it never runs
@@ -231,7 +346,7 @@ def test_a_run_costs_no_more_among_1000_in_a_step_than_among_100(dropout: Any) -
     def cost(count: int) -> float:
         kept = list[Tensor]()
         spent = instructions(lambda: kept.extend(model.dropout(model.rnn(2 * x)) for _ in range(count)))
-        model.reg.on_backward_begin(torch.stack(kept).sum())
+        model.reg.on_backward_begin(torch.stack(kept).sum()).backward()
         return spent / count
 
     assert 0 < cost(1000) < 1.1 * cost(100)
