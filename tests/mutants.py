@@ -561,7 +561,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "fastreg/attach/regularizer.py": [
         ("KnownAttributes", "a misspelt attribute", "if self.is_made and", "if False and"),
-        ("RNNRegularizer", "no attributes of subclasses", "self.is_made = type(self) is RNNRegularizer", "self.is_made = 1"),
+        ("RNNRegularizer", "no attributes of subclasses", "is_made = type(self) is RNNRegularizer", "is_made = 1"),
         ("RNNRegularizer", "a reset that needs arguments", " and not _needs_arguments(reset)", ""),
         ("RNNRegularizer", "a module that is named reset", " and not isinstance(reset, nn.Module)", ""),
         ("RNNRegularizer", "first layer for last", "raw[-1], dropped[-1]", "raw[0], dropped[0]"),
@@ -570,8 +570,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("RNNRegularizer", "captures in copies", '"_given": None, ', ""),
         ("RNNRegularizer", "two regularizers of a module", "elif attachment.source.module is module:", "elif False:"),
         ("RNNRegularizer", "layers that attach ignores", "        if self.layers is not None:", "        if False:"),
-        ("RNNRegularizer", "an attribute that does not exist", "if is_closed and not", "if False and not"),
-        ("RNNRegularizer", "attributes of subclasses", "type(self) is RNNRegularizer and ", ""),
         ("RNNRegularizer", "a regularizer that is gone", "if attachment.owner() is None:", "if False:"),
         ("RNNRegularizer", "a lost capture", "if self._given is not None and any(", "if False and any("),
         ("RNNRegularizer", "a capture that nothing loses", "x.requires_grad for given", "True for given"),

@@ -157,7 +157,7 @@ def test_an_attribute_that_a_regularizer_does_not_have_is_an_error() -> None:
     reg = lm.regularizer()
     reg.alpha, reg.bptt = 3.0, 70
     for one in (reg, copy.deepcopy(reg), lm.pickled(reg)):
-        with pytest.raises(AttributeError, match="RNNRegularizer: expected one of its attributes, .* got 'aplha'"):
+        with pytest.raises(AttributeError, match=r"RNNRegularizer: expected one of its attributes, .* got 'aplha'"):
             one.aplha = 3.0  # pyright: ignore[reportAttributeAccessIssue]
     named = WithName("first")
     named.name = "second"
