@@ -16,7 +16,7 @@ from torch import Tensor
 from fastreg.call.problem import ARTAR, Call, axes_of, divisors
 from fastreg.call.torch_state import has_float64, is_exporting
 
-STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
+STEP, CHANGE = 1, 2  # the bits of `Values`: the step counts, the change into it counts
 
 
 def ar_tar(call: Call) -> ARTAR:
@@ -60,7 +60,7 @@ def _weighted(total: Tensor, coefficient: Any, count: Any) -> Tensor:
 
 def _counted_changes(x: Tensor, call: Call) -> Tensor:
     """Compute the changes that count; the result may contain zeros for others."""
-    if call.steps is None and not is_exporting():
+    if call.bits is None and not is_exporting():
         return x.diff(dim=call.terms.time_dim)  # the formula written by hand, to a compiler; 2 steps compile again
     return changes_of(x, call)
 
@@ -68,7 +68,7 @@ def _counted_changes(x: Tensor, call: Call) -> Tensor:
 def encoded(
     shape: tuple[Any, Any], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the bits and counts of `Steps`, as the `encoder` of a backend does."""
+    """Return the bits and counts of `Values`, as the `encoder` of a backend does."""
     device = next(x.device for x in (lengths, valid, starts) if x is not None)
     step = torch.arange(shape[1], device=device)
     inside = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
@@ -82,9 +82,6 @@ def encoded(
 
 def changes_of(x: Tensor, call: Call) -> Tensor:
     """Compute the change into each time step; the change into the first step is 0."""
-    if call.steps is not None and call.steps.offsets is not None:
-        before, exists = (y.to(x.device) for y in rows_before(call.steps.offsets, x.shape[0]))
-        return torch.where(exists.unsqueeze(-1), x - x[before], 0)
     dim, _ = axes_of(x, call.terms.time_dim)
     # With diff a compiler would treat 2 steps as another case, as they have 1 difference. torch 2.11 cannot trace
     # hasattr.
@@ -99,20 +96,8 @@ def changes_of(x: Tensor, call: Call) -> Tensor:
 
 def counted(x: Tensor, call: Call, bit: int = STEP) -> Tensor:
     """Replace the steps that do not count by 0; with `CHANGE`, the steps into which the change does not count."""
-    if call.steps is None or call.steps.bits is None:
+    if call.bits is None:
         return x
-    inside, axes = (call.steps.bits & bit) != 0, axes_of(x, call.terms.time_dim)
+    inside, axes = (call.bits & bit) != 0, axes_of(x, call.terms.time_dim)
     inside = inside if axes[0] > 0 else inside.transpose(0, 1)  # in the order of x's axes
     return torch.where(inside.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)]), x, 0)
-
-
-def rows_before(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Find, for each packed row, the row of the same sequence one time step before it.
-
-    Returns:
-        The index of this row, `(rows,)`, or of any row if there is none; and whether there is one, `(rows,)`.
-    """
-    row = torch.arange(rows, device=offsets.device)
-    step = torch.searchsorted(offsets[1:], row, right=True)
-    before = row - offsets.diff()[(step - 1).clamp(min=0)]
-    return before.clamp(min=0), step > 0

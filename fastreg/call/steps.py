@@ -1,0 +1,91 @@
+"""The time steps that count: lengths, valid and starts become one byte for each step, once for all layers of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg.call import arguments
+from fastreg.call.operation import PLANS, NoKeyError, Plan, facts_of, keep
+from fastreg.call.reference import encoded
+from fastreg.call.torch_state import has_values, observed, plain
+
+
+def selectors_of(lengths: Any, valid: Any, starts: Any) -> Selectors | None:
+    """Return the selectors of a call, or `None` if all time steps count."""
+    return None if lengths is valid is starts is None else Selectors(lengths, valid, starts)
+
+
+class Selectors:
+    """Hold lengths, valid and starts of one call, and encode which time steps count.
+
+    Args:
+        lengths, valid, starts: as for `fused_ar_tar`; each may be `None`.
+    """
+
+    def __init__(self, lengths: Any, valid: Any, starts: Any) -> None:
+        self.given = plain(lengths), plain(valid), plain(starts)
+        self.place: Any = None  # the numbers of sequences and of steps, and the device, for which `steps` were encoded
+        self.steps: Sequence[Any] = ()
+
+    def facts(self) -> Sequence[Any] | None:
+        """Return all facts that a check may depend on, or `None` if they do not determine it."""
+        try:
+            return facts_of(self.given)
+        except NoKeyError:
+            return None
+
+    def encoded(self, x: Tensor, plan: Plan, facts: Sequence[Any] | None) -> Sequence[Any]:
+        """Check the selectors of a layer, and return its bits and counts, as in `Values`.
+
+        Layers of one size on one device share them. Values are checked only on the CPU. On other devices a check would
+        have to wait for the device.
+
+        Args:
+            x: raw or dropped.
+            plan: the plan of the layer.
+            facts: the facts of the selectors.
+        """
+        place = plan.sizes, x.device
+        if self.place == place:
+            return self.steps
+        key = None if plan.backend is None else (*place, *(facts or ()))
+        encoder = None if key is None else PLANS.get(key)
+        if encoder is None:
+            arguments.check_selectors(*self.given)
+            named = zip(arguments.SELECTORS, self.given, strict=True)
+            arguments.check_selectors_of(x, plan.terms.time_dim, {name: y for name, y in named if y is not None})
+            encoder = partial(encoded, plan.sizes) if plan.backend is None else plan.backend.encoder(*place)
+            if key is not None:
+                keep(key, encoder)
+        named = zip(arguments.SELECTORS, self.given, strict=True)
+        brought = [None if y is None else _brought(name, y, *place) for name, y in named]
+        self.place, self.steps = place, encoder(*brought)
+        return self.steps
+
+
+def _brought(name: str, x: Tensor, sizes: tuple[Any, Any], device: torch.device) -> Tensor:
+    """Check the values of lengths or of a mask, and return them on a device, a mask as bool; do not wait for the copy.
+
+    The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
+    PyTorch does not free it before the device has read it, and the host does not wait.
+    """
+    if x.device == device and x.dtype == torch.bool and x.shape == sizes:
+        return x.contiguous()
+    if device.type == "cpu" != x.device.type:
+        x = x.cpu()
+    if x.dtype != torch.bool and has_values(x):
+        arguments.check_range(name, sizes[1], x)
+    if name != "lengths":
+        x = x.bool().reshape(sizes)
+    if x.device.type == "cpu" != device.type:
+        arguments.check_not_captured(name, device)
+        if observed():  # a compiler cannot ask whether memory is pinned
+            x = x.clone()
+        elif x.is_pinned():
+            x = torch.empty_like(x, pin_memory=True).copy_(x)
+    return x.to(device, non_blocking=True).contiguous()
