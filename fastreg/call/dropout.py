@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Plan, compute
-from fastreg.call.penalty import by_formula, penalize
-from fastreg.call.problem import ARTAR, Call, Coefficient, NoTerms, Options, WithTerms
-from fastreg.call.steps import selectors_of
+from fastreg.call.operation import Plan, compute, selectors_of
+from fastreg.call.penalty import penalize
+from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, WithTerms
+from fastreg.call.reference import ar_tar
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.view import Values, allocator, layout_of
 
@@ -193,7 +193,7 @@ class DropoutPlan(Plan):
         dropped = raw * mask
         if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
             dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
-        return dropped, by_formula(Call(raw, dropped, *values, self.terms))
+        return dropped, ar_tar(raw, dropped, values, self.terms)
 
     def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""

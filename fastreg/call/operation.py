@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import copy
+from functools import partial
 from math import inf
 from operator import index
 from typing import Any
@@ -22,7 +23,17 @@ from fastreg.call import arguments
 from fastreg.call.backends import PLANS, backend_for
 from fastreg.call.fold import fold_of
 from fastreg.call.problem import ARTAR, Coefficient, Options, Place, compute_dtype, is_on, sizes_of
-from fastreg.call.torch_state import hooks_on_saved, is_deterministic, keepable, observed, plain, untraced, version_of
+from fastreg.call.reference import encoded
+from fastreg.call.torch_state import (
+    has_values,
+    hooks_on_saved,
+    is_deterministic,
+    keepable,
+    observed,
+    plain,
+    untraced,
+    version_of,
+)
 from fastreg.kernels.view import Terms, Values, layout_of
 
 # Enough plans for thousands of pairs of a batch size and a number of time steps. A plan takes up to 7.5 KB.
@@ -54,12 +65,11 @@ def compute(
         first, second = operation.read(first, second, alpha, beta, options)
     inputs = first, second, alpha, beta
     if not USUAL.issuperset(map(type, inputs)):
-        inputs = *map(plain, inputs),
+        inputs = (*map(plain, inputs),)
         if first is second:
             inputs = inputs[0], *inputs[:1], *inputs[2:]
-    facts = () if is_seen or selectors is None else selectors.facts()
-    if not is_seen and facts is not None:  # a compiler would compile again for each new plan
-        key = key_of(operation, inputs, selectors is None, options)
+    if not is_seen:  # a compiler would compile again for each new plan
+        key = key_of(operation, inputs, selectors, options)
         try:
             plan = PLANS.get(key)
         except TypeError:  # an option of a wrong type, which may have no hash, is an error of the checks
@@ -73,7 +83,7 @@ def compute(
     if selectors is None:
         values = Values(alpha, beta)
     else:
-        bits, counts = selectors.encoded(inputs[1] if inputs[0] is None else inputs[0], plan, facts)
+        bits, counts = selectors.encoded(inputs[1] if inputs[0] is None else inputs[0], plan)
         values = Values(alpha, beta, bits, counts if options.reduction == "mean" else None)
     if is_new and key is not None:
         plan.finish(tensors, values)
@@ -99,26 +109,22 @@ def coefficient(value: Any) -> Coefficient:
 # ---- the key
 
 
-class NoKeyError(Exception):
-    """The facts of a call do not determine a plan."""
-
-
-def key_of(operation: Any, inputs: Sequence[Any], is_whole: bool, options: Options) -> Any:
+def key_of(operation: Any, inputs: Sequence[Any], selectors: Selectors | None, options: Options) -> Any:
     """Return the key of a call, or `None` if its facts do not determine a plan.
 
     Args:
         operation: the subclass of `Plan`.
         inputs: the activations and the coefficients; the first two may be the same tensor.
-        is_whole: whether all time steps count.
+        selectors: the selectors of the call, which get their facts here; these are no part of the key.
         options: the other arguments.
     """
-    first, second = inputs[0], inputs[1]
-    try:
-        facts = facts_of(inputs)
-    except NoKeyError:
+    facts = facts_of(inputs)
+    if selectors is not None:
+        selectors.facts = facts_of(selectors.given)
+    if facts is None or (selectors is not None and selectors.facts is None):
         return None
     state = torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()
-    return (operation, first is second, is_whole, *facts, *options, *map(type, options), *state)
+    return (operation, inputs[0] is inputs[1], selectors is None, *facts, *options, *map(type, options), *state)
 
 
 def keep(key: Any, plan: Any) -> None:
@@ -129,13 +135,13 @@ def keep(key: Any, plan: Any) -> None:
     PLANS[tuple([one_of.setdefault((type(x), x), x) for x in key])] = plan
 
 
-def facts_of(values: Iterable[Any]) -> list[Any]:
+def facts_of(values: Iterable[Any]) -> list[Any] | None:
     """Return, in one list, all facts of some values that a check or a plan may depend on.
 
     A tensor has six facts. A float has one: whether it is 0.
 
-    Raises:
-        NoKeyError: the facts do not determine a plan, or a tensor has no memory, such as a wrapper of vmap.
+    Returns:
+        The facts; `None` if they do not determine a plan, or if a tensor has no memory, such as a wrapper of vmap.
     """
     facts: list[Any] = []
     try:
@@ -143,13 +149,86 @@ def facts_of(values: Iterable[Any]) -> list[Any]:
             # The values of a negated view have the other sign in memory. Zeros, meta and empty tensors have no address.
             if type(x) is Tensor and (address := x.data_ptr()) and not x.is_neg():
                 facts += x.shape, x.stride(), x.dtype, x.device, address % 16 == 0, x.requires_grad
-            else:
-                if x is not None and type(x) is not float:
-                    raise NoKeyError
+            elif x is None or type(x) is float:
                 facts.append(x and True)
-    except RuntimeError as error:  # PyTorch's: a nested tensor has no strides, and a sparse one has no address
-        raise NoKeyError from error
+            else:
+                return None
+    except RuntimeError:  # PyTorch's: a nested tensor has no strides, and a sparse one has no address
+        return None
     return facts
+
+
+# ---- the time steps that count
+
+
+def selectors_of(lengths: Any, valid: Any, starts: Any) -> Selectors | None:
+    """Return the selectors of a call, or `None` if all time steps count."""
+    return None if lengths is valid is starts is None else Selectors((lengths, valid, starts))
+
+
+class Selectors:
+    """Hold lengths, valid and starts of one call, and encode which time steps count, once for all of its layers.
+
+    Args:
+        given: lengths, valid and starts, as for `fused_ar_tar`; each may be `None`.
+
+    Attributes:
+        facts: the facts that checks depend on.
+        place: the numbers of sequences and of steps, and the device, for which the steps were encoded.
+        steps: bits and counts, as in `Values`.
+    """
+
+    def __init__(self, given: Sequence[Any]) -> None:
+        self.given: Sequence[Any] = [*map(plain, given)]
+        self.facts: Sequence[Any] | None = ()
+        self.place: Any = None
+        self.steps: Sequence[Any] = ()
+
+    def encoded(self, x: Tensor, plan: Plan) -> Sequence[Any]:
+        """Check the selectors for a layer, and return its bits and counts.
+
+        Values are checked only on the CPU. On other devices a check would have to wait for the device.
+
+        Args:
+            x: raw or dropped.
+            plan: the plan of the layer. If it has a backend, the selectors are plain tensors, and have facts.
+        """
+        place = plan.sizes, x.device
+        if self.place == place:
+            return self.steps
+        key = None if plan.backend is None else (*place, *(self.facts or ()))
+        encoder, named = PLANS.get(key), [*zip(arguments.SELECTORS, self.given, strict=True)]
+        if encoder is None:
+            arguments.check_selectors(*self.given)
+            arguments.check_selectors_of(x, plan.terms.time_dim, {name: y for name, y in named if y is not None})
+            encoder = partial(encoded, plan.sizes) if plan.backend is None else plan.backend.encoder(*place)
+            if key is not None:
+                keep(key, encoder)
+        self.place, self.steps = place, encoder(*[y if y is None else _brought(name, y, *place) for name, y in named])
+        return self.steps
+
+
+def _brought(name: str, x: Tensor, sizes: tuple[Any, Any], device: torch.device) -> Tensor:
+    """Check the values of lengths or of a mask, and return them on a device, a mask as bool; do not wait for the copy.
+
+    The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
+    PyTorch does not free it before the device has read it, and the host does not wait.
+    """
+    if x.device == device and x.dtype == torch.bool and x.shape == sizes:
+        return x.contiguous()
+    if device.type == "cpu" != x.device.type:
+        x = x.cpu()
+    if x.dtype != torch.bool and has_values(x):
+        arguments.check_range(name, sizes[1], x)
+    if name != "lengths":
+        x = x.bool().reshape(sizes)
+    if x.device.type == "cpu" != device.type:
+        arguments.check_not_captured(name, device)
+        if observed():  # a compiler cannot ask whether memory is pinned
+            x = x.clone()
+        elif x.is_pinned():
+            x = torch.empty_like(x, pin_memory=True).copy_(x)
+    return x.to(device, non_blocking=True).contiguous()
 
 
 # ---- the plan
@@ -226,7 +305,7 @@ class Plan:
         raise NotImplementedError
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
-        """Launch the forward; return a tuple of results, with terms if they are wanted; and gradients that it wrote ahead."""
+        """Launch the forward; return a tuple of results, with terms if they are wanted; and gradients."""
         raise NotImplementedError
 
     def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
@@ -256,7 +335,7 @@ class Plan:
         self.prepare(tensors, layouts)
         self.is_differentiable = True in self.needs
         self.in_memory = isinstance(values.alpha, Tensor) or isinstance(values.beta, Tensor)
-        self.facts = facts_of(self.saved(tensors))
+        self.facts = facts_of(self.saved(tensors)) or ()
 
     def __call__(self, tensors: Sequence[Any], values: Values) -> Any:
         """Compute a call, and return its results. The last one is the penalty, or an `ARTAR`."""
@@ -321,12 +400,9 @@ class Node(Function):
         saved = ctx.saved_tensors
         if plan.in_memory:
             arguments.check_unchanged(ctx.versions, versions_of(values))
-        by_formula = torch.is_grad_enabled() or observed()
-        try:  # hooks on saved tensors, and changes of their `data`, may have changed a layout
-            by_formula = by_formula or facts_of((*saved, *upstream))[: len(plan.facts)] != plan.facts
-        except NoKeyError:
-            by_formula = True
-        if by_formula:
+        # Hooks on saved tensors, and changes of their `data`, may have changed a layout.
+        facts = None if torch.is_grad_enabled() or observed() else facts_of((*saved, *upstream))
+        if facts is None or facts[: len(plan.facts)] != plan.facts:
             return None, None, *differentiate_formula(plan, upstream, saved, values)
         ahead = vars(ctx).pop("ahead", None)  # atomic, for two threads
         return None, None, *plan.differentiate(upstream, saved, values, ahead)

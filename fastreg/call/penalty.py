@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed
-from fastreg.call.operation import Plan, checked_coefficient, compute, place_of
+from fastreg.call.operation import Plan, Selectors, checked_coefficient, compute, place_of, selectors_of
 from fastreg.call.packed import by_sequence
 from fastreg.call.problem import (
     ARTAR,
-    Call,
     Coefficient,
     NoTerms,
     Options,
@@ -29,7 +28,6 @@ from fastreg.call.problem import (
     layers_of,
 )
 from fastreg.call.reference import ar_tar
-from fastreg.call.steps import selectors_of
 from fastreg.call.torch_state import hooks_on_saved
 from fastreg.kernels.prediction import Ahead
 from fastreg.kernels.view import Values, allocator
@@ -144,40 +142,39 @@ def penalize(
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
+    return _penalty(activations, coefficients, selectors_of(*selectors), options)
+
+
+def _penalty(
+    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
+) -> Any:
+    """Compute the penalty of a list of layers as a sum, and of packed rows in the order of their sequences."""
     raw, dropped = activations
     if isinstance(raw, (tuple, list)) or isinstance(dropped, (tuple, list)):
-        alpha, beta = map(checked_coefficient, ("alpha", "beta"), coefficients)
+        coefficients = alpha, beta = [*map(checked_coefficient, ("alpha", "beta"), coefficients)]
         raw, dropped = PenaltyPlan.read(raw, dropped, alpha, beta, options)
         if is_list(raw) or is_list(dropped):
-            return _sum_of_layers(check_layers(raw, dropped), (alpha, beta), selectors, options)
+            return _sum_of_layers(check_layers(raw, dropped), coefficients, selectors, options)
         if not raw is dropped is None:
-            check_packed(raw, dropped, options.time_dim, selectors)
-            activations, selectors = by_sequence(raw, dropped)
-            options = options._replace(batch_first=True, time_dim=None)
-    return _of_layer(activations, coefficients, selectors_of(*selectors), options)
-
-
-def _of_layer(activations: Sequence[Any], coefficients: Sequence[Any], selectors: Any, options: Options) -> Any:
-    """Compute the penalty of tensors."""
+            check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
+            activations, selected = by_sequence(raw, dropped)
+            selectors, options = Selectors(selected), options._replace(batch_first=True, time_dim=None)
     result = compute(PenaltyPlan, activations, coefficients, selectors, options)
     return _zero(activations, options.measured) if result is None else result[0]
 
 
 def _sum_of_layers(
-    layers: Sequence[Sequence[Any]], coefficients: Sequence[Any], selectors: Sequence[Any], options: Options
+    layers: Sequence[Sequence[Any]], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
 ) -> Any:
-    """Add up the penalties of layers, all in the dtype of their sum."""
-    place, shared = place_of(options.batch_first, options.time_dim), selectors_of(*selectors)
+    """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
+    axis = place_of(options.batch_first, options.time_dim).axis()
     options = options._replace(dtype=compute_dtype([data_of(x) for pair in layers for x in pair if x is not None]))
     penalties: list[Any] = []
     for i, pair in enumerate(layers):
         if i > 0:
-            check_like_first(i, pair, layers[0], place.axis())
+            check_like_first(i, pair, layers[0], axis)
         try:
-            if any([isinstance(x, PackedSequence) for x in pair]):
-                penalties.append(penalize(pair, coefficients, selectors, options))
-            else:
-                penalties.append(_of_layer(pair, coefficients, shared, options))
+            penalties.append(_penalty(pair, coefficients, selectors, options))
         except (TypeError, ValueError) as error:
             raise type(error)(re.sub(r"\b(raw|dropped)\b", rf"\1[{i}]", str(error))) from None
     if options.measured:
@@ -231,7 +228,7 @@ class PenaltyPlan(Plan):
 
     def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
         """Compute the penalty and its terms in plain PyTorch."""
-        return (by_formula(Call(*tensors, *values, self.terms)),)
+        return (ar_tar(*tensors, values, self.terms),)
 
     def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launches. A term that is only measured has no gradient."""
@@ -271,9 +268,3 @@ class PenaltyPlan(Plan):
         self.forward.prediction.lost = 0
         self.backward(grad, (raw, None, None, dropped, *gradients), values, expected)
         return gradients
-
-
-def by_formula(call: Call) -> ARTAR:
-    """Compute the penalty and its terms in plain PyTorch."""
-    penalty, ar, tar = ar_tar(call)
-    return ARTAR(penalty, ar.detach(), tar.detach())

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.kernels.view import Terms
-
 Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a gradient
 
 
@@ -74,8 +72,8 @@ class WithTerms(Choices):
 class Options(NamedTuple):
     """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may predict the gradients. Otherwise no
-    gradient takes memory between forward and backward. The dtype of the penalty follows from its tensors, if it is `None`.
+    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may write gradients, which take memory
+    until the backward. If `dtype` is `None`, the dtype of the penalty follows from its tensors.
     """
 
     batch_first: Any = None
@@ -85,29 +83,6 @@ class Options(NamedTuple):
     ar_of_raw: bool = False
     predicts: bool = True
     dtype: Any = None
-
-
-class Call(NamedTuple):
-    """Hold the arguments of a call for one layer, after all checks.
-
-    raw, dropped  activations of one shape; `None` if no term reads it; dropped is also `None` if AR is the mean square
-                  of raw
-    alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors
-    bits, counts  the time steps that count, as in `Values`; `None` if all steps count
-    terms         the terms of the penalty
-    """
-
-    raw: Any
-    dropped: Any
-    alpha: Any
-    beta: Any
-    bits: Any = None
-    counts: Any = None
-    terms: Terms = Terms()
-
-    def present(self) -> Any:
-        """Return raw, or dropped if raw is `None`."""
-        return self.dropped if self.raw is None else self.raw
 
 
 def is_on(coefficient: Coefficient) -> bool:
@@ -139,29 +114,6 @@ def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
     """Return the numbers of sequences and of time steps."""
     time, batch = axes_of(x, time_dim)
     return 1 if batch is None else x.shape[batch], x.shape[time]
-
-
-def divisors(call: Call) -> tuple[Any, Any]:
-    """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
-
-    A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
-    """
-    if call.terms.reduction == "sum":
-        return 1, 1
-    x, bits = call.present(), call.bits
-    elements = x.numel()
-    if bits is None:
-        time = _at_least_1(x.shape[call.terms.time_dim])
-        return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
-    of_steps, of_changes = _at_least_1(call.counts * (elements // _at_least_1(bits.numel()))).unbind()
-    return of_steps, of_changes
-
-
-def _at_least_1(count: Any) -> Any:
-    """Return the maximum of a count and 1, without a branch, which tracing would fix."""
-    if isinstance(count, Tensor):
-        return count.clamp(min=1)
-    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # this takes ten times as long
 
 
 def is_list(value: object) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.kernels.prediction import PATIENCE
 from tests.calls import CALLS, Call, leaves, packed
 from tests.conftest import INTERPRETED, memory_of, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
@@ -192,3 +193,35 @@ def test_hooks_that_change_saved_tensors(of: Any, options: Any, name: str, devic
                 gradients(graph)
         else:
             torch.testing.assert_close(gradients(graph), expected)
+
+
+def takes_gradients_ahead(call: Callable[[], Tensor], x: Tensor, device: str) -> bool:
+    """Return whether a forward writes the gradients of two tensors of one size."""
+    allocated = memory_of(call, device)[0]
+    assert not 0.5 * x.nbytes < allocated < 1.9 * x.nbytes
+    return allocated > x.nbytes
+
+
+def test_forwards_alone_form_no_gradients_until_a_backward_comes(device: str) -> None:
+    skip_on_formula(device)
+    raw, dropped = (torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2))
+    call = functools.partial(fused_ar_tar, raw, dropped, 2.0, 1.0)
+    want = torch.autograd.grad(call(), (raw, dropped))
+    assert takes_gradients_ahead(call, raw, device)
+    for _ in range(PATIENCE):
+        call()
+    assert not takes_gradients_ahead(call, raw, device)
+    assert_same_bits(torch.autograd.grad(call(), (raw, dropped)), want)
+    assert takes_gradients_ahead(call, raw, device)
+    assert_same_bits(torch.autograd.grad(call(), (raw, dropped)), want)
+
+
+def test_many_forwards_before_one_backward_form_all_gradients(device: str) -> None:
+    """Layers, runs and accumulated batches keep their graphs until the backward."""
+    skip_on_formula(device)
+    raw, dropped = (torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2))
+    call = functools.partial(fused_ar_tar, raw, dropped, 2.0, 1.0)
+    for _ in range(2):
+        graphs = [call() for _ in range(PATIENCE + 4)]
+        assert takes_gradients_ahead(call, raw, device)
+        torch.stack(graphs).sum().backward()
