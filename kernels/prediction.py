@@ -53,15 +53,15 @@ class Ahead:
             self.prediction.lost += 1
 
     def take(self) -> tuple[Any, Any]:
-        """Return what the forward expected, and the gradients, to a backward that now owns them."""
+        """Return the expected upstream gradient, and the gradients, to a backward that now owns them."""
         gradients, self.gradients = self.gradients, None
         return self.expected, gradients
 
 
 class OnHost(Prediction):
-    """Predict on a CPU. A plan expects the upstream gradient of its last backward, and a new plan that of any plan.
+    """Predict on a CPU. A plan expects the upstream gradient of its last backward.
 
-    The first plan expects 1. No tensor here is ever written to, because graphs refer to it. Threads may replace each
+    A new plan expects the upstream gradient of the last backward of any plan, and the first plan expects 1. No tensor here is ever written to, because graphs refer to it. Threads may replace each
     other's values.
     """
 

@@ -24,7 +24,8 @@ SHORTEST_RUN = 16  # time steps: halo rows add at most 1/16 to the reads of raw,
 SHORT_RUN = 16  # the same where items are fewer than FEW: shorter runs make more programs, and more halo rows
 FEW = 512  # items: four for each of an H100's multiprocessors
 LONGEST_RUN = 128  # time steps: long float32 sums drift, so a run has its own sum beside the program's
-PROGRAMS = 1024  # about 8 for each of an H100's 132 multiprocessors, all resident; more would only add halo rows
+# 7.8 for each of an H100's 132 multiprocessors, where 5 or 6 run at once; more would only add halo rows.
+PROGRAMS = 1024
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always have 64
 
 

@@ -196,7 +196,7 @@ class Selectors:
         place = plan.sizes, x.device
         if self.place == place:
             return self.steps
-        key = None if plan.backend is None else (*place, *(self.facts or ()))
+        key = None if plan.backend is None else (*place, x.dim(), *(self.facts or ()))
         encoder, named = PLANS.get(key), [*zip(arguments.SELECTORS, self.given, strict=True)]
         if encoder is None:
             arguments.check_selectors(*self.given)

@@ -70,12 +70,12 @@ def _order(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 def order_of(sizes: Tensor, count: Any) -> tuple[Tensor, ...]:
-    """Return the order of packed rows by sequences, and of these in packed rows; their number, and the first ones.
+    """Compute the order that puts the rows of each sequence together, its inverse, and where the sequences start.
 
     No shape depends on values, which a compiler does not know.
 
     Returns:
-        The orders, `(rows,)`; lengths, `(1,)`, which is the number of rows; and starts, `(1, rows)`.
+        The order and its inverse, `(rows,)`; lengths, `(1,)`, which is the number of rows; and starts, `(1, rows)`.
     """
     row, sizes = torch.arange(count, device=sizes.device), sizes.long()
     step = torch.searchsorted(sizes.cumsum(0), row, right=True)

@@ -228,7 +228,8 @@ class PenaltyPlan(Plan):
 
     def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
         """Compute the penalty and its terms in plain PyTorch."""
-        return (ar_tar(*tensors, values, self.terms),)
+        raw, dropped = tensors
+        return (ar_tar(raw, dropped, values, self.terms),)
 
     def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launches. A term that is only measured has no gradient."""

@@ -18,9 +18,9 @@ _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_recorded: Callable[[], bool] = torch._C._is_tracing
 _are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time of the public function
-hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
 current: Callable[[], int] = torch._C._current_graph_task_id  # this thread's backward; -1 for none
-compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore[reportAttributeAccessIssue]
 _will_execute: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 
@@ -49,7 +49,7 @@ def untraced(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _outside(run: Any, function: Any, args: Any) -> Any:
     """Call a function without Dynamo."""
     skip = getattr(torch._dynamo.eval_frame, "skip_code", bool)

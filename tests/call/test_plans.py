@@ -110,6 +110,11 @@ PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
     "time_dim as a flag after a number": (fused_ar_tar, {"time_dim": 1}, {"time_dim": True}),
     "one sequence, time last": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": 1}),
+    "one sequence, a batch of one": (
+        fused_ar_tar,
+        ONE_SEQUENCE | {"valid": VALID[0]},
+        {"raw": RAW[:1], "dropped": DROPPED[:1], "time_dim": 1, "valid": VALID[0]},
+    ),
     "one sequence, no axis": (fused_ar_tar, ONE_SEQUENCE, ONE_SEQUENCE | {"time_dim": None}),
 }
 
