@@ -61,8 +61,8 @@ class Ahead:
 class OnHost(Prediction):
     """Predict on a CPU. A plan expects the upstream gradient of its last backward.
 
-    A new plan expects the upstream gradient of the last backward of any plan, and the first plan expects 1. No tensor here is ever written to, because graphs refer to it. Threads may replace each
-    other's values.
+    A new plan expects the upstream gradient of the last backward of any plan, and the first plan expects 1. No tensor
+    here is ever written to, because graphs refer to it. Threads may replace each other's values.
     """
 
     with torch.inference_mode(False):
