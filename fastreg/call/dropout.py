@@ -205,7 +205,7 @@ class DropoutPlan(Plan):
         self.forward = self.backend.forward(view, self.terms, raw.device)
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
-        """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no prediction."""
+        """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
         dropped = self.allocate(tensors[0])
         penalty, terms, _ = self.forward((*tensors, None, dropped, None, None), values)
         return (dropped, penalty) if terms is None else (dropped, penalty, terms), None

@@ -30,9 +30,8 @@ from tests.samples import Decorated, transposed
 RAW, DROPPED = (x.detach() for x in leaves())
 MASK = mask_for(RAW)
 LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), marks_for(RAW), marks_for(RAW).roll(1, 1)
-PACKED, MORE_SEQUENCES, MORE_STEPS, ONE_ROW, GAPS = (
-    {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)}
-    for sizes in ([3, 2, 2], [4, 2, 1], [3, 2, 1, 1], [1], [3, 2, 2])
+PACKED, OTHER_SIZES, GAPS = (
+    {"raw": packed(RAW, sizes), "dropped": packed(DROPPED, sizes)} for sizes in ([3, 2, 2], [4, 1, 1, 1], [3, 2, 2])
 )
 GAPS["raw"] = GAPS["raw"]._replace(data=torch.stack([GAPS["raw"].data] * 2, -1)[..., 0])
 TWICE = {name: PackedSequence(PACKED["raw"].data, PACKED["raw"].batch_sizes) for name in PACKED}
@@ -103,9 +102,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "valid, a subclass": (fused_ar_tar, {"valid": VALID}, {"valid": VALID.as_subclass(Decorated)}),
     "packed, one tensor in both": (fused_ar_tar, PACKED, TWICE),
     "packed, a subclass": (fused_ar_tar, PACKED, DECORATED),
-    "packed, sequences": (fused_ar_tar, PACKED, MORE_SEQUENCES),
-    "packed, time steps": (fused_ar_tar, PACKED, MORE_STEPS),
-    "packed, rows": (fused_ar_tar, PACKED, ONE_ROW),
+    "packed, batch sizes": (fused_ar_tar, PACKED, OTHER_SIZES),
     "packed, a layout with gaps": (fused_ar_tar, PACKED, GAPS),
     "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
     "time_dim as a flag after a number": (fused_ar_tar, {"time_dim": 1}, {"time_dim": True}),
@@ -161,7 +158,7 @@ def state_of(x: Any) -> Any:
 
 
 # Values are no part of a key.
-ONE_PLAN = {"alpha", "beta", "p", "a subclass", "sequences", "time steps", "a layout with gaps"}
+ONE_PLAN = {"alpha", "beta", "p", "a subclass", "batch sizes", "a layout with gaps"}
 
 
 @pytest.mark.parametrize("name", PAIRS)

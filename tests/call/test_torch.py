@@ -246,7 +246,7 @@ class TestModes:
         assert torch.ops.aten.sub.Tensor in mode.seen
 
 
-# Two calls of one kind, whose values differ: their nodes keep steps, orders and coefficients beside the saved tensors.
+# Nodes keep steps, orders and coefficients beside the saved tensors.
 VALUES: dict[str, Any] = {
     "lengths": lambda r, d, x: fused_ar_tar(r, d, 2.0, 1.0, lengths=x),
     "packed": lambda r, d, x: fused_ar_tar(packed(r, x.tolist()), packed(d, x.tolist()), 2.0, 1.0),
