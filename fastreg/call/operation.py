@@ -197,7 +197,8 @@ class Selectors:
         if self.place == place:
             return self.steps
         key = None if plan.backend is None else (*place, x.dim(), *(self.facts or ()))
-        encoder, named = PLANS.get(key), [*zip(arguments.SELECTORS, self.given, strict=True)]
+        encoder = None if key is None else PLANS.get(key)  # compiled code would depend on all keys
+        named = [*zip(arguments.SELECTORS, self.given, strict=True)]
         if encoder is None:
             arguments.check_selectors(*self.given)
             arguments.check_selectors_of(x, plan.terms.time_dim, {name: y for name, y in named if y is not None})
