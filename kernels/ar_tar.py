@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -13,13 +13,11 @@ from torch import Tensor
 
 from fastreg.kernels import tiling
 from fastreg.kernels.launch import Grid, Launch
+from fastreg.kernels.prediction import OnDevice
 from fastreg.kernels.reduction import Weights, factors, finish
-from fastreg.kernels.streams import Expected
 from fastreg.kernels.tiling import (
-    PROGRAMS,
     Selection,
     Tiling,
-    begins,
     load_row,
     load_rows,
     rounded,
@@ -30,14 +28,14 @@ from fastreg.kernels.tiling import (
     store_row,
     tile_of,
 )
-from fastreg.kernels.view import Layout, Steps, Sums, Terms, Values, View, allocator, switches
+from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator, switches
 
 THREADS = tl.constexpr(tiling.THREADS)
 
 
 @triton.jit(
     do_not_specialize=[  # values that differ from batch to batch must not compile new code
-        *("upstream", "expected", "partials", "ticket", "bits", "counts", "offsets", "alpha_at", "beta_at"),
+        *("upstream", "expected", "partials", "ticket", "bits", "counts", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time", "arrived_outer", "arrived_time"),
         *("dropped_outer", "dropped_time", "grad_raw_outer", "grad_raw_time"),
         *("grad_dropped_outer", "grad_dropped_time", "lanes", "inner", "time", "run", "blocks", "items"),
@@ -58,7 +56,6 @@ def ar_tar_kernel(
     terms,
     bits,
     counts,
-    offsets,
     alpha_at,
     beta_at,
     alpha: tl.float64,
@@ -130,7 +127,7 @@ def ar_tar_kernel(
                             partial sums for AR and TAR; None in a backward for which nothing was predicted
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None unless they are measured
-    bits, offsets           as in `Selection`
+    bits                    as in `Selection`
     counts                  (2,) int64, the numbers of steps and changes that count; None if the scales are known
     alpha_at, beta_at       () coefficients in memory, or None
     alpha, beta             coefficients that are not in memory
@@ -147,7 +144,7 @@ def ar_tar_kernel(
     """
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
-    selection = Selection(bits, offsets, time)
+    selection = Selection(bits, time)
     DROPS: tl.constexpr = penalty is not None and mask is not None
     MASKED_AR: tl.constexpr = GRAD_AR and mask is not None and not AR_OF_RAW
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
@@ -175,24 +172,22 @@ def ar_tar_kernel(
         dropped_rows = rows_of(dropped, tile, dropped_outer, dropped_time, ALIGN)
         grad_raw_rows = rows_of(grad_raw, tile, grad_raw_outer, grad_raw_time, ALIGN)
         grad_dropped_rows = rows_of(grad_dropped, tile, grad_dropped_outer, grad_dropped_time, ALIGN)
-        edge = begins(selection, tile.start - 1, 3)
-        counted, joined = select(selection, tile, tile.start, edge, 1, stop, True)
+        counted, joined = select(selection, tile, tile.start, stop, True)
         if CHANGES:  # the last row that was read, and with AHEAD the change into it
-            last = load_row(raw_rows, tile.start - 1, edge, 0, joined, ACC)
+            last = load_row(raw_rows, tile.start - 1, joined, ACC)
             if AHEAD:
-                first = load_row(raw_rows, tile.start, edge, 1, counted, ACC)
+                first = load_row(raw_rows, tile.start, counted, ACC)
                 change_to = tl.where(joined, first - last, 0.0)
                 last = first
         if LOCKED:
-            mask_row = load_row(mask_rows, 0, (), 0, tile.present, ACC)
+            mask_row = load_row(mask_rows, 0, tile.present, ACC)
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in tl.range(tile.start, tile.stop, UNROLL, num_stages=1):  # rows go to registers
-            packed = begins(selection, turn, UNROLL + 2)
-            there, into = select_turn(selection, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)
+            there, into = select_turn(selection, tile, counted, joined, turn, stop, AHEAD, UNROLL)
             counted, joined = there[UNROLL], into[UNROLL]
-            whole = Selection(None, offsets, time)
-            inside = select_turn(whole, tile, counted, joined, turn, packed, stop, AHEAD, UNROLL)[0]
+            whole = Selection(None, time)
+            inside = select_turn(whole, tile, counted, joined, turn, stop, AHEAD, UNROLL)[0]
             if dropped is not None:
                 dropped_first = row(dropped_rows, turn)
             if grad_raw is not None:
@@ -200,12 +195,12 @@ def ar_tar_kernel(
             if grad_dropped is not None:
                 grad_dropped_first = row(grad_dropped_rows, turn)
             if mask is None:
-                droppeds = load_rows(dropped_rows, turn, packed, there, 0, ACC, UNROLL)
+                droppeds = load_rows(dropped_rows, turn, there, 0, ACC, UNROLL)
             if READS_RAW:
-                raws = load_rows(raw_rows, turn, packed, inside if DROPS else there, AHEAD, ACC, UNROLL)
+                raws = load_rows(raw_rows, turn, inside if DROPS else there, AHEAD, ACC, UNROLL)
             if not LOCKED:
-                masks = load_rows(mask_rows, turn, packed, inside, 0, ACC, UNROLL)
-            arriving = load_rows(arrived_rows, turn, packed, inside, 0, ACC, UNROLL)
+                masks = load_rows(mask_rows, turn, inside, 0, ACC, UNROLL)
+            arriving = load_rows(arrived_rows, turn, inside, 0, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 if READS_RAW:
                     current = last if AHEAD else raws[i]
@@ -216,7 +211,7 @@ def ar_tar_kernel(
                 if DROPS or MASKED_AR:
                     kept = rounded(current * mask_row, raw.dtype.element_ty)
                     if DROPS:
-                        store_row(dropped_rows, dropped_first, packed, i, kept, inside[i])
+                        store_row(dropped_rows, dropped_first, i, kept, inside[i])
                     kept = kept.to(ACC)
                 elif dropped is not None:
                     kept = droppeds[i]
@@ -234,7 +229,7 @@ def ar_tar_kernel(
                         if MASKED_AR:
                             through += tl.where(there[i], ar_factor * kept, 0.0)
                         gradient = own + through * mask_row
-                    store_row(grad_raw_rows, grad_raw_first, packed, i, gradient, inside[i])
+                    store_row(grad_raw_rows, grad_raw_first, i, gradient, inside[i])
                 if SUM_TAR:
                     tar_run += change_to * change_to if AHEAD else change * change
                 if SUM_AR:
@@ -248,7 +243,7 @@ def ar_tar_kernel(
                     own = ar_factor * kept
                     if bits is not None:  # as above
                         own = tl.where(there[i], own, 0.0)
-                    store_row(grad_dropped_rows, grad_dropped_first, packed, i, own, inside[i])
+                    store_row(grad_dropped_rows, grad_dropped_first, i, own, inside[i])
                 if CHANGES:
                     last = raws[i]
                     if AHEAD:
@@ -285,13 +280,16 @@ class Forward:
         device: the device of the tensors.
 
     Attributes:
-        expected: the upstream gradient for which gradients are written; a `Backward` keeps it up to date.
+        prediction: the upstream gradient for which gradients are written; a `Backward` keeps it up to date.
+        summing: the forward that writes no gradients, from the first call that needs it on.
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.writes, self.launches = view.writes(), Launches(view, terms, device, is_forward=True)
-        self.device, self.measured, self.expected = device, terms.measured, Expected(terms.dtype, device)
-        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launches.most])
+        self.facts = view.without_gradients(), terms, device
+        self.writes, self.launch = view.writes(), launch_of(view, terms, device, is_forward=True)
+        self.measured, self.prediction = terms.measured, OnDevice(terms.dtype, device)
+        self.summing: Forward | None = None
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch.grid[0]])
         self.penalty, self.terms, self.partials = (
             allocator(Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True)) for shape in shapes
         )
@@ -300,15 +298,16 @@ class Forward:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient.
 
         Args:
-            tensors: as in the view.
-            values: coefficients, and the steps that count or the offsets of packed rows.
+            tensors: as in the view, or without memory for gradients.
+            values: coefficients, and the steps that count.
         """
+        if self.writes and tensors[4] is None is tensors[5]:
+            if self.summing is None:
+                self.summing = Forward(*self.facts)
+            return self.summing(tensors, values)
         penalty, terms, partials = self.penalty(), self.terms() if self.measured else None, self.partials()
-        expected = self.expected.memory if self.writes else None
-        if expected is None and self.writes:
-            expected = self.expected.guess()
-        launch = self.launches.fixed or self.launches.sized(values.steps)
-        launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values, self.device))
+        expected = self.prediction.expected() if self.writes else None
+        self.launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values))
         return Sums(penalty, terms, partials if self.writes else None)
 
 
@@ -320,15 +319,14 @@ class Backward:
             forward predicts gradients, this must be the forward's view, because a program must have the same items.
         terms: the terms of the forward; no term has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
-        expected: the `expected` of the forward; None if it never predicts gradients.
+        prediction: the `prediction` of the forward; `None` if it never predicts gradients.
     """
 
-    def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.device = device
-        self.expected: Any = expected
+    def __init__(self, view: View, terms: Terms, device: torch.device, prediction: Any = None) -> None:
+        self.prediction = prediction
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
-        self.comparing = Launches(view, terms, device, is_forward=False)
-        self.writing = self.comparing.twin()
+        self.comparing = launch_of(view, terms, device, is_forward=False)
+        self.writing = copy(self.comparing)
 
     def __call__(
         self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: Tensor | None = None
@@ -341,73 +339,25 @@ class Backward:
             values: the values of the forward.
             expected: `expected` of the forward's `Sums`, if the forward has written these gradients.
         """
-        launches, memory = self.writing, None
+        launch, memory = self.writing, None
         if expected is not None:
-            launches, memory = self.comparing, self.expected.learn()
-        launch = launches.fixed or launches.sized(values.steps)
-        launch(*tensors, upstream, memory, expected, None, None, *_arguments(values, self.device))
-
-    def is_expected(self, upstream: Tensor, expected: Tensor) -> bool:
-        """Return `False`, because only the device can compare, and the host does not wait for it."""
-        return False
+            launch, memory = self.comparing, self.prediction.learn(upstream)
+        launch(*tensors, upstream, memory, expected, None, None, *_arguments(values))
 
 
-def _arguments(values: Values, device: torch.device) -> Sequence[Any]:
+def _arguments(values: Values) -> Sequence[Any]:
     """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
-    alpha, beta, steps = values
-    bits, counts, offsets = (None, None, None) if steps is None else steps
-    if offsets is not None:  # they stay on the CPU until a launch needs them
-        offsets = offsets.to(device, non_blocking=True)
+    alpha, beta, bits, counts = values
     alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
     beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
-    return bits, counts, offsets, alpha_at, beta_at, alpha, beta
+    return bits, counts, alpha_at, beta_at, alpha, beta
 
 
-class Launches:
-    """Launch the kernel over a view, or over packed rows with the sizes of each call.
-
-    A forward draws tickets, and a backward does not.
-
-    Attributes:
-        most: the greatest number of programs.
-        fixed: the launch of all calls; `None` for packed rows.
-    """
-
-    __slots__ = "by_index", "fixed", "most", "work"
-
-    def __init__(self, view: View, terms: Terms, device: torch.device, is_forward: bool) -> None:
-        names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
-        locked = mask is not None and (view.time == 1 or mask.time == 0)
-        does = dict(zip(names, switches(view, terms, is_forward), strict=True)) | {"LOCKED": locked}
-        self.most = PROGRAMS
-        self.work: Any = view, terms, device, is_forward, does
-        self.fixed: Launch | None = None
-        self.by_index: dict[Any, Launch] = {}  # launches over packed rows, by the dtype that counts them
-        if view.rows is None:
-            tiling, numbers = self.divided(view)
-            self.most, self.fixed = tiling.programs, self.launch(tiling, numbers)
-            self.work = None  # only packed rows need it again
-
-    def twin(self) -> Launches:
-        """Return the same launches for other compiled code."""
-        twin = copy(self)
-        twin.fixed, twin.by_index = copy(self.fixed), {}
-        return twin
-
-    def sized(self, steps: Steps | None) -> Callable[..., None]:
-        """Return the launch of a call over packed rows, given its steps."""
-        tiling, numbers = self.divided(self.work[0].sized(steps))
-        index = tiling.constants["INDEX"]
-        launch = self.by_index.get(index) or self.by_index.setdefault(index, self.launch(tiling, ()))
-        return lambda *arguments: launch(*arguments, *numbers, programs=tiling.programs)
-
-    def divided(self, view: View) -> tuple[Tiling, Sequence[float]]:
-        """Return the division of the work, and the numbers that the kernel takes."""
-        terms = self.work[1]
-        tiling = Tiling(view, terms.dtype)
-        return tiling, (*tiling.numbers, *[1 / divisor for divisor in view.divisors(terms.reduction)])
-
-    def launch(self, tiling: Tiling, numbers: Sequence[float]) -> Launch:
-        """Prepare a launch with the numbers that stay the same."""
-        _, _, device, is_forward, does = self.work
-        return Launch(ar_tar_kernel, numbers, does | tiling.constants, Grid(tiling.programs, device, is_forward))
+def launch_of(view: View, terms: Terms, device: torch.device, is_forward: bool) -> Launch:
+    """Prepare the launch of the kernel over a view. A forward draws tickets, and a backward does not."""
+    names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
+    locked = mask is not None and (view.time == 1 or mask.time == 0)
+    does = dict(zip(names, switches(view, terms, is_forward), strict=True)) | {"LOCKED": locked}
+    tiling = Tiling(view, terms.dtype)
+    numbers = *tiling.numbers, *[1 / divisor for divisor in view.divisors(terms.reduction)]
+    return Launch(ar_tar_kernel, numbers, does | tiling.constants, Grid(tiling.programs, device, is_forward))

@@ -54,15 +54,12 @@ Factors factors(const Metadata &metadata, const Steps &steps, const Addresses &m
 /// Compute the sums, write dropped if a forward has a mask, and write the gradients for which there is memory.
 Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &steps, int threads) {
     const Factors by = factors(metadata, steps, memory);
-    const auto rows = [&](const void *base, Strides strides, int32_t dtype) {
-        return Rows(base, strides, dtype, steps.offsets);
-    };
-    const Rows raw = rows(memory.raw, metadata.raw, metadata.raw_dtype);
-    const Rows mask = rows(memory.mask, metadata.mask, metadata.raw_dtype);
-    const Rows arrived = rows(memory.arrived, metadata.arrived, metadata.raw_dtype);
-    const Rows dropped = rows(memory.dropped, metadata.dropped, metadata.dropped_dtype);
-    const Rows grad_raw = rows(memory.grad_raw, metadata.grad_raw, metadata.raw_dtype);
-    const Rows grad_dropped = rows(memory.grad_dropped, metadata.grad_dropped, metadata.dropped_dtype);
+    const Rows raw(memory.raw, metadata.raw, metadata.raw_dtype);
+    const Rows mask(memory.mask, metadata.mask, metadata.raw_dtype);
+    const Rows arrived(memory.arrived, metadata.arrived, metadata.raw_dtype);
+    const Rows dropped(memory.dropped, metadata.dropped, metadata.dropped_dtype);
+    const Rows grad_raw(memory.grad_raw, metadata.grad_raw, metadata.raw_dtype);
+    const Rows grad_dropped(memory.grad_dropped, metadata.grad_dropped, metadata.dropped_dtype);
     Pass passes[2];
     int count = 0;
     const auto add = [&](const Pass &pass, Flags always, Flags terms) {  // padding has no terms

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.kernels.view import Layout, Operands, Steps, Sums, Terms, Values, View, allocator, switches
+from fastreg.kernels.prediction import OnHost
+from fastreg.kernels.view import Layout, Operands, Sums, Terms, Values, View, allocator, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
@@ -40,21 +41,19 @@ class Forward:
     """
 
     def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.function, self.walk = library().forward, (view, terms, True)
-        self.metadata = _metadata(*self.walk) if view.rows is None else None
-        self.writes, self.expected = view.writes(), Expected(terms.dtype)
+        self.function, self.metadata = library().forward, _metadata(view, terms, True)
+        self.prediction = OnHost(terms.dtype)
         penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
         self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
 
     def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
-        alpha, beta, steps = values
+        alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
-        expected = self.expected.gradient if self.writes else None
-        memory = *tensors, None, expected, *(steps or _NO_STEPS), penalty, terms  # kept alive during the call
+        expected = None if tensors[4] is None is tensors[5] else self.prediction.expected()
+        memory = *tensors, None, expected, *steps, penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        metadata = self.metadata or _metadata(*self.walk, steps)
-        self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
+        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
         return Sums(penalty, terms, expected)
 
 
@@ -64,28 +63,20 @@ class Backward:
     It has the interface of `fastreg.kernels.ar_tar.Backward`.
     """
 
-    def __init__(self, view: View, terms: Terms, device: torch.device, expected: Expected | None = None) -> None:
-        self.function, self.walk = library().backward, (view, terms, False)
-        self.metadata = _metadata(*self.walk) if view.rows is None else None
-        self.dtype = terms.dtype
-        self.expected: Any = expected
+    def __init__(self, view: View, terms: Terms, device: torch.device, prediction: Any = None) -> None:
+        self.function, self.metadata = library().backward, _metadata(view, terms, False)
+        self.prediction = prediction
 
     def __call__(
         self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: Tensor | None = None
     ) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        alpha, beta, steps = values
-        memory = *tensors, upstream, expected, *(steps or _NO_STEPS), None, None
+        alpha, beta, *steps = values
+        memory = *tensors, upstream, expected, *steps, None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        metadata = self.metadata or _metadata(*self.walk, steps)
-        writes = self.function(metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
+        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
         if writes and expected is not None:
-            self.expected.learn(upstream)
-
-    def is_expected(self, upstream: Tensor, expected: Tensor) -> bool:
-        """Return whether the forward has written the gradients for this upstream gradient, to the bit."""
-        bits = torch.int64 if self.dtype == torch.float64 else torch.int32
-        return expected.view(bits).equal(upstream.view(bits))
+            self.prediction.learn(upstream)
 
 
 class Encoder:
@@ -97,7 +88,7 @@ class Encoder:
         self.bits, self.counts = allocator(bits), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the bits and counts of `Steps`; the arguments are as for `fastreg.kernels.steps.Encoder`."""
+        """Return the bits and counts of `Values`; the arguments are as for `fastreg.kernels.steps.Encoder`."""
         bits, counts = self.bits(), self.counts()
         if lengths is not None:
             lengths = lengths.long()
@@ -207,35 +198,13 @@ def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     return library
 
 
-class Expected:
-    """Hold the upstream gradient that the next forward of a plan expects: it is the one of the plan's last backward.
-
-    A new plan expects the upstream gradient of the last backward of any plan. The first plan expects 1. No tensor here
-    is ever written to, because graphs refer to it. Threads may replace each other's values: a wrong guess only costs
-    time.
-    """
-
-    with torch.inference_mode(False):
-        latest = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.gradient = self.latest[dtype]
-
-    def learn(self, upstream: Any) -> None:
-        """Expect an upstream gradient, a tensor, from now on."""
-        with torch.inference_mode(False):
-            self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()
-
-
 # The structures `Metadata` and `Addresses` of C. Packing takes a third of the time of filling a ctypes structure.
 _METADATA = Struct(f"3q{2 * len(Operands._fields)}q2d8i")  # sizes, strides, divisors, dtypes and switches
-_ADDRESSES = Struct(f"{len(Operands._fields) + 2 + len(Steps._fields) + 2}P2d")  # and two coefficients
-_NO_STEPS = Steps()
+_ADDRESSES = Struct(f"{len(Operands._fields) + 6}P2d")  # and two coefficients
 
 
-def _metadata(view: View, terms: Terms, is_forward: bool, steps: Steps | None = None) -> bytes:
-    """Return the metadata of calls as C knows them; packed rows have other sizes in each call, given by its steps."""
-    view = view.sized(steps)
+def _metadata(view: View, terms: Terms, is_forward: bool) -> bytes:
+    """Return the metadata of calls as C knows them."""
     raw, _, _, dropped, *_ = view.operands
     strides = [stride for x in view.operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]

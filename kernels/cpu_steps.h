@@ -54,13 +54,12 @@ struct Span : State {
     int64_t step, lane, lanes;
 };
 
-/// The time steps that count: all steps, the steps that `bits` encodes, or the steps of packed rows.
+/// The time steps that count: all steps, or the steps that `bits` encodes.
 class Steps {
   public:
     Steps(const Metadata &metadata, const Addresses &memory)
         : ar_divisor(metadata.ar_divisor),
           tar_divisor(metadata.tar_divisor),
-          offsets(memory.offsets),
           sizes(metadata.sizes),
           bits(memory.bits) {
         if (!memory.counts) return;
@@ -72,10 +71,8 @@ class Steps {
     Stretch stretch(const Tile &tile, int64_t step) const {
         const int64_t first = tile.sequence + tile.lane / sizes.inner;
         const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
-        // Longer sequences come first in packed rows, so all sequences between two in one state are in that state.
-        const int64_t apart = offsets ? std::max<int64_t>(last - first, 1) : 1;
-        Stretch found{state(first, step), bits || offsets ? std::min(tile.stop, step + AHEAD) : tile.stop};
-        for (int64_t i = first; i <= last && found.stop > step; i += apart)
+        Stretch found{state(first, step), bits ? std::min(tile.stop, step + AHEAD) : tile.stop};
+        for (int64_t i = first; i <= last && found.stop > step; ++i)
             found.stop = state(i, step) == found.state ? until(i, step, found) : step;
         return found;
     }
@@ -90,7 +87,7 @@ class Steps {
     }
 
     /// Return the sizes of a view of tensors with the given strides. If the sequences are adjacent at each time step,
-    /// as in a batch with time first and in packed rows, they are viewed as one sequence of many lanes.
+    /// as in a batch with time first, they are viewed as one sequence of many lanes.
     template <size_t N>
     Sizes view(const Strides (&all)[N]) const {
         for (Strides strides : all)
@@ -99,32 +96,23 @@ class Steps {
     }
 
     /// Return the number of elements of a tensor.
-    int64_t elements() const { return (offsets ? offsets[sizes.time] : sizes.outer * sizes.time) * sizes.inner; }
+    int64_t elements() const { return sizes.outer * sizes.time * sizes.inner; }
 
     double ar_divisor, tar_divisor;
-    const int64_t *offsets;  // where each time step of packed rows begins, or null
 
   private:
     uint8_t bits_at(int64_t sequence, int64_t step) const {
         if (bits) return bits[sequence * sizes.time + step];
-        if (offsets && sequence >= size(step)) return 0;
         return step > 0 ? 3 : 1;
     }
-
-    /// Return how many packed sequences have a time step.
-    int64_t size(int64_t step) const { return offsets[step + 1] - offsets[step]; }
 
     State state(int64_t sequence, int64_t step) const {
         const uint8_t now = bits_at(sequence, step), next = step + 1 < sizes.time ? bits_at(sequence, step + 1) : 0;
         return {(now & 1) != 0, (now & 2) != 0, (next & 2) != 0};
     }
 
-    /// Find where the steps with the bits of `step` end, at most `stop`; in packed rows, steps after the first.
+    /// Find where the steps with the bits of `step` end, at most `stop`.
     int64_t end(int64_t sequence, int64_t step, int64_t stop) const {
-        if (offsets) {
-            while (step < stop && sequence < size(step)) ++step;
-            return step;
-        }
         if (!bits) return stop;
         const uint8_t *own = bits + sequence * sizes.time;
         const std::uint64_t same = own[step] * 0x0101010101010101u;
@@ -138,7 +126,7 @@ class Steps {
     /// Find where a sequence leaves the state of a stretch; the first and the last step of a segment differ from the
     /// others.
     int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
-        if (!now.state.counted) return offsets ? now.stop : end(sequence, step, now.stop);
+        if (!now.state.counted) return end(sequence, step, now.stop);
         if (!now.state.arrives || !now.state.leaves) return step + 1;
         return std::min(end(sequence, step, std::min(now.stop + 1, sizes.time)) - 1, now.stop);
     }

@@ -19,7 +19,7 @@ struct Strides {  // in elements
 /// The metadata of an operation, which are the same in every call: a penalty, a dropout with it, or the gradients of
 /// both.
 struct Metadata {
-    Sizes sizes;  // outer is the number of sequences, also for packed rows
+    Sizes sizes;
     Strides raw, mask, arrived, dropped, grad_raw, grad_dropped;
     double ar_divisor, tar_divisor;  // the divisors of the sums, in calls without counts
     int32_t raw_dtype, dropped_dtype, compute_dtype;  // mask and arrived have raw's dtype
@@ -38,7 +38,6 @@ struct Addresses {
     const void *expected;      // () like upstream: the one for which a forward writes gradients
     const uint8_t *bits;       // (outer, time), `Steps.bits`; null if all steps count
     const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
-    const int64_t *offsets;    // (1 + time,): where each time step of packed rows begins; null unless packed
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
     double alpha, beta;        // coefficients
 };

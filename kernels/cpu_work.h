@@ -54,25 +54,23 @@ struct Tiling {
     static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
-/// The rows of a tensor viewed as (outer, time, inner), or packed rows.
+/// The rows of a tensor viewed as (outer, time, inner).
 struct Rows {
     char *base = nullptr;  // null if there is no tensor
     Strides strides{};
     int32_t dtype = FLOAT32;
     int64_t itemsize = 0;
-    const int64_t *offsets = nullptr;  // null unless packed
 
     Rows() = default;
-    Rows(const void *base, Strides strides, int32_t dtype, const int64_t *offsets)
+    Rows(const void *base, Strides strides, int32_t dtype)
         : base(static_cast<char *>(const_cast<void *>(base))),
           strides(strides),
           dtype(dtype),
-          itemsize(bytes_of(dtype)),
-          offsets(offsets) {}
+          itemsize(bytes_of(dtype)) {}
 
     char *row(int64_t sequence, int64_t step, int64_t lane) const {
         if (!base) return nullptr;
-        return base + (sequence * strides.outer + (offsets ? offsets[step] : step) * strides.time + lane) * itemsize;
+        return base + (sequence * strides.outer + step * strides.time + lane) * itemsize;
     }
 };
 
@@ -100,7 +98,7 @@ class MaskRows {
 struct Pass {
     Tiling tiling;
     Rows x, mask, arrived, out;  // x is raw, or dropped in a walk without raw
-    bool dense, fill;            // the rows of all tensors are adjacent; padding is written
+    bool dense;                  // the rows of all tensors are adjacent
     bool streams = false;        // out is written past the caches
     RowCode code, padding;       // for rows that count, and for padding
 
@@ -110,10 +108,9 @@ struct Pass {
         const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
         const Strides all[] = {x.strides, or_x(mask), or_x(arrived), or_x(out)};
         tiling = Tiling(steps.view(all));
-        dense = !steps.offsets;
+        dense = true;
         for (const Rows *rows : {&x, &arrived, &out}) dense = dense && (!rows->base || tiling.dense(rows->strides));
         dense = dense && (!mask.base || !mask.strides.time || tiling.dense(mask.strides));
-        fill = out.base && !steps.offsets;
     }
 
     /// Process a program's share of the items.
@@ -138,10 +135,10 @@ struct Pass {
                 for (int64_t lane = tile.lane, lanes; lane < tile.lane + tile.lanes; lane += lanes) {
                     const Span span = steps.alike(tile, step, lane);
                     lanes = span.lanes;
-                    if (span.counted || fill) sums += visit(tile, span, masks);
+                    if (span.counted || out.base) sums += visit(tile, span, masks);
                 }
                 ++step;
-            } else if (!state.counted && !fill) {
+            } else if (!state.counted && !out.base) {
                 step = stop;
             } else {
                 for (int64_t count; step < stop; step += count) {

@@ -87,12 +87,12 @@ class Launch:
         options = {name: constants[name] for name in constants if name not in kernel.arg_names}
         self.options = OPTIONS.setdefault(tuple(options.items()), options)
 
-    def __call__(self, *values: Tensor | float | None, programs: int | None = None) -> None:
-        """Launch on the current stream of the device, with another number of programs if one is given."""
-        index, grid = self.index, self.grid if programs is None else (programs, 1, 1)
+    def __call__(self, *values: Tensor | float | None) -> None:
+        """Launch on the current stream of the device."""
+        index, grid = self.index, self.grid
         if index is not None and index != torch.accelerator.current_device_index():
             with torch.accelerator.device_index(index):  # Triton launches on the current device
-                self(*values, programs=programs)
+                self(*values)
             return
         stream = None if index is None else driver.active.get_current_stream(index)
         ticket = self.ticket(stream, grid[0]) if self.draws else None

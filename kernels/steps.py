@@ -106,7 +106,7 @@ class Encoder:
         )
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the bits and counts of `Steps`.
+        """Return the bits and counts of `Values`.
 
         Args:
             lengths: `(sequences,)` integers on the device: how many time steps count; `None` if all count.

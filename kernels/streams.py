@@ -1,4 +1,4 @@
-"""Device memory that outlives a launch: tickets of each stream, and the expected upstream gradient of each plan.
+"""Device memory that outlives a launch: the tickets of each stream.
 
 Launches on one stream run one after another. Launches on different streams, and replays of CUDA graphs, may run at the
 same time. A graph writes to the same memory in each replay, so no memory of this module is ever freed.
@@ -6,10 +6,8 @@ same time. A graph writes to the same memory in each replay, so no memory of thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import cycle
+from collections.abc import Callable
 from threading import Lock
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,42 +53,6 @@ class Tickets:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)  # once: other streams must see the zeros
         return free
-
-
-class Expected:
-    """Hold the upstream gradient that the next forward of a plan expects: it is the one of the plan's last backward.
-
-    Before its first backward a plan expects the upstream gradient of the last backward of any plan on the device, and
-    the first plan expects 1. After `RESERVE` plans on a device, two plans share a cell of memory. Nothing waits until
-    other streams see its first value. In both cases a wrong guess only costs time.
-
-    Args:
-        dtype: the dtype of the upstream gradient.
-        device: the device on which the plan runs.
-    """
-
-    _cells: ClassVar[dict[tuple[torch.device, torch.dtype], Iterator[Tensor]]] = {}
-    _latest: ClassVar[dict[tuple[torch.device, torch.dtype], Tensor]] = {}
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.key = device, dtype
-        self.memory: Tensor | None = None
-        if self.key not in self._cells:
-            self._cells.setdefault(self.key, cycle(filled(RESERVE, 1, dtype, device).split(1)))
-
-    def guess(self) -> Tensor:
-        """Return the memory, (1,), that a forward reads."""
-        latest = self._latest.get(self.key)
-        if self.memory is None and latest is not None and not is_captured(self.key[0]):
-            return latest
-        return self.learn()
-
-    def learn(self) -> Tensor:
-        """Return the memory, (1,), into which a backward writes its upstream gradient."""
-        if self.memory is None:
-            self.memory = next(self._cells[self.key])
-        self._latest[self.key] = self.memory
-        return self.memory
 
 
 def filled(count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:

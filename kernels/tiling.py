@@ -24,7 +24,8 @@ SHORTEST_RUN = 16  # time steps: halo rows add at most 1/16 to the reads of raw,
 SHORT_RUN = 16  # the same where items are fewer than FEW: shorter runs make more programs, and more halo rows
 FEW = 512  # items: four for each of an H100's multiprocessors
 LONGEST_RUN = 128  # time steps: long float32 sums drift, so a run has its own sum beside the program's
-PROGRAMS = 1024  # about 8 for each of an H100's 132 multiprocessors, all resident; more would only add halo rows
+# 7.8 for each of an H100's 132 multiprocessors, where 5 or 6 run at once; more would only add halo rows.
+PROGRAMS = 1024
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always have 64
 
 
@@ -57,15 +58,13 @@ class Rows(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Say which time steps count, inside a kernel. If both pointers are None, all of them count.
+    """Say which time steps count, inside a kernel. If bits are None, all of them count.
 
     bits     (sequences, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; or None
-    offsets  (1 + time,) int64, for packed rows: where each time step begins, and how many rows there are; or None
     time     number of steps of a sequence
     """
 
     bits: Any
-    offsets: Any
     time: Any
 
 
@@ -89,28 +88,16 @@ def rows_of(x, tile, outer, stride, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def begins(selection, step, COUNT: tl.constexpr):
-    """Load where COUNT time steps from `step` on begin in packed rows: a tuple, or () if rows are not packed."""
-    rows = ()
-    if selection.offsets is not None:
-        for i in tl.static_range(COUNT):
-            rows += (tl.load(selection.offsets + tl.minimum(tl.maximum(step + i, 0), selection.time)),)
-    return rows
-
-
-@triton.jit
 def row(rows, number):
-    """Compute the pointers to a row, (BLOCK,), from the number of its time step, or of the packed row."""
+    """Compute the pointers to a row, (BLOCK,), from the number of its time step."""
     # The factor ALIGN lets the compiler emit wide loads. ALIGN comes last, because a stride in 64 bits would take
     # registers that some targets do not have left.
     return rows.base + tl.cast(number, tl.int64) * rows.stride * rows.ALIGN
 
 
 @triton.jit
-def row_behind(rows, first, packed, i: tl.constexpr, behind: tl.constexpr):
-    """Compute the pointers to the row `behind` steps after `first`, without a product; or to row `packed[i]`."""
-    if len(packed) > 0:
-        return row(rows, packed[i])
+def row_behind(rows, first, behind: tl.constexpr):
+    """Compute the pointers to the row `behind` steps after `first`, without a product."""
     return first + tl.cast(rows.stride, tl.int64) * (behind * rows.ALIGN)
 
 
@@ -121,15 +108,12 @@ def within(tile, step, stop):
 
 
 @triton.jit
-def select(selection, tile, step, packed, i: tl.constexpr, stop, FIRST: tl.constexpr):
+def select(selection, tile, step, stop, FIRST: tl.constexpr):
     """Return which lanes count at a time step, (BLOCK,), and in which lanes the change into the step counts.
 
-    No lane counts from `stop` on. `packed` comes from `begins`; its elements i and i + 1 belong to this step and to the
-    next one. With FIRST the step may be the first, into which no change leads.
+    No lane counts from `stop` on. With FIRST the step may be the first, into which no change leads.
     """
     counted = within(tile, step, stop)
-    if len(packed) > 0:  # sizes never grow, so a sequence that has this step has the step before, too
-        counted &= tile.sequence < packed[i + 1] - packed[i]
     joined = counted & within(tile, 0, step) if FIRST else counted
     if selection.bits is not None:
         # On AMD a load without a mask needs no branch. Numbers take half the registers of pointers.
@@ -141,40 +125,40 @@ def select(selection, tile, step, packed, i: tl.constexpr, stop, FIRST: tl.const
 
 
 @triton.jit
-def select_turn(selection, tile, counted, joined, turn, packed, stop, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
+def select_turn(selection, tile, counted, joined, turn, stop, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
     """Return the results of `select` for the time steps from `turn` to `turn + UNROLL`, as two tuples.
 
     `counted` and `joined` are the results for `turn` itself. With AHEAD the change into `turn` is not needed.
     """
     if selection.bits is None:  # computing it again takes fewer registers than keeping it
-        counted, joined = select(selection, tile, turn, packed, 0, stop, not AHEAD)
+        counted, joined = select(selection, tile, turn, stop, not AHEAD)
     there = (counted,)
     into = (joined,)
     for i in tl.static_range(1, UNROLL + 1):
-        counted, joined = select(selection, tile, turn + i, packed, i, stop, not AHEAD)
+        counted, joined = select(selection, tile, turn + i, stop, not AHEAD)
         there += (counted,)
         into += (joined,)
     return there, into
 
 
 @triton.jit
-def load_row(rows, step, packed, i: tl.constexpr, there, ACC: tl.constexpr):
-    """Load the row of a time step, or row `packed[i]`, (BLOCK,) in ACC, with 0 in lanes that are not `there`."""
-    return tl.load(row_behind(rows, row(rows, step), packed, i, 0), mask=there, other=0.0).to(ACC)
+def load_row(rows, step, there, ACC: tl.constexpr):
+    """Load the row of a time step, (BLOCK,) in ACC, with 0 in lanes that are not `there`."""
+    return tl.load(row(rows, step), mask=there, other=0.0).to(ACC)
 
 
 @triton.jit
-def load_rows(rows, turn, packed, there, OFFSET: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr):
+def load_rows(rows, turn, there, OFFSET: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr):
     """Load UNROLL rows from time step `turn + OFFSET` on, each (BLOCK,) in ACC, with 0 in lanes that are not `there`.
 
-    Return () if `rows` is None. `packed` and `there` begin at `turn`. No store comes between the loads, so the compiler
+    Return () if `rows` is None. `there` begins at `turn`. No store comes between the loads, so the compiler
     can request all rows before it uses the first.
     """
     loaded = ()
     if rows is not None:
         first = row(rows, turn)
         for i in tl.static_range(OFFSET, OFFSET + UNROLL):
-            loaded += (tl.load(row_behind(rows, first, packed, i, i), mask=there[i], other=0.0).to(ACC),)
+            loaded += (tl.load(row_behind(rows, first, i), mask=there[i], other=0.0).to(ACC),)
     return loaded
 
 
@@ -187,9 +171,9 @@ def rounded(values, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_row(rows, first, packed, i: tl.constexpr, values, there):
+def store_row(rows, first, i: tl.constexpr, values, there):
     """Write one row, (BLOCK,), in the dtype of the memory, in the lanes that are `there`."""
-    tl.store(row_behind(rows, first, packed, i, i), rounded(values, rows.base.dtype.scalar.element_ty), mask=there)
+    tl.store(row_behind(rows, first, i), rounded(values, rows.base.dtype.scalar.element_ty), mask=there)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -206,7 +190,7 @@ class Tiling:
     """
 
     def __init__(self, view: View, dtype: torch.dtype) -> None:
-        outer, time, inner, operands, _ = view
+        outer, time, inner, operands = view
         strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
         align = math.gcd(16, inner, *strides)
         widest = max(x.dtype.itemsize for x in operands if x is not None)

@@ -25,46 +25,41 @@ def layout_of(x: Any) -> Any:
     return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-def allocate(layout: Layout) -> Tensor:
-    """Allocate uninitialized memory, also in deterministic mode, because a kernel writes every element."""
-    shape, stride, dtype, device, _ = layout
-    if not torch._C._get_deterministic_algorithms():  # the public function takes twice as long
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    storage = torch.UntypedStorage(x.nbytes, device=device)  # PyTorch never fills a storage
-    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
-
-
 def nothing(*_: Any) -> None:
     """Allocate nothing."""
 
 
 def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[..., Any]:
-    """Return a function that allocates memory of a dense layout as `allocate` does, but in less time.
+    """Return a function that allocates memory of a dense layout, all of which a kernel will write.
+
+    In deterministic mode PyTorch would fill the memory first.
 
     Args:
         layout: the layout, or `None`; then the function returns `None`.
-        like: the layout of the tensors that the function will be called with, which may have other numbers of packed
-            rows; `None` if it takes no argument.
+        like: the layout of the tensors that the function will be called with; `None` if it takes no argument.
     """
     if layout is None:
         return nothing
-    _, stride, dtype, device, _ = layout
-    is_filled = torch._C._get_deterministic_algorithms()
-    if like is None:
-        return partial(allocate, layout) if is_filled else _new(layout)
-    if is_filled:
-        return lambda x: allocate(layout._replace(shape=x.shape))
-    if like.stride == stride:
+    if torch._C._get_deterministic_algorithms():
+        return partial(_unfilled, layout)
+    if like is not None and like.stride == layout.stride:
         return torch.empty_like  # which takes three quarters of the time
-    return lambda x: torch.empty_strided(x.shape, stride, dtype=dtype, device=device)
+    return _new(layout)
+
+
+def _unfilled(layout: Layout, *_: Any) -> Tensor:
+    """Allocate memory by a storage, which PyTorch never fills."""
+    shape, stride, dtype, device, _aligned = layout
+    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    storage = torch.UntypedStorage(x.nbytes, device=device)
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
 
 
 @lru_cache(maxsize=64)
-def _new(layout: Layout) -> Callable[[], Tensor]:
+def _new(layout: Layout) -> Callable[..., Tensor]:
     """Return one function for all plans, which then needs memory and the cache of the processor only once."""
     shape, stride, dtype, device, _ = layout
-    return partial(torch.empty_strided, shape, stride, dtype=dtype, device=device)
+    return lambda *_: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 class Operand(NamedTuple):
@@ -93,25 +88,16 @@ class Operands(NamedTuple):
 
 
 class View(NamedTuple):
-    """View operands of one shape as `(outer, time, inner)` with a contiguous inner axis; no extent is 0.
-
-    In a plan the view of packed rows has sizes of 0. `sized(steps)` fills in the sizes of a call, whose offsets say
-    where the rows of each time step begin. Both strides of a packed operand are the stride of its rows. The last field
-    is the number of packed rows; it is None for other views.
-    """
+    """View operands of one shape as `(outer, time, inner)` with a contiguous inner axis; no extent is 0."""
 
     outer: int
     time: int
     inner: int
     operands: Operands
-    rows: int | None = None
 
-    def sized(self, steps: Steps | None) -> View:
-        """Return the view of packed rows with the sizes of a call, given by its steps; return any other view itself."""
-        if steps is None or steps.offsets is None:
-            return self
-        offsets = steps.offsets
-        return self._replace(outer=int(offsets[1]), time=len(offsets) - 1, rows=int(offsets[-1]))
+    def without_gradients(self) -> View:
+        """Return the view of a launch that writes no gradients."""
+        return self._replace(operands=self.operands._replace(grad_raw=None, grad_dropped=None))
 
     def writes(self) -> bool:
         """Return whether a launch writes gradients."""
@@ -121,7 +107,7 @@ class View(NamedTuple):
         """Return the divisors of the sums of AR and TAR in a call in which all steps count; neither is 0."""
         if reduction == "sum":
             return 1, 1
-        rows = self.outer * self.time if self.rows is None else self.rows
+        rows = self.outer * self.time
         return rows * self.inner, max((rows - self.outer) * self.inner, 1)
 
 
@@ -154,30 +140,19 @@ def switches(view: View, terms: Terms, is_forward: bool) -> Sequence[bool]:
     return sum_ar, sum_tar, writes and terms.by_ar, writes and terms.by_tar, terms.ar_of_raw and ar
 
 
-class Steps(NamedTuple):
-    """Say which time steps count, or where packed rows begin. A call in which all steps count has None instead.
-
-    bits     (outer, time) uint8 on the device of the activations: bit 0 is set if the time step counts, bit 1 if the
-             change into it counts; None for packed rows
-    counts   (2,) int64 on the same device: how many steps and changes count; None if the sums are not divided
-    offsets  (1 + time,) int64 on the CPU, for packed rows: where each time step begins, and how many rows there are
-    """
-
-    bits: Tensor | None = None
-    counts: Tensor | None = None
-    offsets: Tensor | None = None
-
-
 class Values(NamedTuple):
     """Hold the values that a launch reads beside activations; no plan depends on them.
 
     alpha, beta  coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
-    steps        the time steps that count, or the offsets of packed rows; None if all steps count
+    bits         (outer, time) uint8 on the same device: bit 0 is set if the time step counts, bit 1 if the change into
+                 it counts; None if all steps count
+    counts       (2,) int64 there: how many steps and changes count; None if all do, or if the sums are not divided
     """
 
     alpha: Any
     beta: Any
-    steps: Steps | None = None
+    bits: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class Sums(NamedTuple):

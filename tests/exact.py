@@ -91,11 +91,16 @@ def assert_terms(got: Any, want: ARTAR, *dtypes: torch.dtype, count: int = 0) ->
 
 
 def assert_gradient(
-    got: Tensor | None, parts: list[Tensor], computed: torch.dtype = FLOAT, counts: Tensor | None = None
+    got: Tensor | None,
+    parts: list[Tensor],
+    computed: torch.dtype = FLOAT,
+    counts: Tensor | None = None,
+    rounds_parts: bool = False,
 ) -> None:
     """Check the sum of some parts: allow one rounding to the dtype of `got`, and a few roundings of parts before that.
 
-    Where `counts` is false, only the last rounding is allowed.
+    Where `counts` is false, only the last rounding is allowed. With `rounds_parts` each part and each of their sums may
+    be rounded to the dtype of `got`.
     """
     assert got is not None
     want, info = sum(parts), torch.finfo(got.dtype)
@@ -103,6 +108,8 @@ def assert_gradient(
     largest: Any = sum(x.abs().max() for x in parts if x.numel())
     largest = largest if counts is None else largest * counts
     allowed = rounding(got) * want.abs() + 8 * eps(computed) * largest + info.smallest_normal * info.eps
+    if rounds_parts:
+        allowed = allowed + 2 * len(parts) * rounding(got) * sum(x.abs() for x in parts)
     error = (got.double() - want).abs()
     wrong = ~(error <= allowed)  # also NaN
     if wrong.any():

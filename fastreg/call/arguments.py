@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
-from itertools import chain
+from itertools import zip_longest
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.problem import Place, axes_of, data_of, is_list, sizes_of
+from fastreg.call.problem import axes_of, is_list, sizes_of
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
 
@@ -131,6 +131,14 @@ def _check_symbolic(name: str, value: Any) -> None:
     torch._check(number < math.inf)
 
 
+def check_unchanged(before: Sequence[int], now: Sequence[int]) -> None:
+    """Check, by their versions in the forward and now, that coefficients were not changed before the backward."""
+    for name, version, other in zip(("alpha", "beta"), before, now, strict=True):
+        words = "the value that the forward has read, got one modified by an inplace operation{}"
+        remedy = "; change it after the backward, or pass a clone"
+        _expect(version == other, name, words, remedy, error=RuntimeError)
+
+
 def check_probability(p: Any) -> None:
     """Check that `p`, the probability to drop a unit, is from 0 to below 1."""
     _expect(0 <= _real("p", p) < 1, "p", "a probability from 0 to below 1, got {}", p)
@@ -177,64 +185,49 @@ def check_given(name: str, value: object, is_read: bool, coefficient: str) -> No
         raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only if {coefficient} is 0)")
 
 
-def check_layers(raw: Any, dropped: Any, place: Place) -> tuple[Any, list[dict[str, Any]]]:
-    """Check activations: their types, the axes of each, and that all layers go together.
-
-    Args:
-        raw: a tensor, a `PackedSequence`, or a list or tuple of them; `None` if no term reads it.
-        dropped: like raw; only one of them may be `None`.
-        place: the axis of time.
-
-    Returns:
-        The first activations; and for each layer its tensors or packed rows, by their names in messages.
-    """
+def check_layers(raw: Any, dropped: Any) -> list[Sequence[Any]]:
+    """Check that lists of layers go together, and return raw and dropped of each layer; `None` for at most one list."""
     given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
-    columns = [_named(name, x) for name, x in given]
     counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for _, x in given]
     hint = HINT if "one tensor" in counts else ""
     alike = "the same layers in both, got {} and {}{}"
     _expect(counts[0] == counts[-1], "raw and dropped", alike, *counts, hint)
-    first, *others = chain(*columns)
-    for layer in others:
-        _check_packed_alike(*layer, *first)
-    layers = [*zip(*columns, strict=True)]
-    for (name, x), *_ in layers:
-        if not isinstance(x, PackedSequence):
-            _check_axes(name, x, place.time_dim)
-    return first[1], [{name: data_of(x) for name, x in layer} for layer in layers]
+    for name, layers in given:
+        _expect(len(layers) > 0, name, "a tensor a layer, got an empty {}", type(layers))
+        for i, x in enumerate(layers):
+            if type(x) is not Tensor and not isinstance(x, PackedSequence):
+                check_tensor(f"{name}[{i}]", x)
+    return [*zip_longest(raw or (), dropped or ())]
 
 
-def check_packed_options(time_dim: int | None, selectors: Mapping[str, Any]) -> None:
-    """Check that no lengths, valid or starts, and no other axis of time, are given with packed sequences."""
-    for name in selectors:
-        raise ValueError(f"{name}: expected None{SELECTORS[name][3]}")
+def check_like_first(i: int, pair: Sequence[Any], pair0: Sequence[Any], axis: int) -> None:
+    """Check that a layer has the batch and the time steps of the first one."""
+    name, x, first = ("dropped", pair[1], pair0[1]) if pair[0] is None else ("raw", pair[0], pair0[0])
+    if type(x) is type(first) is Tensor and x.shape == first.shape:
+        return  # most layers; the other checks take 4 us
+    if not _check_packed_alike(f"{name}[{i}]", x, f"{name}[0]", first):
+        fits = x.dim() == first.dim() and sizes_of(x, axis) == sizes_of(first, axis)
+        words = "the batch and time steps of {}, of shape {}, got {}{}"
+        _expect(fits, f"{name}[{i}]", words, f"{name}[0]", first.shape, x.shape, HINT)
+
+
+def check_packed(raw: Any, dropped: Any, time_dim: int | None, selectors: Sequence[Any]) -> None:
+    """Check packed sequences, `None` for at most one of them, and that no argument is given that does not fit them."""
+    for name, given in zip(SELECTORS, selectors, strict=True):
+        if given is not None:
+            raise ValueError(f"{name}: expected None{SELECTORS[name][3]}")
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
-
-
-def _named(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Check for a tensor, a `PackedSequence`, or a list or tuple of them; return each layer with its name."""
-    fits = isinstance(value, (Tensor, list, tuple))  # a PackedSequence is a tuple, too
-    _expect(fits, name, "{}, got {}", ACTIVATIONS, type(value), error=TypeError)
-    layers = [(f"{name}[{i}]", x) for i, x in enumerate(value)] if is_list(value) else [(name, value)]
-    _expect(len(layers) > 0, name, "a tensor a layer, got an empty {}", type(value))
-    for layer in layers:
-        _check_layer(*layer)
-    return layers
-
-
-def _check_layer(name: str, x: Any) -> None:
-    """Check for a dense tensor, or the metadata and the batch sizes of packed rows."""
-    if not isinstance(x, PackedSequence):
-        check_tensor(name, x)
-        return
-    data, sizes = check_tensor(f"{name}.data", x.data), plain(x.batch_sizes)
-    _check_dtype(f"{name}.data", data)
-    _expect(data.dim() == 2, f"{name}.data", "(rows, hidden), got {}", data.shape)
-    name = f"{name}.batch_sizes"
-    _check_tensor_of(name, sizes, INTEGERS, "an integer tensor")
-    is_near = sizes.device.type == "cpu" or (sizes.is_meta and data.is_meta)
-    _expect(is_near, name, "a tensor on the CPU, got one on {}", sizes.device)
-    _check_batch_sizes(name, sizes, data.shape[0])
+    given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
+    for name, x in given:
+        _check_packed_alike(name, x, *given[0])
+        data, sizes = check_tensor(f"{name}.data", x.data), plain(x.batch_sizes)
+        _check_dtype(f"{name}.data", data)
+        _expect(data.dim() == 2, f"{name}.data", "(rows, hidden), got {}", data.shape)
+        name = f"{name}.batch_sizes"
+        _check_tensor_of(name, sizes, INTEGERS, "an integer tensor")
+        is_near = sizes.device.type == "cpu" or (sizes.is_meta and data.is_meta)
+        _expect(is_near, name, "a tensor on the CPU, got one on {}", sizes.device)
+        _check_batch_sizes(name, sizes, data.shape[0])
 
 
 def check_tensor(name: str, x: Any) -> Tensor:
@@ -261,8 +254,8 @@ def _check_batch_sizes(name: str, sizes: Tensor, rows: int) -> None:
     _expect(fits, name, "sizes above 0 that never grow and add up to the {} rows, got {}", rows, values)
 
 
-def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
-    """Check that two layers are packed in the same way, or that neither is packed."""
+def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> bool:
+    """Check that two layers are packed in the same way, or that neither is packed; return whether they are."""
     is_packed, kinds = isinstance(x, PackedSequence), ("a tensor", "a PackedSequence")
     fits = is_packed == isinstance(y, PackedSequence)
     _expect(fits, name, "{}, as {} is, got {}", kinds[not is_packed], other, kinds[is_packed], error=TypeError)
@@ -270,6 +263,7 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> None:
         sizes, others = plain(x.batch_sizes), plain(y.batch_sizes)
         are_unlike = sizes is not others and has_values(sizes) and has_values(others) and not sizes.equal(others)
         _expect(not are_unlike, name, "the batch_sizes of {}, got others", other)
+    return is_packed
 
 
 def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
@@ -287,22 +281,19 @@ def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
 # ---- one layer
 
 
-def check_layer(layer: Mapping[str, Any], first: Mapping[str, Any], time_dim: int) -> None:
-    """Check the dtypes, shapes and devices of the tensors of a layer.
-
-    Args:
-        layer: the tensors of the layer, by their names in messages.
-        first: the tensors of the first layer; all layers must have its device, batch and time steps.
-        time_dim: the axis of time, negative from the end.
-    """
-    (one, x), (other, y) = next(iter(layer.items())), next(iter(first.items()))
-    _check_device(one, x, other, y)
-    fits = x.dim() == y.dim() and sizes_of(x, time_dim) == sizes_of(y, time_dim)
-    _expect(fits, one, "the batch and time steps of {}, of shape {}, got {}{}", other, y.shape, x.shape, HINT)
-    for name, tensor in layer.items():
+def check_pair(raw: Any, dropped: Any, time_dim: int | None) -> dict[str, Any]:
+    """Check raw and dropped, and return them by their names; `None` for at most one of them."""
+    pair = {name: x for name, x in (("raw", raw), ("dropped", dropped)) if x is not None}
+    for given in pair.items():
+        _expect(isinstance(given[1], Tensor), given[0], "{}, got {}", ACTIVATIONS, type(given[1]), error=TypeError)
+        _check_dense(*given)
+    one, x = next(iter(pair.items()))
+    _check_axes(one, x, time_dim)
+    for name, tensor in pair.items():
         _check_dtype(name, tensor)
         _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
         _check_device(name, tensor, one, x)
+    return pair
 
 
 def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastreg.call.torch_state import MISSING, has_float64, level_of_caller
+from fastreg.call.torch_state import has_float64, level_of_caller
 from fastreg.kernels import cpu
 
 # Without these options pip would install the wheel of the last build again.
@@ -31,7 +31,7 @@ class Backend(NamedTuple):
 
 PLANS: dict[Any, Any] = {}  # the plans of calls, by their keys; each was made for one backend
 CPP: Backend | None = None
-if not MISSING and cpu.reason() is None:
+if cpu.reason() is None:
     CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Encoder)
 TRITON: Backend | None = None
 WHY_NO_TRITON, _interpreted = "", False
@@ -43,9 +43,8 @@ try:
 except Exception as error:  # Triton has no build for some platforms, and a broken one may raise anything
     WHY_NO_TRITON = f"Triton cannot be used ({type(error).__name__}: {error}); in a clone: pip install '.[gpu]'"
 else:
-    if not MISSING:
-        _interpreted = knobs.runtime.interpret
-        TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Encoder)
+    _interpreted = knobs.runtime.interpret
+    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Encoder)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
 
@@ -69,8 +68,6 @@ def _warn_of_the_formula(kind: str) -> None:
 
 def why_formula(device: torch.device) -> str:
     """Explain why a device without a backend runs the plain formula, and name the remedy."""
-    if MISSING:
-        return f"torch {torch.__version__} lacks {', '.join(MISSING)}, so fastreg needs an update"
     if device.type == "cpu":
         return f"{cpu.reason()}; in a clone: {REINSTALL}"
     if device.type in ("cuda", "xpu"):

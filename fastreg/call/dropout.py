@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.fold import Fold
-from fastreg.call.operation import Plan, compute
-from fastreg.call.penalty import by_formula, penalize
-from fastreg.call.problem import ARTAR, Call, Coefficient, NoTerms, Options, WithTerms
+from fastreg.call.operation import Plan, compute, selectors_of
+from fastreg.call.penalty import penalize
+from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, WithTerms
+from fastreg.call.reference import ar_tar
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.view import Values, allocator, layout_of
 
@@ -149,10 +149,11 @@ def drop_and_penalize(
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
-        return raw, penalize((raw, raw), coefficients, selectors, options._replace(ar_of_raw=True))
+        return raw, penalize((raw, raw), coefficients, selectors, options)
     if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
-    return compute(DropoutPlan, (raw, float(p) if mask is None else mask), coefficients, selectors, options)
+    activations = raw, float(p) if mask is None else mask
+    return compute(DropoutPlan, activations, coefficients, selectors_of(*selectors), options)
 
 
 class DropoutPlan(Plan):
@@ -161,32 +162,30 @@ class DropoutPlan(Plan):
     The tensors of a call are raw and the mask.
 
     Args:
-        inputs: raw, the mask or the probability to drop a unit, alpha, beta, lengths, valid and starts.
+        inputs: raw, the mask or the probability to drop a unit, alpha and beta.
         options: the other arguments of the call.
         is_kept: as for `Plan`.
 
     Attributes:
         row: the shape of a mask with one row for all time steps.
-        fold: the fold of raw and of the mask.
-        dropped: a function that allocates dropped.
+        allocate: a function that allocates dropped, or the gradient of raw.
         forward: the forward of the backend.
-        backwards: a fold, an allocator and a backward of the backend for each kind of upstream gradients.
+        backwards: a backward of the backend for each kind of upstream gradients.
     """
 
     def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
         raw, mask, *others = inputs
         super().__init__((raw, None), others, options, is_kept)
         self.row = list(raw.shape)
-        self.row[self.terms[0].time_dim] = 1
+        self.row[self.terms.time_dim] = 1
         if isinstance(mask, Tensor):
             check_mask(mask, raw, self.row)
 
     def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
         """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`."""
-        raw = plain(first)
         if isinstance(second, Tensor):
-            return raw, second
-        return raw, raw.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
+            return first, second
+        return first, first.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
 
     def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
         """Compute dropped, and the penalty and its terms, in plain PyTorch."""
@@ -194,40 +193,35 @@ class DropoutPlan(Plan):
         dropped = raw * mask
         if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
             dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
-        return dropped, by_formula([Call(raw, dropped, *values, self.terms[0])])
+        return dropped, ar_tar(raw, dropped, values, self.terms)
 
-    def prepare(self, tensors: Sequence[Any], values: Values) -> None:
+    def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
-        (raw, mask), (terms,), self.backwards = tensors, self.terms, {}
+        raw, self.operands, self.backwards = tensors[0], layouts, {}
         self.needs, self.saves = [torch.is_grad_enabled() and raw.requires_grad, False], [True, True]
-        self.operands = layout_of(raw), layout_of(mask.expand_as(raw))
-        self.fold = Fold((*self.operands, None), terms.time_dim, values.steps)
-        layout = self.fold.like(self.operands[0])
-        self.dropped = allocator(layout, self.operands[0])
-        self.forward = self.backend.forward(self.fold.view((layout, None, None)), terms, raw.device)
+        self.written = self.fold.dense(layouts[0])
+        self.allocate = allocator(self.written, layouts[0])
+        view = self.fold.view(*layouts, None, self.written, None, None)
+        self.forward = self.backend.forward(view, self.terms, raw.device)
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
-        """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no prediction."""
-        dropped = self.dropped(tensors[0])
-        sums = self.forward((*self.fold.readable((*tensors, None)), dropped, None, None), values)
-        return (dropped, sums.penalty) if sums.terms is None else (dropped, sums.penalty, sums.terms), None
+        """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
+        dropped = self.allocate(tensors[0])
+        penalty, terms, _ = self.forward((*tensors, None, dropped, None, None), values)
+        return (dropped, penalty) if terms is None else (dropped, penalty, terms), None
 
-    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any) -> Any:
+    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
-        (arrived, grad), (raw, mask, *_) = upstream, saved
+        (arrived, grad), (raw, mask), gradient = upstream, saved, self.allocate(saved[0])
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
-        found = self.backwards.get(key)
-        if found is None:
-            (terms,) = self.terms
-            if grad is None:
-                terms = terms._replace(by_ar=False, by_tar=False)
-            fold = Fold((*self.operands, layout_of(arrived), None), terms.time_dim, values.steps)
-            layout = fold.like(self.operands[0])
-            launch = self.backend.backward(fold.view((layout, None)), terms, raw.device)
-            found = fold, allocator(layout, self.operands[0]), launch
+        launch = self.backwards.get(key)
+        if launch is None:
+            if arrived is not None and not self.fold.fits(arrived.stride()):
+                return self.differentiate((self.allocate(raw).copy_(arrived), grad), saved, values, None)
+            terms = self.terms if grad is not None else self.terms._replace(by_ar=False, by_tar=False)
+            view = self.fold.view(*self.operands, layout_of(arrived), None, self.written, None)
+            launch = self.backend.backward(view, terms, raw.device)
             if len(self.backwards) < BACKWARDS:
-                self.backwards[key] = found
-        fold, allocate, launch = found
-        gradient = allocate(raw)
-        launch(grad, (*fold.readable((raw, mask, arrived, None)), gradient, None), values)
+                self.backwards[key] = launch
+        launch(grad, (raw, mask, arrived, None, gradient, None), values)
         return gradient, None

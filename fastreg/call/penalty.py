@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import reduce
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from operator import add
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.arguments import check_given
-from fastreg.call.fold import Fold
-from fastreg.call.operation import Plan, compute
-from fastreg.call.problem import ARTAR, Call, Coefficient, NoTerms, Options, WithTerms, compute_dtype, is_on, layers_of
+from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed
+from fastreg.call.operation import Plan, Selectors, checked_coefficient, compute, place_of, selectors_of
+from fastreg.call.packed import by_sequence
+from fastreg.call.problem import (
+    ARTAR,
+    Coefficient,
+    NoTerms,
+    Options,
+    WithTerms,
+    compute_dtype,
+    data_of,
+    is_list,
+    is_on,
+    layers_of,
+)
 from fastreg.call.reference import ar_tar
-from fastreg.call.torch_state import hooks_on_saved, plain
-from fastreg.kernels.view import Sums, Terms, Values, allocator, layout_of, nothing
+from fastreg.call.torch_state import hooks_on_saved
+from fastreg.kernels.prediction import Ahead
+from fastreg.kernels.view import Values, allocator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,8 +144,44 @@ def penalize(
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
+    return _penalty(activations, coefficients, selectors_of(*selectors), options)
+
+
+def _penalty(
+    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
+) -> Any:
+    """Compute the penalty of a list of layers as a sum, and of packed rows in the order of their sequences."""
+    raw, dropped = activations
+    if isinstance(raw, (tuple, list)) or isinstance(dropped, (tuple, list)):
+        coefficients = alpha, beta = [*map(checked_coefficient, ("alpha", "beta"), coefficients)]
+        raw, dropped = PenaltyPlan.read(raw, dropped, alpha, beta, options)
+        if is_list(raw) or is_list(dropped):
+            return _sum_of_layers(check_layers(raw, dropped), coefficients, selectors, options)
+        if not raw is dropped is None:
+            check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
+            activations, selected = by_sequence(raw, dropped)
+            selectors, options = Selectors(selected), options._replace(batch_first=True, time_dim=None)
     result = compute(PenaltyPlan, activations, coefficients, selectors, options)
-    return _zero(activations, options.measured) if result is None else result
+    return _zero(activations, options.measured) if result is None else result[0]
+
+
+def _sum_of_layers(
+    layers: Sequence[Sequence[Any]], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
+) -> Any:
+    """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
+    axis = place_of(options.batch_first, options.time_dim).axis()
+    options = options._replace(dtype=compute_dtype([data_of(x) for pair in layers for x in pair if x is not None]))
+    penalties: list[Any] = []
+    for i, pair in enumerate(layers):
+        if i > 0:
+            check_like_first(i, pair, layers[0], axis)
+        try:
+            penalties.append(_penalty(pair, coefficients, selectors, options))
+        except (TypeError, ValueError) as error:
+            raise type(error)(re.sub(r"\b(raw|dropped)\b", rf"\1[{i}]", str(error))) from None
+    if options.measured:
+        return ARTAR(*[reduce(add, terms) for terms in zip(*penalties, strict=True)])
+    return reduce(add, penalties)
 
 
 def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
@@ -143,22 +192,26 @@ def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
 
 
 class PenaltyPlan(Plan):
-    """Compute the penalty of all layers of a call, and its gradients.
+    """Compute the penalty of one layer, and its gradients.
 
-    The tensors of a call are raw and dropped of the first layer, raw and dropped of the second layer, and so on. Each
-    is `None` if no term reads it; dropped is also `None` if AR is the mean square of raw.
+    The tensors of a call are raw and dropped. Each is `None` if no term reads it; dropped is also `None` if AR is the
+    mean square of raw.
 
     Args:
-        inputs: raw, dropped, alpha, beta, lengths, valid and starts.
+        inputs: raw, dropped, alpha and beta.
         options: the other arguments of the call.
         is_kept: as for `Plan`.
 
     Attributes:
-        layers: a `Layer` for each layer.
+        gradients: functions that allocate the gradients of raw and dropped.
+        is_ahead: whether forwards may write gradients ahead.
+        forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 
+    backward: Any = None
+
     def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
-        raw, dropped, alpha, beta, *_ = inputs
+        raw, dropped, alpha, beta = inputs
         check_given("raw", raw, is_on(beta), "beta")
         check_given("dropped", dropped, is_on(alpha), "alpha")
         super().__init__((raw, dropped), inputs[2:], options, is_kept)
@@ -172,134 +225,49 @@ class PenaltyPlan(Plan):
         return first if is_on(beta) else None, second if is_on(alpha) else None
 
     def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
-        """Return raw and dropped of each layer."""
-        if type(first) is Tensor and type(second) is Tensor and second is not first:
-            return first, second
-        layers = zip_longest(self.terms, layers_of(first), layers_of(second))
-        return [plain(x) for terms, *pair in layers for x in (pair[0], None if terms.ar_of_raw else pair[1])]
+        """Return raw and dropped."""
+        return first, None if self.terms.ar_of_raw else second
 
     def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
-        """Compute the penalty and its terms in plain PyTorch; leave layers without tensors out."""
-        calls = [call for call in calls_of(tensors, values, self.terms) if call.present() is not None]
-        return (by_formula(calls),)
+        """Compute the penalty and its terms in plain PyTorch."""
+        raw, dropped = tensors
+        return (ar_tar(raw, dropped, values, self.terms),)
 
-    def prepare(self, tensors: Sequence[Any], values: Values) -> None:
-        """Prepare the launches of each layer. Layers of the same kind share them."""
-        # Where hooks pack saved tensors away, memory matters more than time.
-        predicts = self.predicts and hooks_on_saved(False) is None
-        kinds: dict[Any, Layer] = {}
-        self.layers: list[Layer] = []
-        for call in calls_of(tensors, values, self.terms):
-            kind = call.terms, *(layout_of(x) and (layout_of(x), x.requires_grad) for x in (call.raw, call.dropped))
-            if kind not in kinds:
-                kinds[kind] = Layer(call, self.backend, predicts)
-            self.layers.append(kinds[kind])
-        self.needs = self.saves = [need for layer in self.layers for need in layer.needs]
-
-    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
-        """Launch the forward of each layer; return the penalty, with the terms if they are wanted; and predictions."""
-        penalty: Any = None
-        terms: Any = None
-        predictions: list[Prediction] = []
-        for layer, raw, dropped in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
-            sums, prediction = layer(raw, dropped, values)
-            predictions.append(prediction)
-            penalty = sums.penalty if penalty is None else penalty + sums.penalty
-            terms = sums.terms if terms is None else terms + sums.terms
-        return penalty if terms is None else (penalty, terms), predictions
-
-    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, predictions: Any) -> Any:
-        """Launch the backward of each layer that has saved a tensor; return the gradients of raw and dropped."""
-        (grad,), predictions = upstream, predictions or [NOTHING] * len(self.layers)
-        if len(self.layers) == 1:
-            return self.layers[0].differentiate(grad, saved[0], saved[1], values, predictions[0])
-        gradients: list[Tensor | None] = []
-        for layer, raw, dropped, prediction in zip(self.layers, saved[::2], saved[1::2], predictions, strict=False):
-            is_saved = True in layer.needs
-            gradients += layer.differentiate(grad, raw, dropped, values, prediction) if is_saved else (None, None)
-        return gradients
-
-
-def calls_of(tensors: Sequence[Any], values: Values, terms: Sequence[Terms]) -> Sequence[Call]:
-    """Return a call for each layer."""
-    layers = zip(tensors[::2], tensors[1::2], terms, strict=False)
-    return [Call(raw, dropped, *values, of_layer) for raw, dropped, of_layer in layers]
-
-
-def by_formula(calls: Sequence[Call]) -> ARTAR:
-    """Compute the penalty of the layers of a call, and its terms, in plain PyTorch."""
-    penalty, ar, tar = reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), map(ar_tar, calls))
-    return ARTAR(penalty, ar.detach(), tar.detach())
-
-
-class Prediction(NamedTuple):
-    """Hold the upstream gradient that a forward has expected, and the gradients that it has written for it.
-
-    The expected upstream gradient is the one of the plan's last backward; the backend keeps it, and compares it with
-    the true one. If they are the same, to the bit, the predicted gradients are right. Otherwise the backward writes the
-    gradients anew, over the predicted ones.
-
-    expected      the expected upstream gradient, as the backend compares it; `None` if nothing was predicted
-    grad_raw      the gradient of raw; `None` if raw needs none
-    grad_dropped  the gradient of dropped; `None` if dropped needs none
-    """
-
-    expected: Any = None
-    grad_raw: Tensor | None = None
-    grad_dropped: Tensor | None = None
-
-
-NOTHING = Prediction()
-
-
-class Layer:
-    """Compute the penalty of one layer, and its gradients.
-
-    Args:
-        call: a call of this kind.
-        backend: the code that runs.
-        predicts: whether the forward predicts the gradients.
-
-    Attributes:
-        needs: whether raw and dropped need gradients; a term that is only measured has none.
-        fold: the fold of raw and dropped.
-        gradients: functions that allocate the gradients of raw and dropped.
-        predicted: functions that allocate the gradients that the forward writes.
-        forward, backward: the launches of the backend; no backward if neither needs a gradient.
-    """
-
-    def __init__(self, call: Call, backend: Any, predicts: bool) -> None:
-        raw, dropped, terms, enabled = call.raw, call.dropped, call.terms, torch.is_grad_enabled()
+    def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
+        """Prepare the launches. A term that is only measured has no gradient."""
+        (raw, dropped), terms, enabled = tensors, self.terms, torch.is_grad_enabled()
         by_raw, by_dropped = terms.by_tar or (terms.by_ar and terms.ar_of_raw), terms.by_ar and not terms.ar_of_raw
         self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
-        layouts = layout_of(raw), layout_of(dropped)
-        self.fold = Fold((layouts[0], None, None, layouts[1]), terms.time_dim, call.steps)
-        written = [self.fold.like(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
-        view, others = self.fold.view(written), (terms, call.present().device)
-        self.gradients = self.predicted = [*map(allocator, written, layouts)]
-        if not predicts:
-            self.predicted = nothing, nothing
-        self.forward = backend.forward(view if predicts else self.fold.view((None, None)), *others)
-        expected = self.forward.expected
-        self.backward: Any = backend.backward(view, *others, expected) if True in self.needs else None
+        self.saves = self.needs
+        written = [self.fold.dense(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
+        self.gradients = [*map(allocator, written, layouts)]
+        view, device = self.fold.view(layouts[0], None, None, layouts[1], *written), layouts[dropped is not None].device
+        # Where hooks pack saved tensors away, memory matters more than time.
+        self.is_ahead = self.predicts and True in self.needs and hooks_on_saved(False) is None
+        self.forward = self.backend.forward(view if self.is_ahead else view.without_gradients(), terms, device)
+        if True in self.needs:
+            self.backward = self.backend.backward(view, terms, device, self.forward.prediction)
 
-    def __call__(self, raw: Any, dropped: Any, values: Values) -> tuple[Sums, Prediction]:
-        """Launch the forward."""
-        first, second = self.predicted
-        grad_raw, grad_dropped = first(raw), second(dropped)
-        operands = self.fold.readable((raw, None, None, dropped))
-        sums = self.forward((*operands, grad_raw, grad_dropped), values)
-        return sums, Prediction(sums.expected, grad_raw, grad_dropped)
-
-    def differentiate(
-        self, grad: Tensor, raw: Any, dropped: Any, values: Values, prediction: Prediction
-    ) -> Sequence[Any]:
-        """Launch the backward over the predicted gradients, or over new memory; return the gradients."""
-        expected, *gradients = prediction
-        if expected is None:
+    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
+        """Launch the forward; return the penalty, with the terms if they are wanted; and gradients."""
+        (raw, dropped), forward, ahead = tensors, self.forward, None
+        if self.is_ahead and forward.prediction.comes():
             first, second = self.gradients
-            gradients = [first(raw), second(dropped)]
-        elif self.fold.copies and self.backward.is_expected(grad, expected):
-            return gradients  # without copying anything
-        self.backward(grad, (*self.fold.readable((raw, None, None, dropped)), *gradients), values, expected)
+            gradients = first(raw), second(dropped)
+            penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
+            ahead = Ahead(forward.prediction, expected, gradients)
+        else:
+            penalty, terms, _ = forward((raw, None, None, dropped, None, None), values)
+        return (penalty,) if terms is None else (penalty, terms), ahead
+
+    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
+        """Launch the backward over the gradients of the forward, or over new memory; return the gradients."""
+        (grad,), (raw, dropped) = upstream, saved
+        if ahead is None:
+            first, second = self.gradients
+            expected, gradients = None, (first(raw), second(dropped))
+        else:
+            expected, gradients = ahead.take()
+        self.forward.prediction.lost = 0
+        self.backward(grad, (raw, None, None, dropped, *gradients), values, expected)
         return gradients

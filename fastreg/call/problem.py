@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import is_
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-
-from fastreg.kernels.view import Steps, Terms
 
 Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a gradient
 
@@ -75,8 +72,8 @@ class WithTerms(Choices):
 class Options(NamedTuple):
     """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may predict the gradients. Otherwise no
-    gradient takes memory between forward and backward.
+    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may write gradients, which take memory
+    until the backward. If `dtype` is `None`, the dtype of the penalty follows from its tensors.
     """
 
     batch_first: Any = None
@@ -85,29 +82,7 @@ class Options(NamedTuple):
     measured: Any = False
     ar_of_raw: bool = False
     predicts: bool = True
-
-
-class Call(NamedTuple):
-    """Hold the arguments of a call for one layer, after all checks.
-
-    raw, dropped  activations of one shape, or packed rows, `(rows, hidden)`; `None` if no term reads it; dropped is
-                  also `None` if AR is the mean square of raw
-    alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors
-    steps         the time steps that count, on the device of the activations, or the offsets of packed rows; `None` if
-                  all steps count
-    terms         the terms of the penalty
-    """
-
-    raw: Any
-    dropped: Any
-    alpha: Any
-    beta: Any
-    steps: Steps | None = None
-    terms: Terms = Terms()
-
-    def present(self) -> Any:
-        """Return raw, or dropped if raw is `None`."""
-        return self.dropped if self.raw is None else self.raw
+    dtype: Any = None
 
 
 def is_on(coefficient: Coefficient) -> bool:
@@ -129,43 +104,16 @@ def compute_dtype(tensors: Iterable[Any]) -> torch.dtype:
 def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:
     """Return the axes of time and of sequences, counted from the front.
 
-    The axis of sequences is the first one beside time, or `None` for `(time, hidden)` and `(time,)`. For packed rows
-    the axis of time is the axis of rows.
+    The axis of sequences is the first one beside time, or `None` for `(time, hidden)` and `(time,)`.
     """
     time = time_dim % len(x.shape)
     return time, 0 if time > 0 else 1 if len(x.shape) > 2 else None
 
 
 def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
-    """Return the numbers of sequences and of time steps in activations that are not packed."""
+    """Return the numbers of sequences and of time steps."""
     time, batch = axes_of(x, time_dim)
     return 1 if batch is None else x.shape[batch], x.shape[time]
-
-
-def divisors(call: Call) -> tuple[Any, Any]:
-    """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
-
-    A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
-    """
-    if call.terms.reduction == "sum":
-        return 1, 1
-    x, steps = call.present(), call.steps
-    elements = x.numel()
-    if steps is None:
-        time = _at_least_1(x.shape[call.terms.time_dim])
-        return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
-    if steps.offsets is not None:
-        return _at_least_1(elements), _at_least_1(elements - steps.offsets[1] * x.shape[-1])
-    bits: Any = steps.bits
-    of_steps, of_changes = _at_least_1(steps.counts * (elements // _at_least_1(bits.numel()))).unbind()
-    return of_steps, of_changes
-
-
-def _at_least_1(count: Any) -> Any:
-    """Return the maximum of a count and 1, without a branch, which tracing would fix."""
-    if isinstance(count, Tensor):
-        return count.clamp(min=1)
-    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # this takes ten times as long
 
 
 def is_list(value: object) -> bool:
@@ -182,8 +130,3 @@ def layers_of(x: Any) -> Sequence[Any]:
     """Return the tensor or the packed rows of each layer of activations; for `None` there is no layer."""
     layers = x if is_list(x) else () if x is None else (x,)
     return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # without calls
-
-
-def are_same(raw: Any, dropped: Any) -> tuple[bool, ...]:
-    """Return, for each layer, whether dropped is raw itself."""
-    return tuple(map(is_, layers_of(raw), layers_of(dropped)))

@@ -13,36 +13,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.call.problem import ARTAR, Call, axes_of, divisors
+from fastreg.call.problem import ARTAR, axes_of
 from fastreg.call.torch_state import has_float64, is_exporting
+from fastreg.kernels.view import Terms, Values
 
-STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
+STEP, CHANGE = 1, 2  # the bits of `Values`: the step counts, the change into it counts
 
 
-def ar_tar(call: Call) -> ARTAR:
-    """Compute the penalty of one layer and its terms, all differentiable.
+def ar_tar(raw: Any, dropped: Any, values: Values, terms: Terms) -> ARTAR:
+    """Compute the penalty of one layer, differentiable, and its terms, detached.
+
+    Args:
+        raw: activations; `None` if no term reads it.
+        dropped: activations of the same shape; `None` if no term reads it, or if AR is the mean square of raw.
+        values: coefficients, and the steps that count.
+        terms: the terms of the penalty.
 
     Returns:
-        `ARTAR(penalty, ar, tar)`, in the dtype of the call.
+        `ARTAR(penalty, ar, tar)`, in the dtype of the terms.
     """
-    dtype, (elements, changes) = call.terms.dtype, divisors(call)
-    raw, dropped = (None if x is None else x.to(dtype) for x in (call.raw, call.dropped))
+    raw, dropped = (None if x is None else x.to(terms.dtype) for x in (raw, dropped))
+    given = dropped if raw is None else raw
+    elements, changes = _divisors(given, values, terms)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
-    zero = penalty = torch.zeros((), dtype=dtype, device=call.present().device)
-    terms: list[Tensor] = []
+    zero = penalty = torch.zeros((), dtype=terms.dtype, device=given.device)
+    means: list[Tensor] = []
     for x, is_in, coefficient, count, form in (
-        (raw if call.terms.ar_of_raw else dropped, call.terms.by_ar, call.alpha, elements, counted),
-        (raw, call.terms.by_tar, call.beta, changes, _counted_changes),
+        (raw if terms.ar_of_raw else dropped, terms.by_ar, values.alpha, elements, _counted),
+        (raw, terms.by_tar, values.beta, changes, _counted_changes),
     ):
-        term = zero
-        if x is not None and (is_in or call.terms.measured):
-            total = zero + form(x, call).square().sum()
+        mean = zero
+        if x is not None and (is_in or terms.measured):
+            total = zero + form(x, values.bits, terms.time_dim).square().sum()
             if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
-            term = total / count
-        terms.append(term)
-    return ARTAR(penalty, *terms)
+            mean = total / count
+        means.append(mean.detach())
+    return ARTAR(penalty, *means)
+
+
+def _divisors(x: Tensor, values: Values, terms: Terms) -> tuple[Any, Any]:
+    """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
+
+    A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
+    """
+    if terms.reduction == "sum":
+        return 1, 1
+    elements, bits, counts = x.numel(), values.bits, values.counts
+    if bits is None or counts is None:
+        time = _at_least_1(x.shape[terms.time_dim])
+        return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
+    of_steps, of_changes = _at_least_1(counts * (elements // _at_least_1(bits.numel()))).unbind()
+    return of_steps, of_changes
+
+
+def _at_least_1(count: Any) -> Any:
+    """Return the maximum of a count and 1, without a branch, which tracing would fix."""
+    if isinstance(count, Tensor):
+        return count.clamp(min=1)
+    return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # this takes ten times as long
 
 
 def _weighted(total: Tensor, coefficient: Any, count: Any) -> Tensor:
@@ -58,17 +88,10 @@ def _weighted(total: Tensor, coefficient: Any, count: Any) -> Tensor:
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
-def _counted_changes(x: Tensor, call: Call) -> Tensor:
-    """Compute the changes that count; the result may contain zeros for others."""
-    if call.steps is None and not is_exporting():
-        return x.diff(dim=call.terms.time_dim)  # the formula written by hand, to a compiler; 2 steps compile again
-    return changes_of(x, call)
-
-
 def encoded(
     shape: tuple[Any, Any], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the bits and counts of `Steps`, as the `encoder` of a backend does."""
+    """Return the bits and counts of `Values`, as the `encoder` of a backend does."""
     device = next(x.device for x in (lengths, valid, starts) if x is not None)
     step = torch.arange(shape[1], device=device)
     inside = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
@@ -80,12 +103,11 @@ def encoded(
     return inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()])
 
 
-def changes_of(x: Tensor, call: Call) -> Tensor:
-    """Compute the change into each time step; the change into the first step is 0."""
-    if call.steps is not None and call.steps.offsets is not None:
-        before, exists = (y.to(x.device) for y in rows_before(call.steps.offsets, x.shape[0]))
-        return torch.where(exists.unsqueeze(-1), x - x[before], 0)
-    dim, _ = axes_of(x, call.terms.time_dim)
+def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
+    """Compute the changes that count; the result may contain zeros for others."""
+    if bits is None and not is_exporting():
+        return x.diff(dim=time_dim)  # the formula written by hand, to a compiler; 2 steps compile again
+    dim, _ = axes_of(x, time_dim)
     # With diff a compiler would treat 2 steps as another case, as they have 1 difference. torch 2.11 cannot trace
     # hasattr.
     if torch.compiler.is_compiling() and getattr(type(x), "__tensor_flatten__", None) is None:
@@ -94,25 +116,13 @@ def changes_of(x: Tensor, call: Call) -> Tensor:
     else:  # only x itself, which may be a DTensor, and these do not mix with other tensors
         first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
-    return counted(change, call, CHANGE)
+    return _counted(change, bits, time_dim, CHANGE)
 
 
-def counted(x: Tensor, call: Call, bit: int = STEP) -> Tensor:
+def _counted(x: Tensor, bits: Tensor | None, time_dim: int, bit: int = STEP) -> Tensor:
     """Replace the steps that do not count by 0; with `CHANGE`, the steps into which the change does not count."""
-    if call.steps is None or call.steps.bits is None:
+    if bits is None:
         return x
-    inside, axes = (call.steps.bits & bit) != 0, axes_of(x, call.terms.time_dim)
+    inside, axes = (bits & bit) != 0, axes_of(x, time_dim)
     inside = inside if axes[0] > 0 else inside.transpose(0, 1)  # in the order of x's axes
     return torch.where(inside.reshape([n if axis in axes else 1 for axis, n in enumerate(x.shape)]), x, 0)
-
-
-def rows_before(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Find, for each packed row, the row of the same sequence one time step before it.
-
-    Returns:
-        The index of this row, `(rows,)`, or of any row if there is none; and whether there is one, `(rows,)`.
-    """
-    row = torch.arange(rows, device=offsets.device)
-    step = torch.searchsorted(offsets[1:], row, right=True)
-    before = row - offsets.diff()[(step - 1).clamp(min=0)]
-    return before.clamp(min=0), step > 0

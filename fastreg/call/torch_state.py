@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from operator import attrgetter
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -15,32 +13,15 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-MISSING: list[str] = []  # private names that this release of PyTorch lacks; then the formula runs everywhere
-
-
-def _private(name: str, otherwise: Any) -> Any:
-    """Return a private function of PyTorch, or another one if this release lacks it."""
-    try:
-        return attrgetter(name)(torch)
-    except AttributeError:
-        MISSING.append(f"torch.{name}")
-        return otherwise
-
-
-_is_zeros: Callable[[Tensor], bool] = _private("Tensor._is_zerotensor", lambda _: False)
-_has_storage: Callable[[Tensor], bool] = _private("_C._has_storage", lambda _: True)
-_count_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", int)
-_is_recorded: Callable[[], bool] = _private("_C._is_tracing", bool)
-_are_functions_transformed: Callable[[], bool] = _private("_C._are_functorch_transforms_active", bool)
-is_deterministic: Callable[[], bool] = _private("_C._get_deterministic_algorithms", bool)  # half the time
-hooks_on_saved: Callable[[bool], Any] = _private("_C._autograd._top_saved_tensors_default_hooks", lambda _: None)
-current: Callable[[], int] = _private("_C._current_graph_task_id", lambda: -1)  # this thread's backward; -1 for none
-# Where nothing says whether Dynamo is compiling, hooks always run outside of it.
-compiler_of_frames: Callable[[], Any] = _private("_C._dynamo.eval_frame.get_eval_frame_callback", bool)
-_disable: Callable[[Any], Any] = _private("_disable_dynamo", torch.compiler.disable)
-for _name in ("autograd.forward_ad._current_level", "compiler._is_exporting_flag"):  # values, which change
-    _private(_name, None)
-_forward_mode: Any = forward_ad if hasattr(forward_ad, "_current_level") else SimpleNamespace(_current_level=-1)
+_is_zeros: Callable[[Tensor], bool] = torch.Tensor._is_zerotensor
+_has_storage: Callable[[Tensor], bool] = torch._C._has_storage
+_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_is_recorded: Callable[[], bool] = torch._C._is_tracing
+_are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time of the public function
+hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
+current: Callable[[], int] = torch._C._current_graph_task_id  # this thread's backward; -1 for none
+compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def level_of_caller() -> int:
@@ -68,7 +49,7 @@ def untraced(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
-@_disable
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _outside(run: Any, function: Any, args: Any) -> Any:
     """Call a function without Dynamo."""
     skip = getattr(torch._dynamo.eval_frame, "skip_code", bool)
@@ -83,18 +64,18 @@ def observed() -> bool:
         or _count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
         or _is_recorded()  # torch.jit.trace records operators
         or _are_functions_transformed()  # vmap and grad transform operators
-        or _forward_mode._current_level >= 0  # forward mode differentiates operators
+        or forward_ad._current_level >= 0  # forward mode differentiates operators
     )
 
 
 def transformed() -> bool:
     """Return whether torch.jit.trace, a transform of torch.func or forward mode runs, where hooks see no gradients."""
-    return _is_recorded() or _are_functions_transformed() or _forward_mode._current_level >= 0
+    return _is_recorded() or _are_functions_transformed() or forward_ad._current_level >= 0
 
 
 def is_exporting() -> bool:
     """Return whether `torch.export` is tracing; the public function of torch 2.8 is true in all compiled code."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+    return torch.compiler._is_exporting_flag
 
 
 def is_memory(x: Tensor) -> bool:

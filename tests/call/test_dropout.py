@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.backends import PLANS
+from fastreg.call.dropout import BACKWARDS
 from tests.conftest import skip_on_formula
 from tests.exact import check_dropout
 from tests.samples import BF16, HALF, SAMPLES, Sample
@@ -80,6 +82,20 @@ def test_nothing_dropped_is_raw_itself(alpha: float, beta: float, options: dict[
     assert torch.equal(measured.penalty, got)
     assert measured.ar.isinf()
     assert measured.tar.isinf()
+
+
+def test_a_plan_keeps_few_backwards_one_for_each_layout_and_alignment() -> None:
+    skip_on_formula("cpu")
+    raw, mask, kept = torch.randn(2, 5, 8, requires_grad=True), torch.ones(2, 1, 8), []
+    PLANS.clear()
+    for gap in (0, 0, *range(BACKWARDS)):
+        memory = torch.ones(2 * 5 * (8 + gap) + 1)[len(kept) == 1 :]  # the second one is not aligned
+        arriving = memory[: 2 * 5 * (8 + gap)].view(2, 5, -1)[..., :8]
+        dropped, _ = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=mask)
+        assert torch.equal(torch.autograd.grad(dropped, raw, arriving)[0], torch.ones_like(raw))
+        (plan,) = PLANS.values()
+        kept.append(len(plan.backwards))
+    assert kept == [1, 2, *(min(2 + i, BACKWARDS) for i in range(BACKWARDS))]
 
 
 def test_both_terms_off(device: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
@@ -20,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import CALLS, MORE_CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, total
+from tests.calls import CALLS, MORE_CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, packed, total
 from tests.conftest import more, skip_on_formula, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -243,3 +244,21 @@ class TestModes:
         with Nothing() as mode:
             fused_ar_tar(*leaves(), 2.0, 1.0)
         assert torch.ops.aten.sub.Tensor in mode.seen
+
+
+# Nodes keep steps, orders and coefficients beside the saved tensors.
+VALUES: dict[str, Any] = {
+    "lengths": lambda r, d, x: fused_ar_tar(r, d, 2.0, 1.0, lengths=x),
+    "packed": lambda r, d, x: fused_ar_tar(packed(r, x.tolist()), packed(d, x.tolist()), 2.0, 1.0),
+    "alpha": lambda r, d, x: fused_ar_tar(r, d, x[1].double(), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_compiled_autograd(name: str) -> None:
+    for values in ([4, 3, 1], [4, 2, 2]):
+        x, got = torch.tensor(values), leaves()
+        want = torch.autograd.grad(VALUES[name](*got, x), got)
+        with compiled_autograd._enable(torch.compile(backend="eager")):
+            VALUES[name](*got, x).backward()
+        assert_close([y.grad for y in got], [*want])

@@ -121,7 +121,7 @@ def train(
         torch.autograd.backward(results, [torch.ones_like(x) for x in results])
 
 
-RAGGED = ("packed", "marked")  # lengths take the code of marks: see test_a_varying_batch_compiles_once
+RAGGED = ("marked",)  # lengths, starts and packed sequences take the code of marks
 
 
 def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores: int) -> None:
@@ -144,7 +144,7 @@ def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores:
                 *[(target, BF16, "one") for target in ("sm_80", "sm_100", "gfx942")],
                 *[("sm_90", dtype, "two") for dtype in (FLOAT, DOUBLE)],
                 *[(*case, ragged) for case in (("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
-                *[("sm_80", BF16, "marked"), ("sm_100", BF16, "packed")],
+                *[("sm_80", BF16, "marked"), ("sm_100", BF16, "marked")],
             ]
         ),
     ],
@@ -158,7 +158,7 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str) ->
     train(dtype, kind=kind)
     unroll = tiling.UNROLL
     rows = unroll if kind == "one" else 2 * unroll
-    others = {"marked": MARKS + 12, "packed": unroll + 5}.get(kind, 0)  # including counts
+    others = {"marked": MARKS + 12}.get(kind, 0)  # including counts
     (forward,), (backward,) = trained(masked=False)
     assert_accesses(forward, rows + 2, PARTIAL_SUMS + 2 + others, rows)
     assert_accesses(backward, rows + 2, 2 + others, rows)
@@ -210,7 +210,7 @@ def test_no_spills_on_other_gpus_or_with_narrow_loads(
     for kind in ("two", *ragged):
         train(dtype, (4, 70, hidden), kind)
     binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
-    assert len(binaries) == 4 + 4 * ("marked" in ragged) + 2 * ("packed" in ragged)
+    assert len(binaries) == 4 + 4 * ("marked" in ragged)
     binaries += kernels_of_steps.steps_kernel.device_caches[0][0].values()
     assert_no_spills(binaries, max(MOST_SPILLED, SPILLED_BY_128) if hidden == 400 else MOST_SPILLED_NARROW)
 
@@ -272,7 +272,7 @@ def test_a_varying_batch_compiles_once(target: Any, hidden: int) -> None:
     for time, batch in product((1, 2, 35, 70), (1, 3, 4, 17, 64)):
         train(FLOAT, (time, batch, hidden), batch_first=False)
     assert counts() == [1, 1, 1, 1]
-    for kind, want in (("padded", [2, 2, 2, 2]), ("marked", [2, 2, 2, 2]), ("packed", [3, 3, 2, 2])):
+    for kind, want in (("padded", [2, 2, 2, 2]), ("marked", [2, 2, 2, 2]), ("packed", [2, 2, 2, 2])):
         for time in LENGTHS:
             train(FLOAT, (4 if time % 3 else 3, time, hidden), kind)
         assert counts() == want

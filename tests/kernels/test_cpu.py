@@ -8,11 +8,11 @@ import re
 import shutil
 import sys
 from ast import literal_eval
-from collections.abc import Callable
 from ctypes import string_at
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -154,8 +154,9 @@ def test_error_of_a_sum_of_16_million_elements(dtype: torch.dtype, kind: str) ->
 
 @pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
 @pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
-def test_the_same_bits_for_any_number_of_threads(layout: Callable[[Tensor], Tensor], lengths: Tensor | None) -> None:
-    raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in (FLOAT, BF16))
+@pytest.mark.parametrize("dtypes", [(FLOAT, BF16), (DOUBLE, DOUBLE)], ids=str)  # which shows the order of sums
+def test_the_same_bits_for_any_number_of_threads(dtypes: Any, layout: Any, lengths: Tensor | None) -> None:
+    raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in dtypes)
     got: list[list[Tensor]] = []
     for number in (1, 2, 3, 8, 2):
         with threads(number):

@@ -1,0 +1,87 @@
+"""Packed sequences: their rows, one sequence after another, are one sequence of many segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.functional import pad
+
+from fastreg.call import arguments
+from fastreg.call.torch_state import has_values, observed, plain
+
+
+def by_sequence(raw: Any, dropped: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return packed rows as `(1, rows, hidden)`, and lengths, valid and starts, which say which of them count.
+
+    Args:
+        raw: a packed sequence, or `None`.
+        dropped: a packed sequence with the same batch sizes, or `None`.
+    """
+    packed = dropped if raw is None else raw
+    x, sizes = packed.data, plain(packed.batch_sizes)
+    arguments.check_no_parts(x)
+    arguments.check_not_captured("lengths", x.device)
+    order = _order(tuple(sizes.tolist())) if has_values(sizes) else order_of(sizes, x.shape[0])
+    rows, places = (y.to(x.device, non_blocking=True) for y in order[:2])
+    given = [None if y is None else y.data for y in (raw, dropped)]
+    selected = {id(y): _selected(y, rows, places) for y in {id(y): y for y in given if y is not None}.values()}
+    return [selected.get(id(y)) for y in given], (order[2], None, order[3])
+
+
+def _selected(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    """Return some rows as one sequence, `(1, rows, hidden)`."""
+    if observed():
+        return x.index_select(0, rows).unsqueeze(0)
+    return Selected.apply(plain(x), rows, places).unsqueeze(0)
+
+
+class Selected(Function):
+    """Select rows by an order whose inverse is known: the gradient is selected, too.
+
+    PyTorch would add the gradient up by `index_add`, which takes four times as long on a CPU. The order may repeat a
+    row at its end, where no step counts and every gradient is 0; the inverse leaves these rows out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.orders = inverse, order
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Selected.apply(grad, *ctx.orders), None, None
+
+
+@lru_cache(maxsize=64)
+def _order(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Compute the order of rows, and remember it for the next layers and calls.
+
+    The number of rows is rounded up to one of few numbers, so that few plans serve all calls.
+    """
+    with torch.inference_mode(False):
+        rows, places, lengths, starts = order_of(torch.tensor(sizes, device="cpu"), sum(sizes))
+        more = -len(rows) % (1 << max(len(rows).bit_length() - 5, 0))
+        return pad(rows, (0, more)), places, lengths, pad(starts, (0, more))
+
+
+def order_of(sizes: Tensor, count: Any) -> tuple[Tensor, ...]:
+    """Compute the order that puts the rows of each sequence together, its inverse, and where the sequences start.
+
+    No shape depends on values, which a compiler does not know.
+
+    Returns:
+        The order and its inverse, `(rows,)`; lengths, `(1,)`, which is the number of rows; and starts, `(1, rows)`.
+    """
+    row, sizes = torch.arange(count, device=sizes.device), sizes.long()
+    step = torch.searchsorted(sizes.cumsum(0), row, right=True)
+    sequence = row - (sizes.cumsum(0) - sizes)[step]
+    lengths = torch.zeros_like(row).scatter_add(0, sequence, torch.ones_like(row))
+    place = (lengths.cumsum(0) - lengths)[sequence] + step
+    starts = torch.zeros_like(row, dtype=torch.bool).scatter(0, place, step == 0)
+    rows = torch.zeros_like(row).scatter(0, place, row)
+    return rows, place, torch.ones_like(row).sum(0, keepdim=True), starts.unsqueeze(0)

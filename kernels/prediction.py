@@ -1,0 +1,126 @@
+"""The prediction of a plan: whether a backward follows a forward, and its upstream gradient.
+
+A forward writes gradients ahead for the upstream gradient that it expects. A wrong prediction only costs time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastreg.kernels.streams import RESERVE, filled, is_captured
+
+PATIENCE = 16  # forwards whose gradients no backward took, after which forwards write none
+
+
+class Prediction:
+    """Count the forwards without a backward; each backend has a subclass that knows the expected upstream gradient.
+
+    A subclass has two methods. `expected` returns the memory from which a forward reads the upstream gradient that it
+    expects. `learn` takes the upstream gradient of a backward, which forwards expect from then on.
+
+    Attributes:
+        lost: the number of forwards in a row whose gradients were freed before a backward took them.
+    """
+
+    lost = 0
+
+    def comes(self) -> bool:
+        """Return whether a backward is expected."""
+        return self.lost < PATIENCE
+
+
+class Ahead:
+    """Hold the gradients that a forward has written ahead, until a backward takes them.
+
+    Args:
+        prediction: the prediction of the plan, which counts gradients that are freed before a backward takes them.
+        expected: the `expected` of the forward's `Sums`.
+        gradients: the gradients.
+    """
+
+    __slots__ = "expected", "gradients", "prediction"
+
+    def __init__(self, prediction: Prediction, expected: Any, gradients: Any) -> None:
+        self.prediction, self.expected, self.gradients = prediction, expected, gradients
+
+    def __del__(self) -> None:
+        if self.gradients is not None:
+            self.prediction.lost += 1
+
+    def take(self) -> tuple[Any, Any]:
+        """Return the expected upstream gradient, and the gradients, to a backward that now owns them."""
+        gradients, self.gradients = self.gradients, None
+        return self.expected, gradients
+
+
+class OnHost(Prediction):
+    """Predict on a CPU. A plan expects the upstream gradient of its last backward.
+
+    A new plan expects the upstream gradient of the last backward of any plan, and the first plan expects 1. No tensor
+    here is ever written to, because graphs refer to it. Threads may replace each other's values.
+    """
+
+    with torch.inference_mode(False):
+        latest = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.gradient = self.latest[dtype]
+
+    def expected(self) -> Tensor:
+        """Return a tensor, (), that never changes."""
+        return self.gradient
+
+    def learn(self, upstream: Tensor) -> Tensor:
+        """Expect a copy of an upstream gradient, and return the copy."""
+        with torch.inference_mode(False):
+            self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()
+        return self.gradient
+
+
+class OnDevice(Prediction):
+    """Predict on a GPU, where kernels read and write the expected upstream gradient in memory that is never freed.
+
+    Before its first backward a plan expects the upstream gradient of the last backward of any plan on the device, and
+    the first plan expects 1. After `RESERVE` plans on a device, two plans share a cell of memory. Nothing waits until
+    other streams see its first value.
+
+    Args:
+        dtype: the dtype of the upstream gradient.
+        device: the device on which the plan runs.
+    """
+
+    _cells: ClassVar[dict[tuple[torch.device, torch.dtype], Iterator[Tensor]]] = {}
+    _latest: ClassVar[dict[tuple[torch.device, torch.dtype], Tensor]] = {}
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.key = device, dtype
+        self.memory: Tensor | None = None
+        if self.key not in self._cells:
+            self._cells.setdefault(self.key, cycle(filled(RESERVE, 1, dtype, device).split(1)))
+
+    def comes(self) -> bool:
+        """Return whether a backward is expected, as always where a graph captures a forward and its code."""
+        return super().comes() or is_captured(self.key[0])
+
+    def expected(self) -> Tensor:
+        """Return the memory, (1,), that a forward reads."""
+        if self.memory is not None:
+            return self.memory
+        latest = self._latest.get(self.key)
+        return self._own() if latest is None or is_captured(self.key[0]) else latest
+
+    def learn(self, upstream: Tensor) -> Tensor:
+        """Return the memory, (1,), into which the kernel of a backward writes its upstream gradient."""
+        memory = self._latest[upstream.device, upstream.dtype] = self._own()
+        return memory
+
+    def _own(self) -> Tensor:
+        """Return the plan's own memory."""
+        if self.memory is None:
+            self.memory = next(self._cells[self.key])
+        return self.memory

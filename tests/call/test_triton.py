@@ -1,0 +1,32 @@
+"""A Triton that cannot be imported: calls run the formula after one warning."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fastreg.call import backends
+from tests.conftest import ROOT, python
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_broken_triton_is_named(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libtriton.so: undefined symbol')\n")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=path, TRITON_INTERPRET="0")
+    why = "Triton cannot be used (OSError: libtriton.so: undefined symbol); in a clone: pip install '.[gpu]'\n"
+    assert why in done.stdout
+    assert "self-test passed" in done.stdout
+    ask = "import torch\nfrom fastreg.call.backends import backend_for\n" + "backend_for(torch.device('cuda'))\n" * 2
+    said = python("-c", ask, folder=tmp_path, PYTHONPATH=path, TRITON_INTERPRET="0").stderr
+    assert said.count(f"UserWarning: fastreg runs the plain formula on GPUs: {why.strip()}") == 1
+
+
+def test_a_triton_that_is_installed_is_used() -> None:
+    """Otherwise an error in the kernels would leave their tests out."""
+    assert backends.TRITON is not None or find_spec("triton") is None
