@@ -42,8 +42,8 @@ class Run:
     valid_loss: list[float]  # after the epoch, in evaluation mode
     ar: list[float]
     tar: list[float]
-    final_train_loss: float  # of the training text, after the last epoch, in evaluation mode
-    seconds: float  # by the clock, other programs included
+    best_train_loss: float  # of the training text, after the best epoch, in evaluation mode
+    test_loss: float  # of the test text, after the best epoch
     settings: dict[str, Any]  # which all runs of a study share
     machine: dict[str, str]
 
@@ -56,19 +56,19 @@ class Run:
         return [math.exp(loss) for loss in self.valid_loss]
 
     @property
-    def final(self) -> float:
-        """Return the validation perplexity after the last epoch."""
-        return self.perplexities[-1]
+    def best_epoch(self) -> int:
+        """Return the epoch after which the validation loss is lowest; the first epoch is 1."""
+        return self.valid_loss.index(min(self.valid_loss)) + 1
 
     @property
     def best(self) -> float:
-        """Return the lowest validation perplexity after any epoch."""
+        """Return the validation perplexity after the best epoch."""
         return min(self.perplexities)
 
     @property
-    def final_train(self) -> float:
-        """Return the perplexity of the training text after the last epoch, in evaluation mode."""
-        return math.exp(self.final_train_loss)
+    def test(self) -> float:
+        """Return the perplexity of the test text after the best epoch."""
+        return math.exp(self.test_loss)
 
 
 class Study:
