@@ -54,8 +54,9 @@ class Corpus:
     def __str__(self) -> str:
         unigram = -self.log_frequencies()[self.valid].mean().item()
         unknown = (self.valid == UNKNOWN).float().mean().item()
+        train, valid, test = (rows.numel() for rows in (self.train, self.valid, self.test))
         return (
-            f"{self.train.numel()} words to train on, {self.valid.numel()} for validation, {self.test.numel()} for the test\n"
+            f"{train} words to train on, {valid} for validation, and {test} to test\n"
             f"vocabulary of {self.vocabulary}; {unknown:.1%} of the validation words are <unk>\n"
             f"validation perplexity of word frequencies alone: {math.exp(unigram):.2f}"
         )

@@ -27,9 +27,9 @@ from bench.measure import machine
 from bench.measure.report import with_part
 from bench.study import training
 from bench.study.corpus import BATCH, BPTT, build_corpus, read_text
-from bench.study.report import BEGIN, COEFFICIENTS, COMMITTED, PAGES, Run, Study, load, render, summary
+from bench.study.report import BEGIN, COMMITTED, PAGES, PENALTIES, Run, Study, load, render, summary
 
-WORDS = 90_000  # few, so that there is something to regularize
+WORDS = 60_000  # few, so that there is something to regularize
 EPOCHS = 80  # at most
 SEEDS = [*range(1, 9)]
 
@@ -124,7 +124,7 @@ def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
             differ = ", ".join(f"{name} is {run.settings.get(name)} there, {facts.get(name)} now" for name in other)
             raise ValueError(f"the results hold trainings of other settings ({differ}): name another file by --results")
     done = {(run.coefficients, run.seed) for run in study.runs}
-    jobs = [Job(setting, coefficients, seed) for seed in seeds for coefficients in COEFFICIENTS]
+    jobs = [Job(setting, coefficients, seed) for seed in seeds for coefficients in PENALTIES.values()]
     return [job for job in jobs if (job.coefficients, job.seed) not in done]
 
 
@@ -142,8 +142,8 @@ def train_all(jobs: list[Job], file: Path, workers: int) -> None:
                     lines.write(json.dumps(asdict(run)) + "\n")
                 left = (time.monotonic() - start) / done * (len(jobs) - done)
                 print(
-                    f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: test perplexity "
-                    f"{run.test:.2f} after epoch {run.best_epoch}; about {left / 60:.0f} min left",
+                    f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: best epoch "
+                    f"{run.best_epoch}, test perplexity {run.test:.2f}; about {left / 60:.0f} min left",
                     flush=True,
                 )
         except BaseException:
