@@ -180,12 +180,13 @@ def gaps(study: Study) -> str:
     train, valid, gap = (
         f"from {mean(map(value, study.plain)):.2f} to {mean(map(value, study.of(tar))):.2f}" for value in losses
     )
-    soon = study.differences(tar, lambda run: run.perplexities[EARLY - 1])
+    epoch = min(EARLY, *(len(run.valid_loss) for run in study.runs))
+    soon = study.differences(tar, lambda run: run.perplexities[epoch - 1])
     late = study.differences(tar, lambda run: min(run.perplexities))
     return (
         f"At the best epochs TAR changes the loss of the training text {train}, the loss of the validation text "
         f"{valid}, and the gap between them {gap}, by {judged(study.differences(tar, losses[-1]), '+.3f')}. The "
-        f"difference that TAR makes in validation perplexity is {judged(soon, '+.2f')} after {EARLY} epochs, and "
+        f"difference that TAR makes in validation perplexity is {judged(soon, '+.2f')} after {epoch} epochs, and "
         f"{judged(late, '+.2f')} at the best epochs.\n"
     )
 
