@@ -107,7 +107,7 @@ class Study:
         return self.of(PENALTIES["none"])
 
     def differences(self, coefficients: tuple[float, float], value: Value = lambda run: run.test) -> list[float]:
-        """Return a value of the runs with a penalty, minus that of the run without a penalty of the same seed."""
+        """Subtract, seed by seed, a value of the runs without a penalty from the value of the runs with one."""
         plain = {run.seed: value(run) for run in self.plain}
         return [value(run) - plain[run.seed] for run in self.of(coefficients) if run.seed in plain]
 
@@ -174,7 +174,7 @@ def headline(study: Study) -> str:
 
 
 def gaps(study: Study) -> str:
-    """Say what TAR does to the gap between training and validation, and to short trainings."""
+    """Describe the effect of TAR on the gap between training and validation, and on a short training."""
     tar = PENALTIES["TAR"]
     losses: tuple[Value, ...] = (lambda run: run.best_train_loss, lambda run: min(run.valid_loss), lambda run: run.gap)
     train, valid, gap = (

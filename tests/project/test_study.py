@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from bench.measure import timing
 from bench.measure.report import with_part
 from bench.study import demo, training, two_rooms
 from bench.study import report as study_report
@@ -34,8 +33,7 @@ def test_the_demo_trains_end_to_end(
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
     monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # where the demo has processes
     files = ["--text", str(text), "--plot", str(tmp_path / "plot.png")]
-    with timing.threads(1):
-        demo.main([*files, "--device", "cpu", "--epochs", "2", "--alpha", "2", "--beta", "1"])
+    demo.main([*files, "--device", "cpu", "--epochs", "2", "--alpha", "2", "--beta", "1"])
     output = capsys.readouterr().out
     rows = [[float(x) for x in line.split()] for line in re.findall(r"^ +\d.* +\d+ .*$", output, re.MULTILINE)]
     (*_, regularized), (*_, plain) = ([row for row in rows if row[:2] == pair] for pair in ([2, 1], [0, 0]))
@@ -75,15 +73,14 @@ def test_a_training_ends_when_its_validation_loss_stops_falling():
 def test_an_interrupted_study_goes_on(text: Path, tmp_path: Path):
     results = tmp_path / "small.jsonl"
     options = ["--text", str(text), "--results", str(results), "--seeds", "1", "--workers", "1", "--words", "7000"]
-    assert study.main([*options, "--epochs", "2"]) == 0
-    whole = study_report.load(results)
-    assert [run.coefficients for run in whole.runs] == list(PENALTIES.values())
-    assert all(0 < loss < 10 for run in whole.runs for loss in (*run.valid_loss, run.best_train_loss, run.test_loss))
+    study.main([*options, "--epochs", "2"])
+    whole = study_report.load(results).runs
+    assert [run.coefficients for run in whole] == list(PENALTIES.values())
     first, _, third, _ = results.read_text().splitlines(keepends=True)
     results.write_text(first + third)
     study.main([*options, "--epochs", "2"])
     assert results.read_text().startswith(first + third)
-    assert [run.test_loss for run in study_report.load(results).runs] == [run.test_loss for run in whole.runs]
+    assert [run.test_loss for run in study_report.load(results).runs] == [run.test_loss for run in whole]
     with pytest.raises(ValueError, match=r"other settings \(epochs is 2 there, 3 now\): name another file"):
         study.main([*options, "--epochs", "3"])
 
@@ -102,15 +99,15 @@ def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     # of -1, 1 and -6: a standard deviation of 3.606, and over the root of three 2.08; the fourth seed has no pair
     assert "| AR | 2 | 0 | -2.00 ± 2.08 | 2 of 3 seeds | not told apart |" in summary
     assert "| TAR | 0 | 1 | -1.83 ± 0.17 | 3 of 3 seeds | lower |" in summary
-    assert "AR and TAR" not in summary
-    assert (
-        "| TAR | 3 | 24.17 ± 2.17 | 20.09 ± 0.00 | 12.18 ± 0.00 | 0.500 ± 0.000 | 2.0 ± 0.0 | 0.1000 ± 0.0000 | 0.2"
-        in (study_report.averages_table(Study(runs)))
-    )
-    for values, said in {(2.3, 4.9): "higher", (-1.0, -2.43): "not told apart", (-1.0, -2.41): "lower"}.items():
-        center, spread = (values[0] + values[1]) / 2, abs(values[0] - values[1]) / 2
-        assert study_report.verdict([*values]) == said, center / spread
-    assert study_report.verdict([-5.0]) == "not told apart", "one seed has no standard error"
+    averages = study_report.averages_table(Study(runs))
+    assert "| TAR | 3 | 24.17 ± 2.17 | 20.09 ± 0.00 | 12.18 ± 0.00 | 0.500 ± 0.000 | 2.0 ± 0.0 | 0.1000 ± " in averages
+    verdicts = {
+        (2.3, 4.9): "higher",
+        (-1.0, -2.43): "not told apart",
+        (-1.0, -2.41): "lower",
+        (-5.0,): "not told apart",
+    }
+    assert {values: study_report.verdict([*values]) for values in verdicts} == verdicts
 
 
 def test_the_committed_study_is_whole_and_its_pages_agree():
