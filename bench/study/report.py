@@ -150,7 +150,7 @@ def summary(study: Study) -> str:
     """Render the test perplexities: a sentence and a table."""
     if not study.plain:
         return "No training without a penalty: nothing to compare with.\n"
-    rows = [["penalty", "alpha", "beta", "difference in test perplexity", "lower in", "mean"]]
+    rows = [["penalty", "alpha", "beta", "difference in test perplexity", "lower in", "verdict"]]
     for name, pair in study.penalties.items():
         values = study.differences(pair)
         lower = f"{sum(x < 0 for x in values)} of {len(values)} seeds"
@@ -166,7 +166,7 @@ def headline(study: Study) -> str:
     """Render the part in the README."""
     changes = [f"{name} {judged(study.differences(pair), '+.2f')}" for name, pair in study.penalties.items()]
     return (
-        f"**TAR's gain, not fastreg's:** in [a study](bench/results/study.md) of a small AWD-LSTM, trained with "
+        f"**The gain of a penalty, not of fastreg:** in [a study](bench/results/study.md) of a small AWD-LSTM, trained with "
         f"{len(study.plain)} seeds until its validation loss stops falling, the test perplexity is "
         f"{average([run.test for run in study.plain], '.2f')} without a penalty, and differs from it by "
         f"{', '.join(changes[:-1])} and {changes[-1]}.\n"
