@@ -17,8 +17,8 @@ from torch import Tensor
 VOCABULARY = 2000  # the most frequent words; <unk> is one of them
 UNKNOWN = 0  # the id of <unk>
 BATCH, BPTT = 20, 70  # sequences in a batch, and their usual number of time steps
-VALIDATION = 10  # the last tenth of the words is kept for validation
-MIN_WORDS = VALIDATION * BATCH * BPTT // 2  # with fewer, the validation text is too short
+PART = 10  # the last tenth of the words is the test text, and the tenth before it is for validation
+MIN_WORDS = PART * BATCH * BPTT // 2  # with fewer, these texts are too short
 
 
 def king_james() -> str:
@@ -43,6 +43,7 @@ class Corpus:
 
     train: Tensor
     valid: Tensor
+    test: Tensor
     vocabulary: int
 
     def log_frequencies(self) -> Tensor:
@@ -53,27 +54,29 @@ class Corpus:
     def __str__(self) -> str:
         unigram = -self.log_frequencies()[self.valid].mean().item()
         unknown = (self.valid == UNKNOWN).float().mean().item()
+        train, valid, test = (rows.numel() for rows in (self.train, self.valid, self.test))
         return (
-            f"{self.train.numel()} words to train on and {self.valid.numel()} for validation\n"
+            f"{train} words to train on, {valid} for validation, and {test} to test\n"
             f"vocabulary of {self.vocabulary}; {unknown:.1%} of the validation words are <unk>\n"
             f"validation perplexity of word frequencies alone: {math.exp(unigram):.2f}"
         )
 
 
 def build_corpus(text: str, words: int, device: torch.device) -> Corpus:
-    """Split the first `words` lowercase words and punctuation marks into a training and a validation part."""
+    """Split the first `words` lowercase words and punctuation marks into parts for training, validation and test."""
     tokens = re.findall(r"\w+(?:['\u2019]\w+)*|[^\w\s]", text.lower())[:words]
     if len(tokens) < MIN_WORDS:
         raise ValueError(f"the text is too short: {len(tokens)} words, and at least {MIN_WORDS} are needed")
-    split = len(tokens) - len(tokens) // VALIDATION
-    frequent = Counter(tokens[:split]).most_common(VOCABULARY - 1)
+    part = len(tokens) // PART
+    train, valid, test = tokens[: -2 * part], tokens[-2 * part : -part], tokens[-part:]
+    frequent = Counter(train).most_common(VOCABULARY - 1)
     ids = {word: i for i, (word, _) in enumerate(frequent, start=UNKNOWN + 1)}
 
-    def rows(part: list[str]) -> Tensor:
-        flat = torch.tensor([ids.get(token, UNKNOWN) for token in part], device=device)
+    def rows(words: list[str]) -> Tensor:
+        flat = torch.tensor([ids.get(word, UNKNOWN) for word in words], device=device)
         return flat[: len(flat) // BATCH * BATCH].view(BATCH, -1)
 
-    return Corpus(rows(tokens[:split]), rows(tokens[split:]), vocabulary=len(ids) + 1)
+    return Corpus(rows(train), rows(valid), rows(test), vocabulary=len(ids) + 1)
 
 
 def batches(rows: Tensor, lengths: Callable[[], int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,12 +20,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.study.corpus import build_corpus, read_text
-from bench.study.report import COMMITTED, Run, Study, after, load
+from bench.study.report import COMMITTED, EARLY, Run, Study, judged, load
 from bench.study.run import WORDS, Job, Setting, train_model
 
 SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
-EPOCHS = 6  # of the 24 in bench.study.run, so that the demo takes less than 50 seconds on two cores
-HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR  seconds"
+HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR"
 PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot by epoch, the first above the others
     "validation perplexity": lambda run: run.perplexities,
     "training loss, nats a word": lambda run: run.train_loss,
@@ -36,11 +35,9 @@ PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot by
 
 def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
     """Print a row of figures of one epoch, in the columns of HEADER."""
-    loss, ar, tar, valid_loss, seconds = figures
+    loss, ar, tar, valid_loss = figures
     alpha, beta = job.coefficients
-    row = (
-        f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}  {seconds:7.1f}"
-    )
+    row = f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}"
     print(row, flush=True)
 
 
@@ -55,20 +52,17 @@ def train_and_read(job: Job) -> tuple[Run, list[Any]]:
 
 
 def studied(setting: Setting) -> Study:
-    """Select the runs of bench.study.run that train with this setting, from other seeds."""
+    """Select the trainings of the study that begin as this setting's."""
     return Study(run for run in load(COMMITTED).runs if setting.begins(run))
 
 
 def report_outcome(runs: list[Run], study: Study) -> None:
-    """Print the final validation perplexity, and the study's result for this setting, if it has one."""
-    (regularized, plain), epoch = runs, len(runs[0].perplexities)
-    print(
-        f"\nvalidation perplexity after epoch {epoch}: {regularized.perplexities[-1]:.2f} regularized, "
-        f"{plain.perplexities[-1]:.2f} not regularized"
-    )
-    if seen := after(study, regularized.coefficients, epoch):
-        print(f"to conclude: one seed proves little; in the study the difference after epoch {epoch} is {seen}")
-        print("(bench/results/study.md has the difference at the end)")
+    """Print the test perplexity, and the study's result for this setting, if it has one."""
+    regularized, plain = runs
+    print(f"\ntest perplexity: {regularized.test:.2f} regularized, {plain.test:.2f} not regularized")
+    if values := study.differences(regularized.coefficients):
+        print("One seed and few epochs prove little. At the end of the trainings in bench/results/study.md")
+        print(f"the difference is {judged(values, '+.2f')}, as a mean over {len(values)} seeds.")
 
 
 def median_unit(raw: Tensor) -> int:
@@ -82,10 +76,10 @@ def label(run: Run) -> str:
 
 
 def plot_epochs(axes: Axes, runs: list[Run], study: Study, values_of: Callable[[Run], list[float]]) -> None:
-    """Plot a figure of each run by epoch, with the study's seeds in the background."""
+    """Plot a figure of each run by epoch, with the study's seeds in the background, up to their best epochs."""
     for i, run in enumerate(runs):
         for seed in study.of(run.coefficients):
-            values = values_of(seed)
+            values = values_of(seed)[: seed.best_epoch]
             axes.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.7)
         values = values_of(run)
         axes.plot(range(1, len(values) + 1), values, "o-", color=f"C{i}", markersize=5, label=label(run))
@@ -97,7 +91,7 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
     Args:
         runs: the regularized training, and the one without regularization.
         raws: the outputs `(batch, time, hidden)` of their models for one text.
-        study: runs of bench.study.run with the same setting.
+        study: longer trainings with the same setting.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
     grid = figure.add_gridspec(3, len(PANELS) - 1, height_ratios=(2, 1, 1.2))
@@ -106,11 +100,14 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
     for axes, (name, values_of) in zip((first, *others), PANELS.items(), strict=True):
         plot_epochs(axes, runs, study, values_of)
         axes.set(title=name, xlabel="epoch")
-    best = min(run.best for run in (*runs, *study.runs))
+    best = min(min(run.perplexities) for run in (*runs, *study.runs))
     first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
-    epochs = max([len(run.perplexities) for run in study.runs], default=0)
-    if seen := after(study, runs[0].coefficients, epochs):
-        first.set_title(f"{first.get_title()} (faint: bench.study.run, at the end {seen})")
+    if values := study.differences(runs[0].coefficients):
+        first.set_title(
+            f"validation perplexity: the {len(runs[0].ar)} epochs of this demo (dots), and {len(values)} longer "
+            "trainings up to\n"
+            f"their best epoch (faint), where the test perplexity differs by {judged(values, '+.2f')}"
+        )
     unit = median_unit(raws[1])
     for i, raw in enumerate(raws):
         below.plot(raw[0, :, unit], color=f"C{i}", marker=".")
@@ -132,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
     add("--alpha", type=float, default=0.0, help="coefficient of AR (default: %(default)s)")
     add("--beta", type=float, default=1.0, help="coefficient of TAR (default: %(default)s)")
-    add("--epochs", type=int, default=EPOCHS, help="passes over the text (default: %(default)s)")
+    add("--epochs", type=int, default=EARLY, help="passes over the text (default: %(default)s)")
     add("--seed", type=int, default=1, help="seed of both trainings (default: %(default)s)")
     add("--device", help="a torch device (default: a GPU where there is one, else cpu)")
     add("--plot", type=Path, default="demo.png", metavar="FILE", help="PNG to write (default: %(default)s)")

@@ -14,20 +14,27 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench.measure.report import RESULTS, ROOT, table
 
 COMMITTED = RESULTS / "study.jsonl"
-COEFFICIENTS = (0.0, 0.0), (2.0, 0.0), (0.0, 1.0), (2.0, 1.0)  # alpha and beta, first the baseline
-BASELINE = COEFFICIENTS[0]
+PENALTIES = {"none": (0.0, 0.0), "AR": (2.0, 0.0), "TAR": (0.0, 1.0), "AR and TAR": (2.0, 1.0)}  # alpha and beta
+CLEAR = 2.4  # standard errors; if there is no difference, the mean of eight pairs exceeds them in 5% of the studies
+EARLY = 6  # epochs of a short training: the demo takes less than a minute on two cores
 BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study.run -->\n"
 METHOD = """\
-Losses and perplexities are of a word and leave the penalties out. The gap is validation minus training, both after the
-last epoch and in evaluation mode. AR and TAR are the last epoch's means, in training. A seed has the same first
-weights, dropout masks and sequence lengths with all coefficients, which makes pairs. ±: the standard error of the mean.
+The first eight tenths of the words are the training text, the next tenth is for validation, and the last tenth is the
+test text. All trainings follow one rule: when the validation loss has not fallen for {patience} epochs, the learning
+rate is divided by {divisor}; after {divisions} divisions, the training ends instead. The best epoch is the one with the
+lowest validation loss, and all figures are of this epoch. {capped} of the {count} trainings reached the limit of
+{epochs} epochs.
+
+Losses and perplexities are of a word, in evaluation mode, without the penalties. The gap is the loss of the validation
+text minus the loss of the training text. AR and TAR are means over the epoch, in training. A seed has the same first
+weights, dropout masks and sequence lengths with all penalties, which makes pairs. ±: the standard error of the mean. A
+mean difference of at most {clear} standard errors is not told apart from 0.
 """
 
 
@@ -42,8 +49,8 @@ class Run:
     valid_loss: list[float]  # after the epoch, in evaluation mode
     ar: list[float]
     tar: list[float]
-    final_train_loss: float  # of the training text, after the last epoch, in evaluation mode
-    seconds: float  # by the clock, other programs included
+    best_train_loss: float  # of the training text, after the best epoch, in evaluation mode
+    test_loss: float  # of the test text, after the best epoch
     settings: dict[str, Any]  # which all runs of a study share
     machine: dict[str, str]
 
@@ -53,42 +60,61 @@ class Run:
 
     @property
     def perplexities(self) -> list[float]:
+        """Return the validation perplexity after each epoch."""
         return [math.exp(loss) for loss in self.valid_loss]
 
     @property
-    def final(self) -> float:
-        """Return the validation perplexity after the last epoch."""
-        return self.perplexities[-1]
+    def best_epoch(self) -> int:
+        """Return the epoch after which the validation loss is lowest; the first epoch is 1."""
+        return self.valid_loss.index(min(self.valid_loss)) + 1
 
     @property
-    def best(self) -> float:
-        """Return the lowest validation perplexity after any epoch."""
-        return min(self.perplexities)
+    def test(self) -> float:
+        """Return the perplexity of the test text after the best epoch."""
+        return math.exp(self.test_loss)
 
     @property
-    def final_train(self) -> float:
-        """Return the perplexity of the training text after the last epoch, in evaluation mode."""
-        return math.exp(self.final_train_loss)
+    def gap(self) -> float:
+        """Return the loss of the validation text minus the loss of the training text, after the best epoch."""
+        return min(self.valid_loss) - self.best_train_loss
+
+
+Value = Callable[[Run], float]
+COLUMNS: dict[str, tuple[Value, str]] = {
+    "test perplexity": (lambda run: run.test, ".2f"),
+    "validation perplexity": (lambda run: min(run.perplexities), ".2f"),
+    "training perplexity": (lambda run: math.exp(run.best_train_loss), ".2f"),
+    "gap": (lambda run: run.gap, ".3f"),
+    "best epoch": (lambda run: run.best_epoch, ".1f"),
+    "AR": (lambda run: run.ar[run.best_epoch - 1], ".4f"),
+    "TAR": (lambda run: run.tar[run.best_epoch - 1], ".4f"),
+}
 
 
 class Study:
-    """The runs of one file, sorted by coefficients and seed."""
+    """The runs of one file, sorted by penalty and seed."""
 
     def __init__(self, runs: Iterable[Run]):
-        self.runs = sorted(runs, key=lambda run: (COEFFICIENTS.index(run.coefficients), run.seed))
+        order = [*PENALTIES.values()]
+        self.runs = sorted(runs, key=lambda run: (order.index(run.coefficients), run.seed))
 
     def of(self, coefficients: tuple[float, float]) -> list[Run]:
         return [run for run in self.runs if run.coefficients == coefficients]
 
     @property
-    def trained(self) -> list[tuple[float, float]]:
-        """Return the coefficients of the runs."""
-        return [coefficients for coefficients in COEFFICIENTS if self.of(coefficients)]
+    def plain(self) -> list[Run]:
+        """Return the runs without a penalty."""
+        return self.of(PENALTIES["none"])
 
-    def pairs(self, coefficients: tuple[float, float]) -> list[tuple[Run, Run]]:
-        """Pair the runs with these coefficients with the runs without regularization of the same seeds."""
-        plain = {run.seed: run for run in self.of(BASELINE)}
-        return [(run, plain[run.seed]) for run in self.of(coefficients) if run.seed in plain]
+    def differences(self, coefficients: tuple[float, float], value: Value = lambda run: run.test) -> list[float]:
+        """Subtract, seed by seed, a value of the runs without a penalty from the value of the runs with one."""
+        plain = {run.seed: value(run) for run in self.plain}
+        return [value(run) - plain[run.seed] for run in self.of(coefficients) if run.seed in plain]
+
+    @property
+    def penalties(self) -> dict[str, tuple[float, float]]:
+        """Return the penalties that can be compared with training without a penalty."""
+        return {name: pair for name, pair in PENALTIES.items() if any(pair) and self.differences(pair)}
 
 
 def load(file: Path) -> Study:
@@ -96,135 +122,108 @@ def load(file: Path) -> Study:
     return Study(Run(**json.loads(line)) for line in (file.read_text().splitlines() if file.exists() else []))
 
 
-def label(coefficients: tuple[float, float]) -> str:
-    return "({:g}, {:g})".format(*coefficients)
+def standard_error(values: list[float]) -> float:
+    """Return the standard error of the mean; without a second value it is unknown, and infinite."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
 
 
 def average(values: list[float], form: str) -> str:
     """Render the mean and, for two or more values, its standard error."""
-    if len(values) < 2:
-        return f"{mean(values):{form}}"
-    return f"{mean(values):{form}} ± {stdev(values) / math.sqrt(len(values)):{form.removeprefix('+')}}"
+    error = f" ± {standard_error(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{error}"
 
 
-COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
-    "validation perplexity, end": (lambda run: run.final, ".2f"),
-    "best": (lambda run: run.best, ".2f"),
-    "best epoch": (lambda run: run.perplexities.index(run.best) + 1, ".1f"),
-    "training perplexity, end": (lambda run: run.final_train, ".2f"),
-    "gap in perplexity": (lambda run: run.final - run.final_train, ".2f"),
-    "gap in loss": (lambda run: run.valid_loss[-1] - run.final_train_loss, ".3f"),
-    "AR": (lambda run: run.ar[-1], ".4f"),
-    "TAR": (lambda run: run.tar[-1], ".4f"),
-}
+def verdict(values: list[float]) -> str:
+    """Say whether differences are below 0 or above it, in the mean."""
+    if abs(mean(values)) <= CLEAR * standard_error(values):
+        return "not told apart"
+    return "lower" if mean(values) < 0 else "higher"
 
 
-def averages_table(study: Study) -> str:
-    rows = [["(alpha, beta)", "seeds", *COLUMNS]]
-    for coefficients in study.trained:
-        runs = study.of(coefficients)
-        cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
-        rows.append([label(coefficients), str(len(runs)), *cells])
-    return table(rows)
-
-
-def differences(pairs: list[tuple[Run, Run]], value: Callable[[Run], float]) -> list[float]:
-    return [value(run) - value(plain) for run, plain in pairs]
-
-
-ENDS: dict[str, Callable[[Run], float]] = {"end": lambda run: run.final, "best": lambda run: run.best}
-
-
-def after(study: Study, coefficients: tuple[float, float], epoch: int) -> str:
-    """Render the change of the validation perplexity after an epoch; empty without a pair of runs."""
-    values = differences(study.pairs(coefficients), lambda run: run.perplexities[epoch - 1])
-    return f"{average(values, '+.2f')}, lower in {lower(values)} seeds" if values else ""
-
-
-def lower(values: list[float]) -> str:
-    return f"{sum(x < 0 for x in values)} of {len(values)}"
-
-
-def paired_table(study: Study) -> str:
-    """Render the difference of each seed to its training without regularization."""
-    seeds = sorted({run.seed for run in study.of(BASELINE)})
-    rows = [["(alpha, beta)", "perplexity", *(f"seed {seed}" for seed in seeds), "mean", "lower in"]]
-    for coefficients in study.trained[1:]:
-        pairs = study.pairs(coefficients)
-        for name, value in ENDS.items() if pairs else ():
-            values = differences(pairs, value)
-            of_seed = {run.seed: f"{x:+.2f}" for (run, _), x in zip(pairs, values, strict=True)}
-            cells = [*(of_seed.get(seed, "") for seed in seeds), average(values, "+.2f"), lower(values)]
-            rows.append([label(coefficients), name, *cells])
-    return table(rows)
-
-
-def runs_table(study: Study) -> str:
-    rows = [["(alpha, beta)", "seed", *COLUMNS]]
-    for run in study.runs:
-        cells = [f"{value(run):{form}}".removesuffix(".0") for value, form in COLUMNS.values()]
-        rows.append([label(run.coefficients), str(run.seed), *cells])
-    return table(rows)
+def judged(values: list[float], form: str) -> str:
+    """Render the mean of differences and its standard error, and say if it is not told apart from 0."""
+    unclear = verdict(values) == "not told apart"
+    return average(values, form) + " (not told apart from 0)" * unclear
 
 
 def summary(study: Study) -> str:
-    """Render the result after the last epoch: a sentence and a table."""
-    plain = study.of(BASELINE)
-    if not plain:
-        return "No training without regularization: nothing to compare with.\n"
-    rows = [["penalty", "alpha", "beta", "change of the perplexity", "seeds that improve"]]
-    for alpha, beta in study.trained[1:]:
-        values = differences(study.pairs((alpha, beta)), lambda run: run.final)
-        if values:
-            name = " and ".join(term for term, x in (("AR", alpha), ("TAR", beta)) if x)
-            rows.append([name, f"{alpha:g}", f"{beta:g}", average(values, "+.2f"), lower(values)])
+    """Render the test perplexities: a sentence and a table."""
+    if not study.plain:
+        return "No training without a penalty: nothing to compare with.\n"
+    rows = [["penalty", "alpha", "beta", "difference in test perplexity", "lower in", "verdict"]]
+    for name, pair in study.penalties.items():
+        values = study.differences(pair)
+        lower = f"{sum(x < 0 for x in values)} of {len(values)} seeds"
+        rows.append([name, *(f"{x:g}" for x in pair), average(values, "+.2f"), lower, verdict(values)])
     return (
-        f"A small AWD-LSTM, trained on {plain[0].settings['words']:,} words, ends at a validation perplexity of "
-        f"{average([run.final for run in plain], '.2f')} without a penalty. The table has the change that each penalty "
-        f"makes, as a mean over the seeds with its standard error.\n\n{table(rows)}"
+        "A small AWD-LSTM, trained without a penalty until its validation loss stops falling, has a test perplexity of "
+        f"{average([run.test for run in study.plain], '.2f')}. The table has the difference that each penalty makes: "
+        f"the mean over pairs of trainings with the same seed, ± its standard error.\n\n{table(rows)}"
     )
 
 
 def headline(study: Study) -> str:
-    """Render the result for the README in one paragraph, with the model, the text and the open question."""
-    plain = study.of(BASELINE)
-    settings = plain[0].settings
-    changes = {}
-    for coefficients in study.trained[1:]:
-        values = differences(study.pairs(coefficients), lambda run: run.final)
-        changes[coefficients] = average(values, "+.2f")
-    still = all(run.best == run.final for run in plain)
-    ending = " The baseline was still improving: longer training may leave less." if still else ""
-    of = f"{settings['layers']} layers of up to {settings['hidden']} units"
-    text = f"{settings['words']:,} words of the King James text for {settings['epochs']} epochs"
+    """Render the part in the README."""
+    changes = [f"{name} {judged(study.differences(pair), '+.2f')}" for name, pair in study.penalties.items()]
     return (
-        f"**Perplexity fell in a small study.** An AWD-LSTM ({of}), trained on {text}, ends at a validation "
-        f"perplexity of {average([run.final for run in plain], '.2f')}. TAR with `alpha=0, beta=1` changes it by "
-        f"{changes[0.0, 1.0]}, AR with `alpha=2, beta=0` by {changes[2.0, 0.0]}, and both by {changes[2.0, 1.0]}: "
-        f"means over pairs of trainings with the same seed, ± the standard error.{ending}\n"
+        f"**The gain of a penalty, not of fastreg:** in [a study](bench/results/study.md) of a small AWD-LSTM, trained with "
+        f"{len(study.plain)} seeds until its validation loss stops falling, the test perplexity is "
+        f"{average([run.test for run in study.plain], '.2f')} without a penalty, and differs from it by "
+        f"{', '.join(changes[:-1])} and {changes[-1]}.\n"
     )
 
 
-def gap(study: Study) -> str:
-    """Compare the losses of training and validation with TAR and without it."""
-    plain, tar = (
-        [mean(values) for values in zip(*((run.final_train_loss, run.valid_loss[-1]) for run in runs), strict=True)]
-        for runs in (study.of(BASELINE), study.of((0.0, 1.0)))
+def gaps(study: Study) -> str:
+    """Describe the effect of TAR on the gap between training and validation, and on a short training."""
+    tar = PENALTIES["TAR"]
+    losses: tuple[Value, ...] = (lambda run: run.best_train_loss, lambda run: min(run.valid_loss), lambda run: run.gap)
+    train, valid, gap = (
+        f"from {mean(map(value, study.plain)):.2f} to {mean(map(value, study.of(tar))):.2f}" for value in losses
     )
-    train, valid = (f"from {before:.2f} to {after:.2f}" for before, after in zip(plain, tar, strict=True))
+    epoch = min(EARLY, *(len(run.valid_loss) for run in study.runs))
+    soon = study.differences(tar, lambda run: run.perplexities[epoch - 1])
+    late = study.differences(tar, lambda run: min(run.perplexities))
     return (
-        f"TAR changes the loss of the training text {train}, the loss of the validation text {valid}, and the gap "
-        f"between them from {plain[1] - plain[0]:.2f} to {tar[1] - tar[0]:.2f}.\n"
+        f"At the best epochs TAR changes the loss of the training text {train}, the loss of the validation text "
+        f"{valid}, and the gap between them {gap}, by {judged(study.differences(tar, losses[-1]), '+.3f')}. The "
+        f"difference that TAR makes in validation perplexity is {judged(soon, '+.2f')} after {epoch} epochs, and "
+        f"{judged(late, '+.2f')} at the best epochs.\n"
     )
 
 
-def where(study: Study) -> str:
-    """Describe the settings and the machine of the trainings."""
+def findings(study: Study) -> str:
+    """Render the part in docs/coefficients.md."""
+    return f"{summary(study)}\n{gaps(study)}"
+
+
+def averages_table(study: Study) -> str:
+    """Render the means over the seeds for each penalty."""
+    rows = [["penalty", "seeds", *COLUMNS]]
+    for name, pair in PENALTIES.items():
+        if runs := study.of(pair):
+            cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
+            rows.append([name, str(len(runs)), *cells])
+    return table(rows)
+
+
+def runs_table(study: Study) -> str:
+    names = {pair: name for name, pair in PENALTIES.items()}
+    rows = [["penalty", "seed", *COLUMNS, "epochs"]]
+    for run in study.runs:
+        cells = [f"{value(run):{form}}".removesuffix(".0") for value, form in COLUMNS.values()]
+        rows.append([names[run.coefficients], str(run.seed), *cells, str(len(run.valid_loss))])
+    return table(rows)
+
+
+def method(study: Study) -> str:
+    """Describe the trainings, their settings and their machines."""
     settings = study.runs[0].settings
+    capped = sum(len(run.valid_loss) == settings["epochs"] for run in study.runs)
+    how = METHOD.format(**settings, capped=capped or "None", count=len(study.runs), clear=CLEAR)
     text = ", ".join(f"{name} {value}" for name, value in settings.items())
     machines = {tuple(run.machine.items()): None for run in study.runs}
     places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
-    return f"Settings: {text}.\n\nTrained on:\n\n{places}"
+    return f"{how}\nSettings: {text}.\n\nTrained on:\n\n{places}"
 
 
 def page(study: Study, name: str) -> str:
@@ -232,13 +231,10 @@ def page(study: Study, name: str) -> str:
     parts = [
         "# Do AR and TAR help?\n",
         f"Rendered from {name}.jsonl by `python -m bench.study.run`, which trains what is missing there.\n",
-        summary(study),
-        where(study),
-        METHOD,
+        findings(study) if study.penalties else summary(study),
+        method(study),
         averages_table(study),
-        "Differences in validation perplexity to the training without regularization of the same seed:\n",
-        paired_table(study),
-        f"![Validation perplexity by epoch, and its difference to training without regularization]({name}.svg)\n",
+        f"![Validation perplexity by epoch, and the differences in test perplexity]({name}.svg)\n",
         "## All runs\n",
         runs_table(study),
     ]
@@ -246,38 +242,29 @@ def page(study: Study, name: str) -> str:
 
 
 def plot(study: Study) -> Figure:
-    """Plot the validation perplexity by epoch, its mean over the seeds, and the mean of the paired differences."""
+    """Plot the validation perplexity by epoch up to the best epoch, and the differences in test perplexity."""
     figure = Figure(figsize=(8, 8), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True)
-    for i, coefficients in enumerate(study.trained):
-        runs, color = study.of(coefficients), f"C{i}"
-        epochs = range(1, len(runs[0].valid_loss) + 1)
-        curves = np.array([run.perplexities for run in runs])
-        above.plot(epochs, curves.T, color=color, alpha=0.25, linewidth=0.7)
-        above.plot(epochs, curves.mean(0), color=color, label=label(coefficients))
-        pairs = study.pairs(coefficients) if coefficients != BASELINE else []
-        gains = np.array([np.subtract(run.perplexities, plain.perplexities) for run, plain in pairs])
-        if pairs:
-            below.plot(epochs, gains.mean(0), color=color)
-        if len(pairs) > 1:
-            error = gains.std(0, ddof=1) / math.sqrt(len(pairs))
-            low, high = gains.mean(0) - error, gains.mean(0) + error
-            below.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
-    best = min(run.best for run in study.runs)
+    above, below = figure.subplots(2, 1)
+    for i, (name, pair) in enumerate(PENALTIES.items()):
+        for j, run in enumerate(study.of(pair)):
+            values, best = run.perplexities, run.best_epoch
+            above.plot(range(1, best + 1), values[:best], color=f"C{i}", alpha=0.5, linewidth=0.7)
+            above.plot(best, values[best - 1], "o", color=f"C{i}", markersize=5, label=None if j else name)
+    for i, (name, pair) in enumerate(PENALTIES.items()):
+        if name in study.penalties:
+            values = study.differences(pair)
+            below.plot([name] * len(values), values, "o", color=f"C{i}", alpha=0.5, markersize=5)
+            error = standard_error(values) if len(values) > 1 else 0.0
+            below.errorbar([name], [mean(values)], [error], fmt="_", color="black", capsize=6, markersize=20)
+    best = min(min(run.perplexities) for run in study.runs)
     above.set_ylim(0.95 * best, 1.6 * best)  # otherwise the first epochs flatten the rest
-    above.set_ylabel("validation perplexity")
+    above.set(xlabel="epoch; the dot is the best one", ylabel="validation perplexity")
+    above.legend(title="penalty")
     below.axhline(0, color="black", linewidth=0.8)
-    below.set_ylabel("difference to (0, 0) of the same seed,\nmean and standard error")
-    below.set_xlabel("epoch")
+    below.set_ylabel("difference in test perplexity\nto the same seed without a penalty")
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.legend(*above.get_legend_handles_labels(), title="(alpha, beta)", loc="outside upper center", ncols=4)
     return figure
-
-
-def findings(study: Study) -> str:
-    """Render the part in docs/coefficients.md."""
-    return f"{summary(study)}\n{gap(study)}"
 
 
 PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "coefficients.md": findings}  # page -> its part after BEGIN

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -28,10 +27,11 @@ from bench.measure import machine
 from bench.measure.report import with_part
 from bench.study import training
 from bench.study.corpus import BATCH, BPTT, build_corpus, read_text
-from bench.study.report import BEGIN, COEFFICIENTS, COMMITTED, PAGES, Run, Study, load, render, summary
+from bench.study.report import BEGIN, COMMITTED, PAGES, PENALTIES, Run, Study, load, render, summary
 
-WORDS, EPOCHS = 90_000, 24  # few words and many epochs, so that there is something to regularize
-SEEDS = [1, 2, 3, 4, 5]
+WORDS = 60_000  # few, so that there is something to regularize
+EPOCHS = 80  # at most
+SEEDS = [*range(1, 9)]
 
 
 @functools.cache
@@ -52,7 +52,9 @@ class Setting:
         """Return the facts that determine a training, beside its coefficients and its seed."""
         facts = {"text": digest(self.text), "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
         model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
-        return facts | model | training.DROPOUTS._asdict() | {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
+        optimizer = {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
+        schedule = {"patience": training.PATIENCE, "divisor": training.DIVISOR, "divisions": training.DIVISIONS}
+        return facts | model | training.DROPOUTS._asdict() | optimizer | schedule
 
     def begins(self, run: Run) -> bool:
         """Return whether a run's first epochs are a training of this setting."""
@@ -70,21 +72,20 @@ class Job:
 
 
 def train(job: Job, commit: str) -> Run:
-    """Train one model, and evaluate it after every epoch; `commit` is the commit to record."""
+    """Train one model; `commit` is the commit to record."""
     return train_model(job, commit, lambda *_: None)[0]
 
 
 def train_model(
     job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object]
 ) -> tuple[Run, training.Training]:
-    """Train one model, and evaluate it after every epoch; return the trained model, too.
+    """Train one model until it stops to improve; return it, too, with the weights of its best epoch.
 
     Args:
         job: the training.
         commit: the commit to record.
-        told: called after each epoch with its number, loss, AR, TAR, validation loss, and the seconds so far.
+        told: called after each epoch with its number, loss, AR, TAR and validation loss.
     """
-    start = time.perf_counter()
     setting, (alpha, beta) = job.setting, job.coefficients
     corpus = build_corpus(read_text(setting.text), setting.words, torch.device(job.device))
     trained = training.Training(corpus, alpha, beta, job.seed)
@@ -92,8 +93,11 @@ def train_model(
     for epoch in range(1, setting.epochs + 1):
         epochs.append(trained.epoch().mean(0).tolist())
         valid_loss.append(training.evaluate(trained.model, corpus.valid))
-        told(job, epoch, (*epochs[-1], valid_loss[-1], time.perf_counter() - start))
-    processor = {"device": machine.processor_name(), "python": platform.python_version(), "commit": commit}
+        told(job, epoch, (*epochs[-1], valid_loss[-1]))
+        if trained.stopping.ends(valid_loss[-1]):
+            break
+    trained.stopping.restore()
+    own = {"device": machine.processor_name(), "source": machine.source(), "commit": commit}  # even if there is a GPU
     train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
     run = Run(
         alpha,
@@ -103,10 +107,10 @@ def train_model(
         valid_loss=[round(x, 6) for x in valid_loss],
         ar=ar,
         tar=tar,
-        final_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
-        seconds=round(time.perf_counter() - start, 1),
+        best_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
+        test_loss=round(training.evaluate(trained.model, corpus.test), 6),
         settings=setting.facts(),
-        machine=machine.facts() | {"source": machine.source()} | processor,  # even if there is a GPU
+        machine=machine.facts() | own,
     )
     return run, trained
 
@@ -120,7 +124,7 @@ def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
             differ = ", ".join(f"{name} is {run.settings.get(name)} there, {facts.get(name)} now" for name in other)
             raise ValueError(f"the results hold trainings of other settings ({differ}): name another file by --results")
     done = {(run.coefficients, run.seed) for run in study.runs}
-    jobs = [Job(setting, coefficients, seed) for seed in seeds for coefficients in COEFFICIENTS]
+    jobs = [Job(setting, coefficients, seed) for seed in seeds for coefficients in PENALTIES.values()]
     return [job for job in jobs if (job.coefficients, job.seed) not in done]
 
 
@@ -138,9 +142,8 @@ def train_all(jobs: list[Job], file: Path, workers: int) -> None:
                     lines.write(json.dumps(asdict(run)) + "\n")
                 left = (time.monotonic() - start) / done * (len(jobs) - done)
                 print(
-                    f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: validation "
-                    f"perplexity {run.final:.2f}, at best {run.best:.2f}; {run.seconds:.0f} s; "
-                    f"about {left / 60:.0f} min left",
+                    f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: best epoch "
+                    f"{run.best_epoch}, test perplexity {run.test:.2f}; about {left / 60:.0f} min left",
                     flush=True,
                 )
         except BaseException:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
+from torch.optim import Adam, Optimizer
 
 from bench.study.awd_lstm import AWDLSTM, Dropouts
 from bench.study.corpus import BATCH, BPTT, Corpus, batches
@@ -15,8 +17,41 @@ from fastreg import RNNRegularizer, fused_ar_tar
 
 LAYERS, EMBEDDING, HIDDEN = 2, 96, 128  # small enough for two cores
 DROPOUTS = Dropouts(word_p=0.02, input_p=0.1, weight_p=0.2, hidden_p=0.1, output_p=0.1)
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 5e-3
 CLIP = 0.25
+PATIENCE = 3  # epochs without a lower validation loss, before the learning rate is divided
+DIVISOR, DIVISIONS = 4, 2
+
+
+class EarlyStopping:
+    """Keep the weights of the epoch with the lowest validation loss.
+
+    Whenever it has not fallen for PATIENCE epochs, the learning rate is divided by DIVISOR. After DIVISIONS divisions
+    the training ends instead.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.lowest, self.waited, self.divisions = math.inf, 0, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def ends(self, valid_loss: float) -> bool:
+        """Take the validation loss after an epoch, and return whether the training ends."""
+        self.waited += 1
+        if valid_loss < self.lowest:
+            self.lowest, self.waited = valid_loss, 0
+            self.weights = copy.deepcopy(self.model.state_dict())
+        elif self.waited == PATIENCE:
+            if self.divisions == DIVISIONS:
+                return True
+            self.waited, self.divisions = 0, self.divisions + 1
+            for group in self.optimizer.param_groups:
+                group["lr"] /= DIVISOR
+        return False
+
+    def restore(self) -> None:
+        """Load the weights of the best epoch into the model."""
+        self.model.load_state_dict(self.weights)
 
 
 class Training:
@@ -33,6 +68,7 @@ class Training:
         # without this the layers first saturate to express the word frequencies, and recover slowly
         self.model.decoder.bias.data.copy_(corpus.log_frequencies())
         self.optimizer = Adam(self.model.parameters(), LEARNING_RATE)
+        self.stopping = EarlyStopping(self.model, self.optimizer)
         self.regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
 
     def epoch(self) -> Tensor:
@@ -67,7 +103,7 @@ class Training:
 
 @torch.no_grad()
 def evaluate(model: AWDLSTM, rows: Tensor) -> float:
-    """Compute the mean loss over the words of the validation text, without dropout."""
+    """Compute the mean loss over the words of a text, without dropout."""
     model.eval()
     model.reset()
     total = torch.zeros((), device=rows.device)
