@@ -105,8 +105,8 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
     if values := study.differences(runs[0].coefficients):
         first.set_title(
             f"validation perplexity: the {len(runs[0].ar)} epochs of this demo (dots), and {len(values)} longer "
-            "trainings up to\n"
-            f"their best epoch (faint), where the test perplexity differs by {judged(values, '+.2f')}"
+            f"trainings of each kind\nup to their best epoch (faint); the test perplexity then differs by "
+            f"{judged(values, '+.2f')}"
         )
     unit = median_unit(raws[1])
     for i, raw in enumerate(raws):

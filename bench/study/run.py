@@ -79,7 +79,7 @@ def train(job: Job, commit: str) -> Run:
 def train_model(
     job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object]
 ) -> tuple[Run, training.Training]:
-    """Train one model until it stops to improve; return it, too, with the weights of its best epoch.
+    """Train one model until it stops improving; return it, too, with the weights of its best epoch.
 
     Args:
         job: the training.

@@ -27,7 +27,7 @@ from examples.two_rooms import Weights
 
 COMMITTED = RESULTS / "two_rooms.jsonl"
 VICREG, BETAS = (0.03, 0.1, 0.3, 1.0), (1.0, 3.0, 10.0, 30.0)
-VICREG_ALONE = (0.003, 0.01, *VICREG, 3.0, 10.0)  # without TAR, so that the best weights are not on the edge of the grid
+VICREG_ALONE = (0.003, 0.01, *VICREG, 3.0, 10.0)  # without TAR: the best weights are not on the edge of this grid
 # seeds of a round -> most settings of a kind that train in it
 ROUNDS: dict[tuple[int, ...], int] = {(101,): 64, (102,): 12, (103, 104): 4}
 CHOICE_SEEDS = tuple(chain(*ROUNDS))
