@@ -126,9 +126,7 @@ def run(measure: Measure, case: Case, ways: Mapping[Any, Way], info: dict[str, A
         one, sets = partial(call, ways[way]), itertools.cycle(case.sets)
         passes = PASSES.get(way) if info["pass"] == "forward + backward" else None
         moved = passes * sum(x.nbytes for x in leaves_of(case.sets[0])) if passes else None
-        forward = lambda: (ways[way](*case.sets[0]),)  # noqa: E731
-        own = figures.of(lambda i: one(case.sets[i]), forward, len(case.sets), moved)
-        return lambda: one(next(sets)), own
+        return lambda: one(next(sets)), figures.of(lambda i: one(case.sets[i]), len(case.sets), moved)
 
     measure(prepare, described(raw) | info, calls=CALLS)
 
@@ -183,8 +181,7 @@ def test_forward(measure: Measure, way: str, shape: Any, dtype: Any) -> None:
         if case.want:
             check(value_and_gradients(penalty, case.sets[0]), case.want, dtype)
         sets = itertools.cycle(case.sets)
-        call = lambda i: (penalty(*case.sets[i]),)  # noqa: E731
-        return lambda: penalty(*next(sets)), figures.of(call, lambda: call(0), len(case.sets), None)
+        return lambda: penalty(*next(sets)), figures.of(lambda i: (penalty(*case.sets[i]),), len(case.sets))
 
     measure(prepare, described(case.sets[0][0]) | {"pass": "forward"}, calls=CALLS)
 
@@ -295,8 +292,7 @@ def test_dropout(measure: Measure, shape: Any, dtype: Any) -> None:
         if sets[0][0].numel() <= MOST_CHECKED:
             check_dropout(list(call(sets[0])), *sets[0])
         rotated = itertools.cycle(sets)
-        forward = lambda: drop(sets[0][0])  # noqa: E731
-        return lambda: call(next(rotated)), figures.of(lambda i: call(sets[i]), forward, len(sets), None)
+        return lambda: call(next(rotated)), figures.of(lambda i: call(sets[i]), len(sets))
 
     measure(prepare, described(sets[0][0]) | {"pass": "dropout"}, calls=CALLS)
 

@@ -23,7 +23,7 @@ import fastreg
 from bench.conftest import in_turns, name
 from bench.measure import before, figures, nets, timing
 from bench.measure.formulas import ALPHA, BETA, fastai
-from bench.measure.nets import LSTM, WORDS, Activations, AWDLSTMNet, Hooked, MambaNet, Net, Stack, forget, sgd
+from bench.measure.nets import LSTM, WORDS, Activations, AWDLSTMNet, MambaNet, Net, Stack, forget, sgd
 from bench.measure.timing import DEVICE
 from bench.study.awd_lstm import AWDLSTM, Dropouts, LockedDropout
 
@@ -43,13 +43,11 @@ class Way(NamedTuple):
     Attributes:
         start: returns, for a model, the function that adds the penalty to its loss.
         in_hand: whether that function takes the activations, which the step then keeps.
-        hooked: whether forward hooks keep the activations, as for a model that returns only its output.
         dropout: makes the dropouts whose outputs are regularized.
     """
 
     start: Callable[[Net], Add]
     in_hand: bool = False
-    hooked: bool = False
     dropout: Callable[[], nn.Module] = partial(LockedDropout, P)
 
 
@@ -59,7 +57,7 @@ def by(penalty: Callable[..., Tensor]) -> Way:
 
 
 def ours(package: Any, suffix: str = "") -> dict[str, Way]:
-    """Return the ways of fastreg: a call, a call with hooks by hand, `attach`, and a fused dropout."""
+    """Return the ways of fastreg: a call, `attach`, and a fused dropout."""
 
     def by_call(net: Net) -> Add:
         def add(loss: Tensor, layers: Activations) -> Tensor:
@@ -81,7 +79,6 @@ def ours(package: Any, suffix: str = "") -> dict[str, Way]:
     fused = partial(package.FusedRNNDropout, P, ALPHA, BETA)
     ways = {
         "fused_ar_tar": Way(by_call, in_hand=True),
-        "hooks by hand": Way(by_call, in_hand=True, hooked=True),
         "attach": Way(by_hooks),
         "FusedRNNDropout": Way(by_dropout, dropout=fused),
     }
@@ -204,8 +201,7 @@ def training(
     """Make a model; a compiler makes one graph of its forward, the loss and the penalty."""
     torch.manual_seed(0)
     way = WAYS[way_name]
-    net = MODELS[model].make(shape, way.dropout)
-    net = (Hooked(net) if way.hooked else net).to(DEVICE)
+    net = MODELS[model].make(shape, way.dropout).to(DEVICE)
     add = way.start(net)
 
     def loss_of(batch: Batch) -> Tensor:

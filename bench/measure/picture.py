@@ -37,19 +37,6 @@ def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
     return found
 
 
-def text(cases: list[Case]) -> str:
-    """Say the figures of the picture in words."""
-    parts = []
-    for case in cases:
-        added = shares(case)
-        ways = []
-        for way, (time, _) in added["time"].items():
-            memory = [f"{round(added['memory'][way][0]) + 0}%"] if way in added["memory"] else []
-            ways.append(" and ".join([f"{WAYS[way]} {round(time) + 0}%", *memory]))
-        parts.append(f"{CASES[case.label]}: {', '.join(ways)}")
-    return "Bars: time and peak memory that AR and TAR add to a training step. " + "; ".join(parts)
-
-
 def digest(cases: list[Case], about: str) -> str:
     """Name the data of a picture, which the file has as its description."""
     return hashlib.sha256(json.dumps([about, *map(shares, cases)]).encode()).hexdigest()[:12]

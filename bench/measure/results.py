@@ -42,6 +42,12 @@ class Figure(NamedTuple):
         return Figure(ratio, abs(ratio) * math.hypot(self.error / self.median, other.error / other.median))
 
 
+def geometric_mean(figures: list[Figure]) -> Figure:
+    """Return the geometric mean of independent figures, with its error."""
+    mean = math.exp(sum(math.log(figure.median) for figure in figures) / len(figures))
+    return Figure(mean, mean * math.hypot(*(figure.error / figure.median for figure in figures)) / len(figures))
+
+
 @dataclass
 class Case:
     """Ways that were measured in turns: the facts of all, and for each its statistics and its figures."""
@@ -82,7 +88,7 @@ class Result:
         return "copy_bandwidth" in self.machine
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass, or the cases of `labels` in that order."""
+        """Return the cases of one pass, or of those the cases of `labels` in that order."""
         cases = [case for case in self.cases if case.info["pass"] == kind]
         return [case for label in labels for case in cases if case.label == label] if labels else cases
 
