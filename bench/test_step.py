@@ -224,8 +224,7 @@ def expected(model: str, shape: tuple[int, ...], half: bool) -> tuple[Tensor, Te
 
 def check(got: Tensor, want: Tensor, error: float, noise: float = 0.0) -> None:
     """Compare the values that a way and the formula add, relative to the greatest, and beyond the noise."""
-    most = want.abs().max().item()
-    off = ((got - want).abs().max().item() - noise) / most if most else 0.0
+    off = (((got - want).abs().max() - noise) / want.abs().max()).item()
     assert off < error, f"adds something else than the formula: off by {off:.1e}"
 
 
@@ -284,7 +283,7 @@ def test_compiled_step(measure: Measure, shape: Any) -> None:
 
 LIGHTNING_STEPS = 50
 LIGHTNING_ERROR = 2e-2  # of the weights after them
-LIGHTNING_WAYS = [WITHOUT, "eager", "compiled", "fused_ar_tar", "attach", "FusedRNNDropout"]
+LIGHTNING_WAYS = [WITHOUT, "eager", "attach", "FusedRNNDropout"]
 
 
 @pytest.mark.parametrize("way", LIGHTNING_WAYS, ids=name)
@@ -321,11 +320,6 @@ def lightning_fit(way: str) -> tuple[nn.Module, Callable[[], None]]:
     torch.manual_seed(0)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     net, by_callback = LSTM(60, WAYS[way].dropout), way in ("attach", "FusedRNNDropout")
-    terms_of = {
-        "eager": formula_terms,
-        "compiled": torch.compile(formula_terms, dynamic=False),
-        "fused_ar_tar": partial(fastreg.fused_ar_tar, alpha=ALPHA, beta=BETA, return_terms=True),
-    }.get(way)
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -335,10 +329,11 @@ def lightning_fit(way: str) -> tuple[nn.Module, Callable[[], None]]:
         def training_step(self, batch: Batch) -> Tensor:
             layers: Activations = []
             loss = self.net(batch, lambda *layer: layers.append(layer))
-            if terms_of:
-                penalty, ar, tar = terms_of(*layers[0])
+            if way == "eager":
+                ((raw, dropped),) = layers
+                ar, tar = dropped.pow(2).mean(), (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
                 self.log_dict({"ar": ar, "tar": tar}, on_step=False, on_epoch=True)
-                loss = loss + penalty
+                loss = loss + ALPHA * ar + BETA * tar
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -355,9 +350,3 @@ def lightning_fit(way: str) -> tuple[nn.Module, Callable[[], None]]:
         pl.Trainer(max_epochs=1, accelerator=accelerator, devices=1, callbacks=callback, **silent).fit(module, data)
 
     return net, fit
-
-
-def formula_terms(raw: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the penalty, AR and TAR by the formula."""
-    ar, tar = dropped.pow(2).mean(), (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
-    return ALPHA * ar + BETA * tar, ar, tar

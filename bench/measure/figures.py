@@ -34,7 +34,7 @@ def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
     figures: dict[str, Any] = {"peak_bytes": peak_bytes(call, DEVICE)}
     if DEVICE == "cpu":
         return figures
-    figures |= {"host_seconds": host_seconds(call)}
+    figures |= {"host_seconds": host_seconds(call, sets)}
     try:
         seconds = graph_seconds(call, range(sets))
         figures |= {"graph_rotated_seconds": seconds, "launches": launches(call)}
@@ -85,13 +85,13 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
     return statistics.median(times) / len(numbers)
 
 
-def host_seconds(call: Call) -> float:
+def host_seconds(call: Call, sets: int) -> float:
     """Measure the seconds until a call returns, with an idle device whose queue is never full."""
     times = []
-    for number in range(20):
+    for number in range(REPLAYS):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        call(number)
+        call(number % sets)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 

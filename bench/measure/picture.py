@@ -15,7 +15,7 @@ CASES = {  # the label of a case, and its title
     "LSTM, (16, 35, 60)": "LSTM, 16 x 35 x 60",
 }
 WAYS = {
-    "eager": "formula",
+    "eager": "eager formula",
     "compiled": "compiled formula",
     "fused_ar_tar": "fused_ar_tar",
     "attach": "attach",

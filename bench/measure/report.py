@@ -1,8 +1,8 @@
 """Tables of results in README and docs: `python -m bench.measure.report [FILE...]`.
 
-It merges the runs of one machine, as JSON or lines, into bench/results/DEVICE.json, and writes a page of all rows beside
-it. Between markers it renders the summary in docs/performance.md, and the picture and two sentences in README.md. No
-figure is typed: tests/project fails when a page disagrees with a result.
+It merges the runs of one machine, as JSON or lines, into bench/results/DEVICE.json, and writes a page with all rows.
+Between markers it renders the summary in docs/performance.md, and the picture and sentences in README.md. No figure is
+typed: tests/project fails when a page disagrees with a result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bench.measure.results import (
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
-FORMULAS = {"compiled": "compiled formula", "eager": "formula"}  # in this order in all tables
+FORMULAS = {"compiled": "compiled formula", "eager": "eager formula"}  # in this order in all tables
 OURS = {  # the ways that call fastreg, as tables name them
     "fastreg": "fastreg",
     "fused_ar_tar": "`fused_ar_tar`",
@@ -90,6 +90,10 @@ def ratios(result: Result) -> list[Ratio]:
     ]
 
 
+def by_formula(found: list[Ratio]) -> dict[str, list[Figure]]:
+    return {formula: [ratio.figure for ratio in found if ratio.formula == formula] for formula in FORMULAS}
+
+
 def latest(results: list[Result]) -> Result:
     """Return the result that is summarized: the latest of a GPU, or else of a CPU."""
     return max(results, key=lambda result: (result.on_gpu, result.date))
@@ -103,9 +107,9 @@ def summary(results: list[Result]) -> str:
     found = ratios(result)
     for kind in dict.fromkeys(ratio.kind for ratio in found):
         alike = [ratio for ratio in found if ratio.kind == kind]
-        columns = [[ratio.figure for ratio in alike if ratio.formula == formula] for formula in FORMULAS]
-        cells = [f"{geometric_mean(figures)}, {max(figures)}" if figures else "" for figures in columns]
-        rows.append([kind, f"{max(map(len, columns))}", *cells])
+        columns = by_formula(alike)
+        cells = [f"{geometric_mean(figures)}, {max(figures)}" if figures else "" for figures in columns.values()]
+        rows.append([kind, f"{max(map(len, columns.values()))}", *cells])
     measured = "" if any(x.on_gpu for x in results) else "\n**No GPU has been measured yet.**\n"
     return f"{where(result)}. All rows: {', '.join(links)}.\n\n{table(rows)}{measured}"
 
@@ -127,22 +131,21 @@ def speed_and_memory(results: list[Result]) -> str:
     part = result.parts()[0]
     allocator = part.cases[0].info.get("allocator")
     about = [result.machine["device"], *filter(None, [allocator]), f"PyTorch {result.machine['torch']}"]
-    picture.draw(part.of(STEP, picture.CASES), ", ".join(about), clock(result))
+    if cases := part.of(STEP, picture.CASES):
+        picture.draw(cases, ", ".join(about), clock(result))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
-    means = [
-        f"{geometric_mean([x.figure for x in ratios(part) if x.case.info['pass'] == BOTH and x.formula == formula])}"
-        for formula in FORMULAS
-    ]
-    slowest = max((x for x in ratios(result) if x.figure.differs_from(1)), key=lambda x: x.figure)
-    calls = (
-        f"A call takes {means[0]} of the compiled formula's time and {means[1]} of the eager one's; the "
-        f"[slowest row](docs/performance.md#where-fastreg-loses) takes {slowest.figure} times a formula's."
+    calls = by_formula([ratio for ratio in ratios(part) if ratio.case.info["pass"] == BOTH])
+    means = [f"{geometric_mean(calls[x])} of the {FORMULAS[x]}'s time" for x in FORMULAS if calls[x]]
+    slowest = max(ratio.figure for ratio in ratios(result) if ratio.figure.differs_from(1))
+    speed = (
+        f"A call takes {' and '.join(means)}; the [slowest row](docs/performance.md#where-fastreg-loses) takes "
+        f"{slowest} times as long as a formula."
     )
     gpu = (
         "GPU: **not measured yet**; `bench/on_gpu.ipynb` measures it. The kernels are tested on the CPU, in Triton's "
         "interpreter and our emulator of PTX."
     )
-    lines = [shown, ", ".join(about) + ".", calls, *[gpu] * (not any(x.on_gpu for x in results))]
+    lines = [shown, ", ".join(about) + ".", speed, *[gpu] * (not any(x.on_gpu for x in results))]
     return "\n\n".join(lines) + "\n"
 
 

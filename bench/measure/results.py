@@ -88,7 +88,7 @@ class Result:
         return "copy_bandwidth" in self.machine
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass, or of those the cases of `labels` in that order."""
+        """Return the cases of one pass; with `labels` only the cases that have them, in that order."""
         cases = [case for case in self.cases if case.info["pass"] == kind]
         return [case for label in labels for case in cases if case.label == label] if labels else cases
 
