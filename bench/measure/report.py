@@ -34,7 +34,7 @@ from bench.measure.results import (
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
-FORMULAS = {"compiled": "compiled formula", "eager": "eager formula"}  # in this order in all tables
+FORMULAS = {"compiled": "compiled formula", "eager": "formula"}  # in this order in all tables
 OURS = {  # the ways that call fastreg, as tables name them
     "fastreg": "fastreg",
     "fused_ar_tar": "`fused_ar_tar`",
@@ -135,7 +135,7 @@ def speed_and_memory(results: list[Result]) -> str:
         picture.draw(cases, ", ".join(about), clock(result))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
     calls = by_formula([ratio for ratio in ratios(part) if ratio.case.info["pass"] == BOTH])
-    means = [f"{geometric_mean(calls[x])} of the {FORMULAS[x]}'s time" for x in FORMULAS if calls[x]]
+    means = [f"{geometric_mean(found)} of the {formula} formula's time" for formula, found in calls.items() if found]
     slowest = max(ratio.figure for ratio in ratios(result) if ratio.figure.differs_from(1))
     speed = (
         f"A call takes {' and '.join(means)}; the [slowest row](docs/performance.md#where-fastreg-loses) takes "
