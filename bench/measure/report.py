@@ -129,14 +129,14 @@ def speed_and_memory(results: list[Result]) -> str:
     """Draw the picture of the README, and render the lines that go with it."""
     result = latest(results)
     part = result.parts()[0]
-    allocator = part.cases[0].info.get("allocator")
-    about = [result.machine["device"], *filter(None, [allocator]), f"PyTorch {result.machine['torch']}"]
+    allocators = {case.info["allocator"] or "" for case in part.cases}
+    about = [result.machine["device"], *filter(None, allocators), f"PyTorch {result.machine['torch']}"]
     if cases := part.of(STEP, picture.CASES):
         picture.draw(cases, ", ".join(about), clock(result))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
     calls = by_formula([ratio for ratio in ratios(part) if ratio.case.info["pass"] == BOTH])
     means = [f"{geometric_mean(found)} of the {formula} formula's time" for formula, found in calls.items() if found]
-    slowest = max(ratio.figure for ratio in ratios(result) if ratio.figure.differs_from(1))
+    slowest = max((ratio.figure for ratio in ratios(result) if ratio.figure.differs_from(1)), default="-")
     speed = (
         f"A call takes {' and '.join(means)}; the [slowest row](docs/performance.md#where-fastreg-loses) takes "
         f"{slowest} times as long as a formula."

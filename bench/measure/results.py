@@ -14,6 +14,7 @@ from bench.measure.machine import ALLOCATORS, DEFAULT, ROOT
 from bench.measure.timing import MOST_WAITING
 
 RESULTS = ROOT / "bench" / "results"
+BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
 BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
@@ -111,10 +112,9 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
         suffix = f" ({DEFAULT})" * by_default
         missing |= {f"{test}{suffix}": why for test, why in run["missing"].items()}
         for row in run["benchmarks"]:
-            group, waiting = row["group"] + suffix, row["extra_info"]["waiting"]
-            if waiting > MOST_WAITING:
-                why = f"the machine was busy: threads waited for a core during {waiting:.0%} of the time"
-                missing[f"{group}/{row['name']}"] = why
+            group = row["group"] + suffix
+            if row["extra_info"]["waiting"] > MOST_WAITING:
+                missing[f"{group}/{row['name']}"] = BUSY
                 continue
             stats = {key: row["stats"][key] for key in COLUMNS}
             about = {"group": group, "name": row["name"], "stats": stats, "extra_info": row["extra_info"]}

@@ -234,7 +234,7 @@ def test_ratios_that_contain_1_are_dashes_and_rows_of_a_busy_machine_are_missing
     found = results.result_of(json.loads(results.compact(results.merged([run_of(rows)]))))
     page = "\n".join(report.tables(found))
     assert "| (2, 3, 4), float32 | 1 | - | 0.25±0.01 | memory kept |" in page
-    assert "threads waited for a core during 50% of the time: two/eager." in page
+    assert "threads waited for a core during more than 10% of the time: two/eager." in page
     assert "| Forward and backward, memory kept | 1 | -, - | 0.25±0.01, 0.25±0.01 |" in report.summary([found])
     assert "0 of 2 ratios are above 1" in report.losing([found])
 
