@@ -119,6 +119,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes its results after an interrupt
     # This warning comes where a way fails its check, and would be a second error.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+    # After torch.compiler.reset() a dictionary of Dynamo is empty when one of its keys dies.
+    unraisable = "ignore:Exception ignored in. <function ExactWeakKeyDictionary:pytest.PytestUnraisableExceptionWarning"
+    config.addinivalue_line("filterwarnings", unraisable)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
