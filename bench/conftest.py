@@ -119,6 +119,9 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes its results after an interrupt
     # This warning comes where a way fails its check, and would be a second error.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+    # After torch.compiler.reset() a dictionary of Dynamo is empty when one of its keys dies.
+    unraisable = "ignore:Exception ignored in. <function ExactWeakKeyDictionary:pytest.PytestUnraisableExceptionWarning"
+    config.addinivalue_line("filterwarnings", unraisable)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
@@ -171,12 +174,14 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
     """
     session, case = request.config.stash[SESSION], case_of(request.node)
     items: Any = request.session.items
+    options: Any = request.config.option
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
         benchmark.group, benchmark.name = case, str(way)
         if session.case.name != case:
             ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
-            rounds = None if benchmark.disabled else rounds_of(request.config, calls, seconds * len(ways))
+            most, least = float(options.benchmark_max_time), options.benchmark_min_rounds
+            rounds = None if benchmark.disabled else Rounds(calls, most * seconds * len(ways), least)
             session.case = measured(session, case, ways, prepare, rounds, own)
         if way in session.case.lost:
             raise session.case.lost[way]
@@ -191,12 +196,6 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
         benchmark.pedantic(replay, rounds=len(turns))
 
     return run
-
-
-def rounds_of(config: pytest.Config, calls: int, seconds: float) -> Rounds:
-    """Read the options that say how many rounds there are."""
-    options: Any = config.option
-    return Rounds(calls, seconds * float(options.benchmark_max_time), options.benchmark_min_rounds)
 
 
 def measured(

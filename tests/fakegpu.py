@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.measure import lines
 
 WRONG = "differs from the formula"
+UNCHECKED = "x512x1024"  # in the names of shapes that are too large to be compared
 
 
 def problems(folder: Path) -> list[str]:
@@ -20,7 +21,7 @@ def problems(folder: Path) -> list[str]:
     for name in ("first", "sweep"):
         run = lines.read(folder / f"{name}.jsonl")
         rows = [f"{row['group']}/{row['name']}" for row in run["benchmarks"]]
-        found += [f"{name}: {test} has a row of wrong values" for test in rows if "128x512x1024" not in test]
+        found += [f"{name}: {test} has a row of wrong values" for test in rows if UNCHECKED not in test]
         found += [f"{name}: no row of the largest shape"] * (not rows)
         checked = [test for test, why in run["missing"].items() if WRONG in why]
         found += [f"{name}: no way was found wrong"] * (not checked)

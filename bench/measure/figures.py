@@ -1,12 +1,10 @@
-"""Figures of a call beside its time: memory, page faults, launches, and the time in a CUDA graph."""
+"""Figures of a call beside its time: peak memory, launches, and the time in a CUDA graph."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import itertools
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,55 +23,24 @@ CLOCK = 2e9  # cycles a second of a fast GPU; a slower GPU sleeps longer than it
 COPY_BYTES = 2**30
 
 
-def of(call: Call, forward: Callable[[], tuple[Tensor, ...]], sets: int, moved: int | None) -> dict[str, Any]:
+def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
     """Measure everything except the time of a call.
 
     Args:
         call: makes a call with the inputs of one set.
-        forward: makes the forward of a call.
         sets: the number of sets.
         moved: the bytes that the call must read and write, if they are known.
     """
-    call(0)
-    figures: dict[str, Any] = {"held_bytes": held_bytes(forward, DEVICE)} | ({"moved_bytes": moved} if moved else {})
+    figures: dict[str, Any] = {"peak_bytes": peak_bytes(call, DEVICE)}
     if DEVICE == "cpu":
-        return figures | {"page_faults": page_faults(call)}
-    figures |= {"peak_bytes": peak_bytes(call, "cuda"), "host_seconds": host_seconds(call)}
+        return figures
+    figures |= {"host_seconds": host_seconds(call, sets)}
     try:
-        cold = graph_seconds(call, range(sets))
-        figures |= {"graph_warm_seconds": graph_seconds(call, [0] * sets), "graph_rotated_seconds": cold}
-        figures |= {"share_of_copy": moved / cold / copy_bandwidth()} if moved else {}
-        return figures | {"launches": launches(call)}
+        seconds = graph_seconds(call, range(sets))
+        figures |= {"graph_rotated_seconds": seconds, "launches": launches(call)}
+        return figures | ({"share_of_copy": moved / seconds / copy_bandwidth()} if moved else {})
     except RuntimeError as error:  # the way cannot be captured
         return figures | {"no_graph": f"{error}".partition("\n")[0]}
-
-
-def held_bytes(forward: Callable[[], tuple[Tensor, ...]], device: str) -> int:
-    """Measure the bytes that a forward leaves allocated for the backward, beyond its inputs and results.
-
-    Hooks on saved tensors would change the measurement: with them fastreg writes no gradients ahead. On a CPU
-    PyTorch's profiler reports the allocations of the calling thread, which runs forwards.
-    """
-    forward()
-    gc.collect()  # now, so that nothing else is freed during the call
-    if device == "cpu":
-        results, allocated = allocations(forward)
-        held = sum(allocated)
-    else:
-        before = torch.cuda.memory_allocated()
-        results = forward()
-        held = torch.cuda.memory_allocated() - before
-    own = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
-    return held - sum(own.values())
-
-
-def page_faults(call: Call) -> int:
-    """Count the page faults of one call."""
-    for _ in range(2):  # the second call may reuse other blocks of memory than the first
-        call(0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    call(0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
@@ -118,13 +85,13 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
     return statistics.median(times) / len(numbers)
 
 
-def host_seconds(call: Call) -> float:
+def host_seconds(call: Call, sets: int) -> float:
     """Measure the seconds until a call returns, with an idle device whose queue is never full."""
     times = []
-    for number in range(20):
+    for number in range(REPLAYS):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        call(number)
+        call(number % sets)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
@@ -168,15 +135,5 @@ def allocations(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, .
 @functools.cache
 def copy_bandwidth() -> float:
     """Measure the bytes a second that a large copy on the GPU reads and writes."""
-    return 2 * COPY_BYTES / copy_seconds(COPY_BYTES, [0] * 4)
-
-
-def copy_seconds(size: int, numbers: Sequence[int]) -> float:
-    """Measure the device seconds of a copy of so many bytes, with a pair of tensors for each value in `numbers`."""
-    tensors = torch.empty(len({*numbers}), 2, size, dtype=torch.uint8, device="cuda")
-
-    def copy(i: int) -> tuple[Tensor, ...]:
-        source, target = tensors[i]
-        return (target.copy_(source),)
-
-    return graph_seconds(copy, numbers)
+    source, target = torch.empty(2, COPY_BYTES, dtype=torch.uint8, device="cuda")
+    return 2 * COPY_BYTES / graph_seconds(lambda _: (target.copy_(source),), [0] * 4)

@@ -131,33 +131,6 @@ class MambaNet(Net):
         return self.model(text, labels=text, use_cache=False).loss
 
 
-class Hooked(Net):
-    """A model whose activations are kept by two forward hooks on each layer, as users write them."""
-
-    def __init__(self, net: Net):
-        super().__init__()
-        self.net, self.pairs = net, net.pairs
-        self.raws: list[Tensor] = []
-        self.dropped: list[Tensor] = []
-        for rnn, dropout in net.pairs:
-            rnn.register_forward_hook(lambda module, args, result: self.raws.append(first_of(result)))
-            last = rnn if dropout is None else dropout
-            last.register_forward_hook(lambda module, args, result: self.dropped.append(first_of(result)))
-
-    def forward(self, batch: Any, keep: Callable[[Tensor, Tensor], object]) -> Tensor:
-        loss = self.net(batch, forget)
-        for raw, dropped in zip(self.raws, self.dropped, strict=True):
-            keep(raw, dropped)
-        self.raws.clear()
-        self.dropped.clear()
-        return loss
-
-
-def first_of(result: Any) -> Tensor:
-    """Return the output of a module without its state."""
-    return result[0] if isinstance(result, tuple) else result
-
-
 def forget(raw: Tensor, dropped: Tensor) -> None:
     """Ignore the activations."""
 

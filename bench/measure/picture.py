@@ -15,7 +15,7 @@ CASES = {  # the label of a case, and its title
     "LSTM, (16, 35, 60)": "LSTM, 16 x 35 x 60",
 }
 WAYS = {
-    "eager": "formula",
+    "eager": "eager formula",
     "compiled": "compiled formula",
     "fused_ar_tar": "fused_ar_tar",
     "attach": "attach",
@@ -35,19 +35,6 @@ def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
         if "peak_bytes" in case.ways[way]:
             found["memory"][way] = 100 * (case.ways[way]["peak_bytes"] / without["peak_bytes"] - 1), 0.0
     return found
-
-
-def text(cases: list[Case]) -> str:
-    """Say the figures of the picture in words."""
-    parts = []
-    for case in cases:
-        added = shares(case)
-        ways = []
-        for way, (time, _) in added["time"].items():
-            memory = [f"{round(added['memory'][way][0]) + 0}%"] if way in added["memory"] else []
-            ways.append(" and ".join([f"{WAYS[way]} {round(time) + 0}%", *memory]))
-        parts.append(f"{CASES[case.label]}: {', '.join(ways)}")
-    return "Bars: time and peak memory that AR and TAR add to a training step. " + "; ".join(parts)
 
 
 def digest(cases: list[Case], about: str) -> str:

@@ -14,6 +14,7 @@ from bench.measure.machine import ALLOCATORS, DEFAULT, ROOT
 from bench.measure.timing import MOST_WAITING
 
 RESULTS = ROOT / "bench" / "results"
+BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
 BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
@@ -40,6 +41,12 @@ class Figure(NamedTuple):
             return Figure(math.nan, math.nan)
         ratio = self.median / other.median
         return Figure(ratio, abs(ratio) * math.hypot(self.error / self.median, other.error / other.median))
+
+
+def geometric_mean(figures: list[Figure]) -> Figure:
+    """Return the geometric mean of independent figures, with its error."""
+    mean = math.exp(sum(math.log(figure.median) for figure in figures) / len(figures))
+    return Figure(mean, mean * math.hypot(*(figure.error / figure.median for figure in figures)) / len(figures))
 
 
 @dataclass
@@ -82,7 +89,7 @@ class Result:
         return "copy_bandwidth" in self.machine
 
     def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass, or the cases of `labels` in that order."""
+        """Return the cases of one pass; with `labels` only the cases that have them, in that order."""
         cases = [case for case in self.cases if case.info["pass"] == kind]
         return [case for label in labels for case in cases if case.label == label] if labels else cases
 
@@ -105,10 +112,9 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
         suffix = f" ({DEFAULT})" * by_default
         missing |= {f"{test}{suffix}": why for test, why in run["missing"].items()}
         for row in run["benchmarks"]:
-            group, waiting = row["group"] + suffix, row["extra_info"]["waiting"]
-            if waiting > MOST_WAITING:
-                why = f"the machine was busy: threads waited for a core during {waiting:.0%} of the time"
-                missing[f"{group}/{row['name']}"] = why
+            group = row["group"] + suffix
+            if row["extra_info"]["waiting"] > MOST_WAITING:
+                missing[f"{group}/{row['name']}"] = BUSY
                 continue
             stats = {key: row["stats"][key] for key in COLUMNS}
             about = {"group": group, "name": row["name"], "stats": stats, "extra_info": row["extra_info"]}

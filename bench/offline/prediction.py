@@ -12,7 +12,6 @@ import argparse
 import math
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -33,41 +32,13 @@ COPY = {  # bytes that a copy reads and writes in a second, and the source of th
     "B200": (7.0e12, "88% of the datasheet's 8000 GB/s, a guess"),
 }
 FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds that a launch takes beside its traffic, for latencies and the ticket
-TURN = 0.75e-6  # seconds of one turn of the loop, which waits for the loads that it has requested
-
-
-class Resident(NamedTuple):
-    """The programs that fit on a multiprocessor, in a forward that writes gradients and in a backward."""
-
-    forward: int
-    backward: int
-
-
-class Times(NamedTuple):
-    """Predicted seconds of a forward, of a backward that finds its gradients written, and of one that computes them.
-
-    Attributes:
-        share: the share of a copy's bandwidth that forward and predicted backward reach together.
-        programs: the number of programs of a launch.
-    """
-
-    forward: float
-    predicted: float
-    again: float
-    share: float
-    programs: int
-
-
-def tiling_of(shape: tuple[int, int, int], dtype: torch.dtype) -> tiling.Tiling:
-    """Return the division of a launch."""
-    batch, time_steps, hidden = shape
-    view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 4))
-    return tiling.Tiling(view, torch.float32)
 
 
 def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]:
     """Return the items of a launch, the runs of a sequence and the time steps of a run."""
-    *_, run, blocks, items = tiling_of(shape, dtype).numbers
+    batch, time_steps, hidden = shape
+    view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 4))
+    *_, run, blocks, items = tiling.Tiling(view, torch.float32).numbers
     return items, items // blocks, run
 
 
@@ -82,26 +53,6 @@ def share(shape: tuple[int, int, int], dtype: torch.dtype, copy: float) -> float
     traffic = 4 * math.prod(shape) * dtype.itemsize
     halo = (runs - 1) / shape[1] / 2
     return (traffic / copy) / (traffic * (1 + halo) / copy + FORWARD + BACKWARD)
-
-
-def times(shape: tuple[int, int, int], dtype: torch.dtype, copy: float, resident: Resident) -> Times:
-    """Predict times by waves of programs, which fill the multiprocessors one after the other.
-
-    A wave takes as long as a copy of its bytes, or at least TURN for each turn of the loop of its programs, and once
-    more for the first rows of each item. The constant time of a launch comes in addition.
-    """
-    plan, (_, _, run) = tiling_of(shape, dtype), cut(shape, dtype)
-    items, programs, unroll = plan.numbers[-1], plan.programs, plan.constants["UNROLL"]
-    waits = math.ceil(items / programs) * (math.ceil(min(run, shape[1]) / unroll) + 1)
-    traffic = 4 * math.prod(shape) * dtype.itemsize
-
-    def walk(fits: int) -> float:
-        most = fits * MULTIPROCESSORS
-        waves = [min(most, programs - begun) for begun in range(0, programs, most)]
-        return sum(max(waits * TURN, traffic * wave / programs / copy) for wave in waves)
-
-    forward, again = FORWARD + walk(resident.forward), BACKWARD + walk(resident.backward)
-    return Times(forward, BACKWARD, again, traffic / copy / (forward + BACKWARD), programs)
 
 
 def beside(result: Result) -> str:

@@ -1,9 +1,8 @@
 """Figures of the code that Triton compiles for an H100, which need no GPU: `python -m bench.offline.registers`.
 
 It prints, for the penalty and for dropout with wide and with narrow loads, the registers, spills, widths of loads,
-instructions per byte, the number of programs that fit on a multiprocessor, and their bytes in flight. From the programs
-that fit, bench.offline.prediction predicts the times of forward and backward. bench/NOTES.md draws the conclusions, and
-tests/kernels/test_compiled.py bounds the first three.
+instructions per byte, the number of programs that fit on a multiprocessor, and their bytes in flight. bench/NOTES.md
+draws the conclusions, and tests/kernels/test_compiled.py bounds the first three.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 import triton
 
 from bench.measure.report import table
-from bench.offline.prediction import COPY, DTYPES, MULTIPROCESSORS, Resident, times
+from bench.offline.prediction import DTYPES, MULTIPROCESSORS
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import PLANS
 from fastreg.kernels import tiling
@@ -33,7 +32,6 @@ REGISTERS, MOST_THREADS = 65536, 2048  # a multiprocessor has so many
 BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds of a load from busy memory
 HEAD = ["hidden", "way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]
 WIDE, NARROW = 400, 1150  # hidden sizes whose loads have 16 bytes, and two elements
-MODELLED = (64, 70, 400), (20, 70, 1150), (128, 512, 1024), (32, 2048, 2048), (8, 8192, 512)
 
 
 def compiled(dtype: torch.dtype, hidden: int) -> Iterator[tuple[str, Any]]:
@@ -109,18 +107,6 @@ def inner_loops(sass: str) -> list[list[str]]:
     return [[text for at, text in code if x <= at <= y] for x, y in inner]
 
 
-def model(fits: dict[tuple[int, str, str], int]) -> Iterator[list[str]]:
-    """Yield a row for each shape and dtype: the predicted times on an H100, from the programs that fit."""
-    yield ["shape", "dtype", "programs", "fit", "forward, us", "predicted backward", "other backward", "of a copy"]
-    copy, _ = COPY["H100"]
-    for shape, dtype in product(MODELLED, DTYPES):
-        hidden, name = WIDE if shape[2] % 16 == 0 else NARROW, f"{dtype}".removeprefix("torch.")
-        resident = Resident(*(fits[hidden, name, way] for way in ("sum and write", "write")))
-        found = times(shape, dtype, copy, resident)
-        seconds = [f"{1e6 * x:.1f}" for x in (found.forward, found.predicted, found.again)]
-        yield [f"{shape}", name, f"{found.programs}", "{} / {}".format(*resident), *seconds, f"{found.share:.0%}"]
-
-
 def main() -> None:
     argparse.ArgumentParser(prog="bench.offline.registers", description=__doc__).parse_args()
     with h100():
@@ -131,7 +117,6 @@ def main() -> None:
         ]
     print(f"Triton {triton.__version__}\n")
     print(table([HEAD, *rows]))
-    print(table([*model({(int(row[0]), row[2], row[1]): int(row[7]) for row in rows})]))
 
 
 if __name__ == "__main__":

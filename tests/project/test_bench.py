@@ -117,7 +117,7 @@ def bench(folder: Path, *options: str, fails: bool = True, script: bool = False)
     """Run benchmarks by bench/run.sh or by pytest itself; return the output."""
     own = "--limit=15", "--benchmark-max-time=0.02", f"--benchmark-json={folder}/json"
     # With the variable of pytest-xdist, pytest-benchmark would measure nothing.
-    environment = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "PYTHON": sys.executable}
+    environment: dict[str, Any] = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "PYTHON": sys.executable}
     if not script:
         return python("-m", "pytest", "bench", *own, *options, fails=fails, **environment).stdout
     command = ["bash", "bench/run.sh", "300", f"{folder}/lines.jsonl", "bench", *own, *options]
@@ -144,7 +144,7 @@ def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
     assert [row["name"] for row in found["benchmarks"]] == ["eager", "fastreg"]
     assert f"{CASE}/hangs: {lines.DIED}" in output
     (own,) = (row for row in found["benchmarks"] if row["name"] == "fastreg")
-    assert own["extra_info"]["held_bytes"] == 2 * 20 * 70 * 96 * 4
+    assert own["extra_info"]["peak_bytes"] < 20 * 70 * 96 * 4, "no temporary is as large as raw"
     assert own["options"]["timer"] == "seconds of turns"
     with (tmp_path / "lines.jsonl").open("a") as file:
         file.write('{"row": {"cut off')
@@ -167,7 +167,7 @@ def test_an_interrupt_loses_no_row(tmp_path: Path) -> None:
 def test_steps_are_checked(tmp_path: Path) -> None:
     output = bench(tmp_path, *FAILING, "-k", "LSTM-8x10x16", "--benchmark-disable", "--limit=300")
     assert "adds something else than the formula" in output
-    assert "1 failed, 7 passed" in output
+    assert "1 failed, 6 passed" in output
 
 
 @more
@@ -227,40 +227,43 @@ def run_of(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
 
 
 def test_ratios_that_contain_1_are_dashes_and_rows_of_a_busy_machine_are_missing() -> None:
-    ways = {"compiled": [1.1, 0.06], "eager": [4.0, 0.1]}
-    of_fastreg = {way: [1 / ratio, error / ratio**2] for way, (ratio, error) in ways.items()}
+    ways = {"compiled": [0.9, 0.06], "eager": [0.25, 0.01]}
     kept: dict[str, Any] = {"allocator": machine.KEPT}
-    rows = [row("one", way, ratio[0], {"fastreg": ratio}, **kept) for way, ratio in ways.items()]
-    rows += [row("one", "fastreg", 1.0, of_fastreg, **kept), row("two", "eager", 9.0, {}, waiting=0.5, **kept)]
+    rows = [row("one", way, 1 / ratio, {"fastreg": [1 / ratio, error]}, **kept) for way, (ratio, error) in ways.items()]
+    rows += [row("one", "fastreg", 1.0, ways, **kept), row("two", "eager", 9.0, {}, waiting=0.5, **kept)]
     found = results.result_of(json.loads(results.compact(results.merged([run_of(rows)]))))
     page = "\n".join(report.tables(found))
-    assert "| (2, 3, 4), float32 | 1 | - | 4.00±0.10 | memory kept |" in page
-    assert "threads waited for a core during 50% of the time: two/eager." in page
-    assert report.slowest([found])[0].median == pytest.approx(0.25), "no other row can be told from 1"
+    assert "| (2, 3, 4), float32 | 1 | - | 0.25±0.01 | memory kept |" in page
+    assert "threads waited for a core during more than 10% of the time: two/eager." in page
+    assert "| Forward and backward, memory kept | 1 | -, - | 0.25±0.01, 0.25±0.01 |" in report.summary([found])
+    assert "0 of 2 ratios are above 1" in report.losing([found])
+
+
+def test_means_are_geometric() -> None:
+    mean = results.geometric_mean([results.Figure(0.5, 0.05), results.Figure(2.0, 0.2)])
+    assert mean == pytest.approx((1.0, 0.1 / 2**0.5))
 
 
 def committed() -> list[results.Result]:
     return [results.load(file) for file in sorted(results.RESULTS.glob("*.json"))]
 
 
-def test_every_row_of_the_latest_result_is_on_the_page() -> None:
-    page = report.figures(committed())
-    for result in report.latest(committed()):
+def test_every_row_is_on_the_page_of_its_machine_and_every_kind_in_the_summary() -> None:
+    for result in committed():
+        page, short = report.all_rows(result), report.summary([result])
         for case in result.cases:
-            kind = case.info["pass"]
-            assert kind in {*report.KINDS, results.STEP, results.COMPILED}, f"no table shows {kind}"
-            title = f"{report.KINDS[kind]}:\n\n" if kind in report.KINDS else "compiled as a whole:\n\n"
-            shown = page if kind == results.STEP else page.partition(title)[2].partition("\n\n")[0]
-            assert f"| {case.label} |" in shown, f"{case.name} is missing"
+            title = report.TITLES[case.info["pass"]]
+            below = [part for part in page.split("## ") if part.startswith(title)]
+            assert any(f"| {case.label} |" in part for part in below), f"{case.name} is missing"
+            assert f"| {title}, " in short
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
     found = committed()
     assert not any("Fake" in result.machine["device"] for result in found), "kernels that do nothing take no time"
     drawn = picture.FILE.read_text()
-    for page, begin, part in report.PAGES:
-        text = page.read_text()
-        assert report.with_part(text, part(found), begin) == text, "run `python -m bench.measure.report`"
+    for page, text in report.pages(found):
+        assert page.read_text() == text, "run `python -m bench.measure.report`"
     assert picture.FILE.read_text() == drawn, "run `python -m bench.measure.report`"
 
 
