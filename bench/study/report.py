@@ -166,10 +166,9 @@ def headline(study: Study) -> str:
     """Render the part in the README."""
     ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in PENALTIES.values() if any(pair))
     return (
-        f"**The gain of a penalty, not of fastreg:** a small AWD-LSTM, trained with {len(study.plain)} seeds until its "
-        f"validation loss stops falling, has a test perplexity of {average([run.test for run in study.plain], '.2f')} "
-        f"without a penalty, and AR changes it by {ar}, TAR by {tar}, and both by {both} "
-        "([study](bench/results/study.md)).\n"
+        f"A small AWD-LSTM, trained with {len(study.plain)} seeds until its validation loss stops falling, has a test "
+        f"perplexity of {average([run.test for run in study.plain], '.2f')} without a penalty. AR changes it by {ar}, "
+        f"TAR by {tar}, and both by {both} ([study](bench/results/study.md)).\n"
     )
 
 
