@@ -280,6 +280,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Node", "gradients handed out twice", 'vars(ctx).pop("ahead",', 'vars(ctx).get("ahead",'),
         ("Node", "coefficients changed in place",
          "arguments.check_unchanged(ctx.versions, versions_of(values))", "pass"),
+        ("Node", "coefficients of a penalty without a gradient", "plan.in_memory and upstream[-1] is not None:  #",
+         "plan.in_memory:  #"),
         ("Node", "no double backward", "None if torch.is_grad_enabled() or", "None if"),
         ("Node", "batched gradients not left to the formula", "(*saved, *upstream)", "saved"),
         ("Node", "what hooks have changed", "[: len(plan.facts)] != plan.facts", "[:0] != []"),

@@ -343,7 +343,7 @@ class Play:
         if how == "an attack":
             return
         if self.draw.random() < 0.1:
-            self.change_coefficients("numbers", "tensors")  # those of the forward count; in place is an error
+            self.change_coefficients("numbers", "tensors")  # which is too late; in place it is an error
         for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
             for net, x in zip(self.nets, totals, strict=True):
                 if how == "second":

@@ -110,7 +110,7 @@ class Call:
         run: the run, until the dropout has got raw, because raw must not own the penalty; `None` in a recomputation.
         version: the version of raw when the module returned it.
         packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
-        masks: the masks of valid steps and of starts, by their names, each of which may be `None`.
+        masks: the masks of valid steps and of starts, by their names; a mask may be `None`.
         coefficients: alpha and beta, on the device of raw. A tensor is not copied, so that its change before the
             backward is an error there.
     """

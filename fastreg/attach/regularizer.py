@@ -63,7 +63,7 @@ class RNNRegularizer(KnownAttributes):
 
     Attributes:
         ar: AR of the last training step without its coefficient, 0-dim and on the device. It is detached: no gradient
-            flows through it. It is `None` before the first step, and an evaluation leaves it as it is.
+            flows through it. It is `None` before the first step, and an evaluation does not change it.
         tar: TAR of the last training step, as for ar.
 
     Raises:
