@@ -273,7 +273,8 @@ class Attachment(AbstractContextManager["Attachment"]):
             )
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
         call.masks.update({name: given[name] for name in call.masks if given.get(name) is not None})
-        return args[:1], given | call.masks | {"loan": Loan(*call.coefficients, self.source.place_for(raw))}
+        alpha, beta = call.coefficients
+        return args[:1], given | call.masks | {"loan": Loan(alpha, beta, self.source.place_for(raw))}
 
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and mark the output."""
