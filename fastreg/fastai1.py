@@ -180,7 +180,7 @@ class RNNTrainer(RNNRegularizer, LearnerCallback):
         self.is_attached, self.batch = False, ()
 
     def returns_decoded(self) -> bool:
-        """Return whether the model returns only its output, which fastai's callback cannot take apart."""
+        """Return whether the model returns only its output, and not the tuple that fastai's callback needs."""
         return bool(self.paths.pairs) and self.paths.output is not last_raw
 
     def export(self, *args: Any, **kwargs: Any) -> Any:

@@ -65,7 +65,7 @@ class ActivationRegularization(KnownAttributes, Adapter, Callback):
     log: Any = None  # Lightning sets both
     log_dict: Any = None
 
-    @shown('ActivationRegularization(2.0, 1.0, rnn="lstm")')
+    @shown('ActivationRegularization(2.0, 1.0, rnn="lstm"); 0 leaves a term out')
     def __init__(
         self,
         alpha: Coefficient,

@@ -87,7 +87,7 @@ class RegularizedTrainer(Adapter, Trainer):
 
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
-    @shown('RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")')
+    @shown('RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1"); 0 leaves a term out')
     def __init__(
         self,
         *args: Any,

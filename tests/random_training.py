@@ -221,13 +221,13 @@ class Play:
 
     # The coefficients
 
-    def change_coefficients(self) -> None:
+    def change_coefficients(self, *kinds: str) -> None:
         """Change alpha and beta: to numbers, to other tensors, or in place. A loss would refuse the runs before."""
         if self.checkpointed:
             return  # a recomputation would save other tensors than the forward
         self.clear()
         self.coefficients = self.draw.choice([(2.0, 1.0), (0.75, 3.0), (1.5, 0.0), (0.0, 2.0), (0.0, 0.0)])
-        kind = self.draw.choice(["numbers", "tensors", "in place"])
+        kind = self.draw.choice(kinds or ("numbers", "tensors", "in place"))
         self.note(f"coefficients: {kind}", f"{self.coefficients}")
         for name, value in zip(("alpha", "beta"), self.coefficients, strict=True):
             if kind == "in place" and isinstance(getattr(self.reg, name), Tensor):
@@ -343,7 +343,7 @@ class Play:
         if how == "an attack":
             return
         if self.draw.random() < 0.1:
-            self.change_coefficients()  # the coefficients of the forward count
+            self.change_coefficients("numbers", "tensors")  # which is too late; in place it is an error
         for keeps in [True, keeps_graph] if how == "twice" else [keeps_graph]:
             for net, x in zip(self.nets, totals, strict=True):
                 if how == "second":

@@ -50,10 +50,6 @@ class Hook:
     """
 
     def __init__(self, attachment: Attachment, module: nn.Module, after: Any, before: Any = None) -> None:
-        for hook in (*vars(module)["_forward_hooks"].values(), *vars(module)["_forward_pre_hooks"].values()):
-            if isinstance(getattr(hook, "__self__", None), nullcontext):  # an idle hook that a copy has brought
-                for handle in hook.__self__.enter_result:
-                    handle.remove()
         self.attachment, self.module, self.after, self.before = attachment, module, after, before
         self.handles = [module.register_forward_hook(self, with_kwargs=True)]
         if before is not None:
@@ -114,8 +110,9 @@ class Call:
         run: the run, until the dropout has got raw, because raw must not own the penalty; `None` in a recomputation.
         version: the version of raw when the module returned it.
         packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
-        masks: the masks of valid steps and of starts, by their names, each of which may be `None`.
-        given: alpha and beta of the regularizer.
+        masks: the masks of valid steps and of starts, by their names; a mask may be `None`.
+        coefficients: alpha and beta, on the device of raw. A tensor is not copied, so that its change before the
+            backward is an error there.
     """
 
     attachment: Attachment
@@ -123,14 +120,10 @@ class Call:
     version: int
     packed: PackedSequence | None
     masks: dict[str, Any]
-    given: Sequence[Any]
+    coefficients: Sequence[Any]
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()  # raw may be saved, and loaded with `weights_only=True` where fastreg is not installed
-
-    def coefficients(self, raw: Tensor) -> Sequence[Any]:
-        """Return alpha and beta on the device of raw; a tensor is copied, as it may change before the backward."""
-        return [x.to(raw.device, copy=True) if isinstance(x, Tensor) else x for x in self.given]
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -225,7 +218,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         given, masks = (owner.alpha, owner.beta), source.masks.of(*args, **kwargs)
         packed: Any = None if raw is rows else raw._replace(data=None)  # pyright: ignore
         run = None if again else self.runs.begin(self, given, rows.requires_grad)
-        call = Call(self, run, version_of(rows), packed, masks, given)
+        coefficients = [x.to(rows.device) if isinstance(x, Tensor) else x for x in given]
+        call = Call(self, run, version_of(rows), packed, masks, coefficients)
         if source.dropout is None:
             self._form(call, run, rows, rows, None)
         else:
@@ -279,7 +273,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             )
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
         call.masks.update({name: given[name] for name in call.masks if given.get(name) is not None})
-        alpha, beta = call.coefficients(raw)
+        alpha, beta = call.coefficients
         return args[:1], given | call.masks | {"loan": Loan(alpha, beta, self.source.place_for(raw))}
 
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
@@ -349,7 +343,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             if call.packed is not None:
                 pair = [call.packed._replace(data=x) for x in pair]
             options = Options(*self.source.place_for(pair[0]), "mean", True, predicts=False)
-            terms = penalize(pair, call.coefficients(raw), (None, call.masks["valid"], call.masks["starts"]), options)
+            terms = penalize(pair, call.coefficients, (None, call.masks["valid"], call.masks["starts"]), options)
         if run is None:
             return None
         place = self.source.place
@@ -367,7 +361,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._note(RUN)
         steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
         # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
-        is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.given[1])
+        is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.coefficients[1])
         run.terms, run.is_one_step = terms, steps == 1 and not is_batch
         return None
 

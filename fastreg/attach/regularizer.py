@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.runs import Runs, total
-from fastreg.attach.source import Masks, Source, without_lengths
+from fastreg.attach.source import Masks, Source
 from fastreg.call.arguments import check_coefficient, check_count, check_selectors, shown
 from fastreg.call.operation import coefficient, place_of
 from fastreg.call.penalty import fused_ar_tar
@@ -38,11 +38,9 @@ class KnownAttributes:
     is_made = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        kind = type(self)
-        if self.is_made and not (name in vars(self) or hasattr(kind, name)):
-            raise AttributeError(
-                f"{kind.__name__}: expected one of its attributes, such as alpha or beta, got {name!r}"
-            )
+        if self.is_made and not hasattr(self, name):
+            words = f"expected one of its attributes, such as alpha or beta, got {name!r}"
+            raise AttributeError(f"{type(self).__name__}: {words}")
         super().__setattr__(name, value)
 
 
@@ -65,7 +63,7 @@ class RNNRegularizer(KnownAttributes):
 
     Attributes:
         ar: AR of the last training step without its coefficient, 0-dim and on the device. It is detached: no gradient
-            flows through it. It is `None` before the first step, and an evaluation leaves it as it is.
+            flows through it. It is `None` before the first step, and an evaluation does not change it.
         tar: TAR of the last training step, as for ar.
 
     Raises:
@@ -93,7 +91,7 @@ class RNNRegularizer(KnownAttributes):
         >>> loss.backward()
     """
 
-    @shown("RNNRegularizer(alpha=2.0, beta=1.0)")
+    @shown("RNNRegularizer(alpha=2.0, beta=1.0); 0 leaves a term out")
     def __init__(
         self,
         alpha: Coefficient,
@@ -257,7 +255,7 @@ class RNNRegularizer(KnownAttributes):
         self._given = None
         self._runs.clear()
 
-    @without_lengths
+    @shown("attach(rnn, dropout, valid=lambda x: mask), where mask is (batch, time)")
     def attach(
         self,
         module: nn.Module,

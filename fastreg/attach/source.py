@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,6 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.call.operation import place_of
 from fastreg.call.problem import Place, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Classes of modules that return no raw, or whose hooks do not run, with the expectation that an error names
 REFUSED: dict[Any, str] = {
@@ -206,21 +203,6 @@ def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) 
             got = [f"{type(x).__name__}{[*of] or ''}" for x, of in zip(given, facts, strict=True)]
             add_note(f"{name}: fastreg called this function with ({', '.join(got)})")
         raise
-
-
-def without_lengths(function: Function) -> Function:
-    """Make a function whose error about an argument `lengths` names the argument that takes a mask instead."""
-
-    @wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        if "lengths" in kwargs:
-            raise TypeError(
-                f"{function.__name__}: expected no lengths; pass valid=, a function that returns the mask of valid "
-                "time steps, such as torch.arange(time) < lengths[:, None]"
-            )
-        return function(*args, **kwargs)
-
-    return cast(Function, checked)
 
 
 def check_callable(name: str, function: object) -> None:

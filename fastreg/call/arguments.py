@@ -64,7 +64,7 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
 
 
 def shown(line: str) -> Callable[[Function], Function]:
-    """Make a constructor whose errors about missing and unknown arguments show a line of code that is right."""
+    """Make a function whose errors about missing and unknown arguments show a line of code that is right."""
 
     def decorate(function: Function) -> Function:
         signature, name = inspect.signature(function), line.split("(")[0]
@@ -74,7 +74,7 @@ def shown(line: str) -> Callable[[Function], Function]:
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                words = f"{name}: {error}. Write, for example, {line}; a coefficient of 0 leaves its term out"
+                words = f"{name}: {error}. Write, for example, {line}"
                 raise TypeError(words) from None
             return function(*args, **kwargs)
 

@@ -399,7 +399,7 @@ class Node(Function):
         if upstream[0] is None and upstream[-1] is None:
             return (None,) * (2 + len(plan.needs))
         saved = ctx.saved_tensors
-        if plan.in_memory:
+        if plan.in_memory and upstream[-1] is not None:  # the gradient of dropped alone needs no coefficient
             arguments.check_unchanged(ctx.versions, versions_of(values))
         # Hooks on saved tensors, and changes of their `data`, may have changed a layout.
         facts = None if torch.is_grad_enabled() or observed() else facts_of((*saved, *upstream))

@@ -1,4 +1,4 @@
-"""What the contract of the adapters adds for fastai v1 and v2; the tests of each version run it in real learners."""
+"""The contract of the adapters for fastai v1 and v2; the tests of each version run it in real learners."""
 
 from __future__ import annotations
 

@@ -320,7 +320,7 @@ def test_a_regularizer_may_be_away_for_a_while() -> None:
 
 
 ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and 1"
-# the callbacks of two learners, of which the first one is trained
+# the callbacks of two learners; the first one is trained
 REJECTED: list[tuple[list[Any], list[Any], type[Exception], str]] = [
     (rnn_cbs(1.0)[1:], [], TypeError, ALONE),
     ([fa.RNNCallback(), RNNRegularizer(1.0, **PATHS)], [], TypeError, ALONE),

@@ -146,7 +146,7 @@ def test_on_epoch_begin_resets() -> None:
 
 
 class WithName(RNNRegularizer):
-    """A subclass, which may have attributes of its own."""
+    """A subclass, which may have more attributes."""
 
     def __init__(self, name: str) -> None:
         super().__init__(2.0, 1.0)

@@ -235,7 +235,7 @@ def test_an_error_comes_before_the_warning_of_another_module(counts: Any) -> Non
         model.reg.on_backward_begin(torch.stack(losses).sum())
 
 
-# What is taken for what
+# The axes and masks that a repr shows
 
 
 TIME_FIRST, X, EACH = partial(nn.GRU, HIDDEN, HIDDEN), lm.inputs(), "no mask: every step counts"
@@ -298,7 +298,7 @@ def test_a_recomputation_is_no_run_that_waits_for_its_dropout() -> None:
         model.reg.on_backward_begin(model.dropout(raw).sum()).backward()
 
 
-# What is dropped, and said
+# Handles
 
 
 @each_dropout
