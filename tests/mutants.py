@@ -241,7 +241,6 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("check_packed", "batch sizes of a subclass", "plain(x.batch_sizes)", "x.batch_sizes"),
         ("_check_packed_alike", "other batch sizes", "not sizes.equal(others)", "False"),
         ("check_packed", "any axis of packed rows", "time_dim in (None, 0, -2)", "True"),
-        ("shown", "no line to write", "raise TypeError(words) from None", "raise"),
         ("_check_axes", "two axes of any meaning", "_expect(dims == 3,", "_expect(dims in (2, 3),"),
         ("_check_axes", "an axis too far", "-dims <= time_dim < dims", "-dims <= time_dim <= dims"),
         ("check_selectors_of", "one row of marks for all sequences", " and axes_of(x, time_dim)[1] is None", ""),

@@ -206,7 +206,6 @@ def states_as_activations(**options: Any) -> None:
     reg.on_backward_begin(raw.mean())
 
 
-WRITE = r"Write, for example, RNNRegularizer\(alpha=2\.0, beta=1\.0\)"
 NO_PENALTY = r"FusedRNNDropout: there is no penalty, .* FusedRNNDropout\(p, "
 STEPS = rf"raw\[0\]: expected .* got \({BATCH}, {HIDDEN}\)\. .* torch\.stack\(states, 1\)"
 DISCARDED = r"on_loss_begin: the last capture is discarded, .* on_backward_begin\(loss\) .* clear\(\)"
@@ -214,8 +213,6 @@ NO_LAYOUT = rf"batch_first: .* got None: raw is \(2, {BATCH}, {HIDDEN}\), .* not
 STATES = r"on_loss_begin: raw is .* has the size of its batch, 2\. .* not its states h and c"
 # The mistake, the error or warning that it causes now, and its message
 MISTAKES: dict[str, tuple[Mistake, type[Exception], str]] = {
-    "no coefficients": (lambda: RNNRegularizer(), TypeError, rf"RNNRegularizer: .* 'alpha'\. {WRITE}"),  # pyright: ignore
-    "one coefficient": (lambda: RNNRegularizer(2.0), TypeError, rf"RNNRegularizer: .* 'beta'\. {WRITE}"),  # pyright: ignore
     "a dropout without coefficients": (lambda: bare(True), RuntimeError, rf"{NO_PENALTY}alpha=2\.0, .*attach\(rnn"),
     "its second step": (lambda: bare(forwards=2), UserWarning, rf"{NO_PENALTY}.* write FusedRNNDropout\(p, 0, 0\)"),
     "a list of time steps": (lambda: fused_ar_tar([*RAW.unbind(1)], [*RAW.unbind(1)], ALPHA, BETA), ValueError, STEPS),
