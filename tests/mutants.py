@@ -589,9 +589,9 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("_selected", "decorated rows", "Selected.apply(plain(x)", "Selected.apply(x"),
         ("Selected", "the gradient in the order of sequences",
          "ctx.orders = inverse, order", "ctx.orders = order[: len(x)], inverse"),
-        ("_order", "a plan for each number of rows", "(1 << max(len(rows).bit_length() - 5, 0))", "1"),
-        ("order_of", "batch sizes in few bits", "sizes.long()", "sizes"),
-        ("order_of", "changes between sequences", "place, step == 0", "place, step < 0"),
+        ("_known_orders", "a plan for each number of rows", "(1 << max(len(order).bit_length() - 5, 0))", "1"),
+        ("orders_of", "batch sizes in few bits", "sizes.long()", "sizes"),
+        ("orders_of", "changes between sequences", "inverse, step == 0", "inverse, step < 0"),
     ],
     "fastreg/call/reference.py": [
         ("ar_tar", "the formula's terms not detached", "mean.detach()", "mean"),

@@ -257,6 +257,9 @@ class Plan:
         needs: for each tensor of a call, whether it needs a gradient.
         saves: for each tensor of a call, whether nodes save it.
         facts: the facts of the tensors that its nodes save.
+        measured: whether results contain the terms, too.
+        is_differentiable: whether a tensor of a call needs a gradient.
+        in_memory: whether a coefficient is a tensor, which may change before the backward.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
