@@ -65,9 +65,8 @@ def compute(
         first, second = operation.read(first, second, alpha, beta, options)
     inputs = first, second, alpha, beta
     if not USUAL.issuperset(map(type, inputs)):
-        inputs = (*map(plain, inputs),)
-        if first is second:
-            inputs = inputs[0], *inputs[:1], *inputs[2:]
+        one = plain(first)
+        inputs = one, one if first is second else plain(second), alpha, beta
     if not is_seen:  # a compiler would compile again for each new plan
         key = key_of(operation, inputs, selectors, options)
         try:

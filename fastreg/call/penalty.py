@@ -126,30 +126,25 @@ def fused_ar_tar(
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    return penalize((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
+    return penalize((raw, dropped), (alpha, beta), selectors_of(lengths, valid, starts), options)
 
 
 def penalize(
-    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Sequence[Any], options: Options
+    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
 ) -> Any:
     """Compute the penalty of activations, with its terms if they are wanted.
+
+    The penalty of a list of layers is a sum, and packed rows are selected in the order of their sequences.
 
     Args:
         activations: raw and dropped, as `fused_ar_tar` takes them.
         coefficients: alpha and beta.
-        selectors: lengths, valid and starts.
+        selectors: the selectors of the call, or `None` if all time steps count.
         options: the other arguments.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    return _penalty(activations, coefficients, selectors_of(*selectors), options)
-
-
-def _penalty(
-    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
-) -> Any:
-    """Compute the penalty of a list of layers as a sum, and of packed rows in the order of their sequences."""
     raw, dropped = activations
     if isinstance(raw, (tuple, list)) or isinstance(dropped, (tuple, list)):
         coefficients = alpha, beta = [*map(checked_coefficient, ("alpha", "beta"), coefficients)]
@@ -176,7 +171,7 @@ def _sum_of_layers(
         if i > 0:
             check_like_first(i, pair, layers[0], axis)
         try:
-            penalties.append(_penalty(pair, coefficients, selectors, options))
+            penalties.append(penalize(pair, coefficients, selectors, options))
         except (TypeError, ValueError) as error:
             raise type(error)(re.sub(r"\b(raw|dropped)\b", rf"\1[{i}]", str(error))) from None
     if options.measured:

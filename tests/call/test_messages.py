@@ -102,8 +102,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 # Options that do not go with packed sequences or layers.
 BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
-    (PACKED, {"lengths": LENGTHS}, "lengths: expected None, as a PackedSequence has"),
-    (PACKED, {"valid": STARTS}, "valid: expected None, as a PackedSequence has its own lengths"),
+    (PACKED, {"lengths": LENGTHS}, "lengths: expected None with a PackedSequence; pad_packed_sequence returns"),
+    (PACKED, {"valid": STARTS}, "valid: expected None with a PackedSequence"),
     (PACKED, {"starts": STARTS}, "starts: expected None with a PackedSequence"),
     (PACKED, {"time_dim": 1}, "time_dim: expected 0 or None with a PackedSequence"),
     ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
