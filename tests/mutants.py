@@ -586,11 +586,9 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
     "fastreg/call/packed.py": [
         ("by_sequence", "one tensor selected twice",
          "{id(y): y for y in given if y is not None}.values()", "[x for x in given if x is not None]"),
-        ("_selected", "decorated rows", "Selected.apply(plain(x)", "Selected.apply(x"),
         ("Selected", "the gradient in the order of sequences",
          "ctx.orders = inverse, order", "ctx.orders = order[: len(x)], inverse"),
         ("_known_orders", "a plan for each number of rows", "(1 << max(len(order).bit_length() - 5, 0))", "1"),
-        ("orders_of", "batch sizes in few bits", "sizes.long()", "sizes"),
         ("orders_of", "changes between sequences", "inverse, step == 0", "inverse, step < 0"),
     ],
     "fastreg/call/reference.py": [

@@ -37,7 +37,7 @@ def _selected(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Return rows in an order, as one sequence, `(1, rows, hidden)`."""
     if observed():
         return x.index_select(0, order).unsqueeze(0)
-    return Selected.apply(plain(x), order, inverse).unsqueeze(0)
+    return Selected.apply(x, order, inverse).unsqueeze(0)
 
 
 class Selected(Function):
@@ -81,7 +81,7 @@ def orders_of(sizes: Tensor, count: Any) -> tuple[Tensor, ...]:
     Returns:
         The order and its inverse, `(rows,)`; lengths, `(1,)`, which is the number of rows; and starts, `(1, rows)`.
     """
-    row, sizes = torch.arange(count, device=sizes.device), sizes.long()
+    row = torch.arange(count, device=sizes.device)
     step = torch.searchsorted(sizes.cumsum(0), row, right=True)
     sequence = row - (sizes.cumsum(0) - sizes)[step]
     lengths = torch.zeros_like(row).scatter_add(0, sequence, torch.ones_like(row))

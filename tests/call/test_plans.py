@@ -202,6 +202,17 @@ def test_one_tensor_of_a_subclass_gets_one_gradient() -> None:
         assert memory_of(lambda raw=raw: fused_ar_tar(raw, raw, 2.0, 1.0), "cpu")[0] < 1.5 * x.nbytes
 
 
+def test_packed_rows_are_selected_once_and_any_number_takes_few_plans() -> None:
+    skip_on_formula("cpu")
+    x = packed(torch.randn(4000, 200), [50] * 80)
+    assert memory_of(lambda: fused_ar_tar(x, x, 2.0, 1.0), "cpu")[0] < 1.5 * x.data.nbytes
+    PLANS.clear()
+    for count in range(129, 161):
+        x = packed(torch.randn(count, 2), [count])
+        fused_ar_tar(x, x, 2.0, 1.0)
+    assert len(PLANS) == 2 * 4  # of penalties and of steps, for 136, 144, 152 and 160 rows
+
+
 def test_coefficients_that_change_make_no_plans(device: str) -> None:
     raw, module, regularizer = RAW.to(device).requires_grad_(), nn.Identity(), RNNRegularizer(2.0, 1.0)
     dropout, plans = FusedRNNDropout(0.0), []
