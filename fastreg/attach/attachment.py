@@ -23,6 +23,7 @@ from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.outputs import address_of, mapped, tensors_in
 from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, Tally, report
 from fastreg.attach.source import Source
+from fastreg.call.operation import selectors_of
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import Options, Place, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
@@ -343,7 +344,8 @@ class Attachment(AbstractContextManager["Attachment"]):
             if call.packed is not None:
                 pair = [call.packed._replace(data=x) for x in pair]
             options = Options(*self.source.place_for(pair[0]), "mean", True, predicts=False)
-            terms = penalize(pair, call.coefficients, (None, call.masks["valid"], call.masks["starts"]), options)
+            selectors = selectors_of(None, call.masks["valid"], call.masks["starts"])
+            terms = penalize(pair, call.coefficients, selectors, options)
         if run is None:
             return None
         place = self.source.place

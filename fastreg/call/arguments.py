@@ -6,13 +6,11 @@ options and lists are checked once for each new kind of call; values are checked
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from numbers import Integral, Real
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +20,14 @@ from fastreg.call.problem import axes_of, is_list, sizes_of
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# The arguments that select the time steps that count: their dtypes, the dtypes in words, the remedy for another dtype,
-# and the reason why the argument cannot be given with a PackedSequence.
-OWN, PAD = ", as a PackedSequence has its own lengths", "pad_packed_sequence returns a tensor"
+# The arguments that select the time steps that count: their dtypes, the dtypes in words, the remedy for another dtype.
 MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", "; use .bool()"
-SELECTORS: dict[str, tuple[Sequence[torch.dtype], str, str, str]] = {
-    "lengths": (INTEGERS, "an integer tensor", "; use .long(), or pass a mask as valid=", OWN),
-    "valid": (*MASK, OWN),
-    "starts": (*MASK, f" with a PackedSequence; {PAD}, and lengths"),
+SELECTORS: dict[str, tuple[Sequence[torch.dtype], str, str]] = {
+    "lengths": (INTEGERS, "an integer tensor", "; use .long(), or pass a mask as valid="),
+    "valid": MASK,
+    "starts": MASK,
 }
 ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
 TWO_AXES = (
@@ -41,6 +35,7 @@ TWO_AXES = (
     "each time step, (batch, time). If it is one time step, (batch, hidden), pass all steps in one tensor, "
     "torch.stack(states, 1)"
 )
+PAD = "; pad_packed_sequence returns a tensor and lengths"
 HINT = " (an RNN returns its output and its state: pass the output)"
 
 
@@ -61,26 +56,6 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
 
 
 # ---- coefficients and options
-
-
-def shown(line: str) -> Callable[[Function], Function]:
-    """Make a function whose errors about missing and unknown arguments show a line of code that is right."""
-
-    def decorate(function: Function) -> Function:
-        signature, name = inspect.signature(function), line.split("(")[0]
-
-        @wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                words = f"{name}: {error}. Write, for example, {line}"
-                raise TypeError(words) from None
-            return function(*args, **kwargs)
-
-        return cast(Function, checked)
-
-    return decorate
 
 
 def check_options(reduction: object, return_terms: object) -> None:
@@ -179,6 +154,11 @@ def _real(name: str, value: Any) -> float:
 # ---- lists of layers and packed sequences, before there are calls of one layer
 
 
+def _given(raw: Any, dropped: Any) -> dict[str, Any]:
+    """Return the activations that are not `None`, by their names."""
+    return {name: x for name, x in (("raw", raw), ("dropped", dropped)) if x is not None}
+
+
 def check_given(name: str, value: object, is_read: bool, coefficient: str) -> None:
     """Check that activations are given if the term of a coefficient reads them."""
     if is_read and value is None:
@@ -187,12 +167,12 @@ def check_given(name: str, value: object, is_read: bool, coefficient: str) -> No
 
 def check_layers(raw: Any, dropped: Any) -> list[Sequence[Any]]:
     """Check that lists of layers go together, and return raw and dropped of each layer; `None` for at most one list."""
-    given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
-    counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for _, x in given]
+    given = _given(raw, dropped)
+    counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for x in given.values()]
     hint = HINT if "one tensor" in counts else ""
     alike = "the same layers in both, got {} and {}{}"
     _expect(counts[0] == counts[-1], "raw and dropped", alike, *counts, hint)
-    for name, layers in given:
+    for name, layers in given.items():
         _expect(len(layers) > 0, name, "a tensor a layer, got an empty {}", type(layers))
         for i, x in enumerate(layers):
             if type(x) is not Tensor and not isinstance(x, PackedSequence):
@@ -214,32 +194,22 @@ def check_like_first(i: int, pair: Sequence[Any], pair0: Sequence[Any], axis: in
 def check_packed(raw: Any, dropped: Any, time_dim: int | None, selectors: Sequence[Any]) -> None:
     """Check packed sequences, `None` for at most one of them, and that no argument is given that does not fit them."""
     for name, given in zip(SELECTORS, selectors, strict=True):
-        if given is not None:
-            raise ValueError(f"{name}: expected None{SELECTORS[name][3]}")
+        _expect(given is None, name, "None with a PackedSequence{}", PAD)
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
-    given = [(name, x) for name, x in (("raw", raw), ("dropped", dropped)) if x is not None]
-    for name, x in given:
-        _check_packed_alike(name, x, *given[0])
+    pair = _given(raw, dropped)
+    for name, x in pair.items():
+        _check_packed_alike(name, x, *next(iter(pair.items())))
         data, sizes = check_tensor(f"{name}.data", x.data), plain(x.batch_sizes)
-        _check_dtype(f"{name}.data", data)
         _expect(data.dim() == 2, f"{name}.data", "(rows, hidden), got {}", data.shape)
         name = f"{name}.batch_sizes"
         _check_tensor_of(name, sizes, INTEGERS, "an integer tensor")
-        is_near = sizes.device.type == "cpu" or (sizes.is_meta and data.is_meta)
-        _expect(is_near, name, "a tensor on the CPU, got one on {}", sizes.device)
         _check_batch_sizes(name, sizes, data.shape[0])
 
 
 def check_tensor(name: str, x: Any) -> Tensor:
     """Check for a dense tensor."""
     if not isinstance(x, Tensor):
-        is_packed, hint = isinstance(x, PackedSequence), HINT if type(x) is tuple else ""
-        _expect(
-            not is_packed,
-            name,
-            "a tensor, got a PackedSequence; pad_packed_sequence returns a tensor and lengths",
-            error=TypeError,
-        )
+        hint = PAD if isinstance(x, PackedSequence) else HINT if type(x) is tuple else ""
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
     _check_dense(name, x)
     return x
@@ -283,7 +253,7 @@ def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
 
 def check_pair(raw: Any, dropped: Any, time_dim: int | None) -> dict[str, Any]:
     """Check raw and dropped, and return them by their names; `None` for at most one of them."""
-    pair = {name: x for name, x in (("raw", raw), ("dropped", dropped)) if x is not None}
+    pair = _given(raw, dropped)
     for given in pair.items():
         _expect(isinstance(given[1], Tensor), given[0], "{}, got {}", ACTIVATIONS, type(given[1]), error=TypeError)
         _check_dense(*given)
@@ -311,7 +281,7 @@ def check_selectors(lengths: object, valid: object, starts: object) -> None:
     _expect(lengths is None or valid is None, "lengths and valid", "one of them, got both")
     for name, given in zip(SELECTORS, (lengths, valid, starts), strict=True):
         if given is not None:
-            _check_tensor_of(name, given, *SELECTORS[name][:3])
+            _check_tensor_of(name, given, *SELECTORS[name])
 
 
 def check_selectors_of(x: Any, time_dim: int, selectors: Mapping[str, Any]) -> None:

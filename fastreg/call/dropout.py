@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Plan, compute, selectors_of
+from fastreg.call.operation import Plan, Selectors, compute, selectors_of
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, WithTerms
 from fastreg.call.reference import ar_tar
@@ -110,7 +110,7 @@ def fused_dropout_ar_tar(
     """
     if training is not True:
         check_flags(training=training)
-    selectors, options = (lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
+    selectors, options = selectors_of(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
     return drop_and_penalize(raw, (alpha, beta), selectors, options, Drop(p, mask, training))
 
 
@@ -126,14 +126,14 @@ class Drop(NamedTuple):
 
 
 def drop_and_penalize(
-    raw: Any, coefficients: Sequence[Any], selectors: Sequence[Any], options: Options, drop: Drop
+    raw: Any, coefficients: Sequence[Any], selectors: Selectors | None, options: Options, drop: Drop
 ) -> tuple[Tensor, Any]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
         raw: as `fused_dropout_ar_tar` takes it.
         coefficients: alpha and beta.
-        selectors: lengths, valid and starts.
+        selectors: the selectors of the call, or `None` if all time steps count.
         options: the other arguments of the penalty.
         drop: the arguments of the dropout.
 
@@ -153,7 +153,7 @@ def drop_and_penalize(
     if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
     activations = raw, float(p) if mask is None else mask
-    return compute(DropoutPlan, activations, coefficients, selectors_of(*selectors), options)
+    return compute(DropoutPlan, activations, coefficients, selectors, options)
 
 
 class DropoutPlan(Plan):

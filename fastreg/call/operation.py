@@ -65,9 +65,8 @@ def compute(
         first, second = operation.read(first, second, alpha, beta, options)
     inputs = first, second, alpha, beta
     if not USUAL.issuperset(map(type, inputs)):
-        inputs = (*map(plain, inputs),)
-        if first is second:
-            inputs = inputs[0], *inputs[:1], *inputs[2:]
+        one = plain(first)
+        inputs = one, one if first is second else plain(second), alpha, beta
     if not is_seen:  # a compiler would compile again for each new plan
         key = key_of(operation, inputs, selectors, options)
         try:
@@ -257,6 +256,9 @@ class Plan:
         needs: for each tensor of a call, whether it needs a gradient.
         saves: for each tensor of a call, whether nodes save it.
         facts: the facts of the tensors that its nodes save.
+        measured: whether results contain the terms, too.
+        is_differentiable: whether a tensor of a call needs a gradient.
+        in_memory: whether a coefficient is a tensor, which may change before the backward.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.

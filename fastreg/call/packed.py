@@ -26,18 +26,18 @@ def by_sequence(raw: Any, dropped: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     x, sizes = packed.data, plain(packed.batch_sizes)
     arguments.check_no_parts(x)
     arguments.check_not_captured("lengths", x.device)
-    order = _order(tuple(sizes.tolist())) if has_values(sizes) else order_of(sizes, x.shape[0])
-    rows, places = (y.to(x.device, non_blocking=True) for y in order[:2])
+    orders = _known_orders(tuple(sizes.tolist())) if has_values(sizes) else orders_of(sizes, x.shape[0])
+    order, inverse = (y.to(x.device, non_blocking=True) for y in orders[:2])
     given = [None if y is None else y.data for y in (raw, dropped)]
-    selected = {id(y): _selected(y, rows, places) for y in {id(y): y for y in given if y is not None}.values()}
-    return [selected.get(id(y)) for y in given], (order[2], None, order[3])
+    selected = {id(y): _selected(y, order, inverse) for y in {id(y): y for y in given if y is not None}.values()}
+    return [selected.get(id(y)) for y in given], (orders[2], None, orders[3])
 
 
-def _selected(x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """Return some rows as one sequence, `(1, rows, hidden)`."""
+def _selected(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return rows in an order, as one sequence, `(1, rows, hidden)`."""
     if observed():
-        return x.index_select(0, rows).unsqueeze(0)
-    return Selected.apply(plain(x), rows, places).unsqueeze(0)
+        return x.index_select(0, order).unsqueeze(0)
+    return Selected.apply(x, order, inverse).unsqueeze(0)
 
 
 class Selected(Function):
@@ -58,30 +58,34 @@ class Selected(Function):
 
 
 @lru_cache(maxsize=64)
-def _order(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Compute the order of rows, and remember it for the next layers and calls.
+def _known_orders(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Compute `orders_of` batch sizes, and remember them for the next layers and calls.
 
     The number of rows is rounded up to one of few numbers, so that few plans serve all calls.
     """
     with torch.inference_mode(False):
-        rows, places, lengths, starts = order_of(torch.tensor(sizes, device="cpu"), sum(sizes))
-        more = -len(rows) % (1 << max(len(rows).bit_length() - 5, 0))
-        return pad(rows, (0, more)), places, lengths, pad(starts, (0, more))
+        order, inverse, lengths, starts = orders_of(torch.tensor(sizes, device="cpu"), sum(sizes))
+        more = -len(order) % (1 << max(len(order).bit_length() - 5, 0))
+        return pad(order, (0, more)), inverse, lengths, pad(starts, (0, more))
 
 
-def order_of(sizes: Tensor, count: Any) -> tuple[Tensor, ...]:
+def orders_of(sizes: Tensor, count: Any) -> tuple[Tensor, ...]:
     """Compute the order that puts the rows of each sequence together, its inverse, and where the sequences start.
 
     No shape depends on values, which a compiler does not know.
 
+    Args:
+        sizes: the batch sizes of a packed sequence.
+        count: the number of its rows.
+
     Returns:
         The order and its inverse, `(rows,)`; lengths, `(1,)`, which is the number of rows; and starts, `(1, rows)`.
     """
-    row, sizes = torch.arange(count, device=sizes.device), sizes.long()
+    row = torch.arange(count, device=sizes.device)
     step = torch.searchsorted(sizes.cumsum(0), row, right=True)
     sequence = row - (sizes.cumsum(0) - sizes)[step]
     lengths = torch.zeros_like(row).scatter_add(0, sequence, torch.ones_like(row))
-    place = (lengths.cumsum(0) - lengths)[sequence] + step
-    starts = torch.zeros_like(row, dtype=torch.bool).scatter(0, place, step == 0)
-    rows = torch.zeros_like(row).scatter(0, place, row)
-    return rows, place, torch.ones_like(row).sum(0, keepdim=True), starts.unsqueeze(0)
+    inverse = (lengths.cumsum(0) - lengths)[sequence] + step
+    starts = torch.zeros_like(row, dtype=torch.bool).scatter(0, inverse, step == 0)
+    order = torch.zeros_like(row).scatter(0, inverse, row)
+    return order, inverse, torch.ones_like(row).sum(0, keepdim=True), starts.unsqueeze(0)

@@ -22,7 +22,6 @@ from fastreg.call.problem import (
     Options,
     WithTerms,
     compute_dtype,
-    data_of,
     is_list,
     is_on,
     layers_of,
@@ -127,36 +126,31 @@ def fused_ar_tar(
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    return penalize((raw, dropped), (alpha, beta), (lengths, valid, starts), options)
+    return penalize((raw, dropped), (alpha, beta), selectors_of(lengths, valid, starts), options)
 
 
 def penalize(
-    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Sequence[Any], options: Options
+    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
 ) -> Any:
     """Compute the penalty of activations, with its terms if they are wanted.
+
+    The penalty of a list of layers is a sum, and packed rows are selected in the order of their sequences.
 
     Args:
         activations: raw and dropped, as `fused_ar_tar` takes them.
         coefficients: alpha and beta.
-        selectors: lengths, valid and starts.
+        selectors: the selectors of the call, or `None` if all time steps count.
         options: the other arguments.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
     """
-    return _penalty(activations, coefficients, selectors_of(*selectors), options)
-
-
-def _penalty(
-    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
-) -> Any:
-    """Compute the penalty of a list of layers as a sum, and of packed rows in the order of their sequences."""
     raw, dropped = activations
     if isinstance(raw, (tuple, list)) or isinstance(dropped, (tuple, list)):
         coefficients = alpha, beta = [*map(checked_coefficient, ("alpha", "beta"), coefficients)]
         raw, dropped = PenaltyPlan.read(raw, dropped, alpha, beta, options)
         if is_list(raw) or is_list(dropped):
-            return _sum_of_layers(check_layers(raw, dropped), coefficients, selectors, options)
+            return _sum_of_layers((raw, dropped), coefficients, selectors, options)
         if not raw is dropped is None:
             check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
             activations, selected = by_sequence(raw, dropped)
@@ -166,17 +160,18 @@ def _penalty(
 
 
 def _sum_of_layers(
-    layers: Sequence[Sequence[Any]], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
+    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
 ) -> Any:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
+    layers = check_layers(*activations)
     axis = place_of(options.batch_first, options.time_dim).axis()
-    options = options._replace(dtype=compute_dtype([data_of(x) for pair in layers for x in pair if x is not None]))
+    options = options._replace(dtype=compute_dtype(_tensors_of(activations)))
     penalties: list[Any] = []
     for i, pair in enumerate(layers):
         if i > 0:
             check_like_first(i, pair, layers[0], axis)
         try:
-            penalties.append(_penalty(pair, coefficients, selectors, options))
+            penalties.append(penalize(pair, coefficients, selectors, options))
         except (TypeError, ValueError) as error:
             raise type(error)(re.sub(r"\b(raw|dropped)\b", rf"\1[{i}]", str(error))) from None
     if options.measured:
@@ -186,9 +181,14 @@ def _sum_of_layers(
 
 def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
     """Return a penalty of 0 on the device of the activations, if any are given, for a call with both terms off."""
-    tensors = [x for layers in map(layers_of, activations) for x in layers if isinstance(x, Tensor)]
+    tensors = _tensors_of(activations)
     zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
+
+
+def _tensors_of(activations: Sequence[Any]) -> Sequence[Tensor]:
+    """Return the tensors and the packed rows of all layers."""
+    return [x for layers in map(layers_of, activations) for x in layers if isinstance(x, Tensor)]
 
 
 class PenaltyPlan(Plan):
@@ -203,8 +203,9 @@ class PenaltyPlan(Plan):
         is_kept: as for `Plan`.
 
     Attributes:
+        predicts: whether the caller lets forwards write gradients ahead.
         gradients: functions that allocate the gradients of raw and dropped.
-        is_ahead: whether forwards may write gradients ahead.
+        is_ahead: whether forwards do so, as long as backwards come.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 

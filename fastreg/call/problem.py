@@ -128,5 +128,4 @@ def data_of(x: Any) -> Tensor:
 
 def layers_of(x: Any) -> Sequence[Any]:
     """Return the tensor or the packed rows of each layer of activations; for `None` there is no layer."""
-    layers = x if is_list(x) else () if x is None else (x,)
-    return [layer.data if isinstance(layer, PackedSequence) else layer for layer in layers]  # without calls
+    return [*map(data_of, x if is_list(x) else () if x is None else (x,))]

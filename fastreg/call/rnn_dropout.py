@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastreg.call.arguments import check_coefficient, check_probability
 from fastreg.call.dropout import Drop, drop_and_penalize
-from fastreg.call.operation import coefficient, place_of
+from fastreg.call.operation import coefficient, place_of, selectors_of
 from fastreg.call.problem import ARTAR, Coefficient, Options, Place, is_on
 from fastreg.call.torch_state import current, level_of_caller, version_of
 
@@ -150,7 +150,7 @@ class FusedRNNDropout(nn.Module):
         elif loan is not None:  # the hooks compute the penalty, as each coefficient would compile the code again
             loan = Loan(0.0, 0.0, loan.place)
         lender, place = (self, self.place()) if loan is None else (loan, loan.place)
-        coefficients, selectors = (lender.alpha, lender.beta), (None, valid, starts)
+        coefficients, selectors = (lender.alpha, lender.beta), selectors_of(None, valid, starts)
         options = Options(*place, "mean", True, self.ar_of == "raw")
         dropped, formed = drop_and_penalize(raw, coefficients, selectors, options, Drop(self.p if p is None else p))
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled

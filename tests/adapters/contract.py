@@ -143,9 +143,8 @@ class TrainerContract(Contract):
     """The test of the adapters that are made without a model."""
 
     adapter: Callable[..., Any]
-    example: str  # of a call
 
     @pytest.mark.parametrize("given", [{"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}])
     def test_coefficients_and_a_path_are_required(self, given: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match=re.escape(f"Write, for example, {self.example}")):
+        with pytest.raises(TypeError, match=r"missing \d required"):
             self.adapter(**given)

@@ -92,7 +92,6 @@ def assert_left_alone(module: Any) -> None:
 
 class TestContract(TrainerContract):
     kind, adapter = Module, ActivationRegularization
-    example = 'ActivationRegularization(2.0, 1.0, rnn="lstm")'
 
     def fit(self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
         callbacks = [] if options is None else [callback(**({"dropout": None} | options))]

@@ -131,7 +131,6 @@ class TestContract(TrainerContract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
     adapter = partial(RegularizedTrainer, nn.Identity())
-    example = 'RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1")'
 
     def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
         steps: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
@@ -23,7 +23,6 @@ from fastreg.kernels import prediction
 from fastreg.kernels.prediction import OnDevice
 from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import compiled, memory_of, skip_on_formula
-from tests.exact import exact, truth
 from tests.kernels.stand_in import h100
 from tests.samples import Decorated, transposed
 
@@ -181,22 +180,6 @@ def test_two_calls_that_differ_in_one_fact(name: str) -> None:
         assert states[0] == states[1]  # threads share plans, which are complete when they are kept
 
 
-@pytest.mark.parametrize("hidden", [1, 8, 64])
-def test_packed_rows_of_any_number(hidden: int, device: str) -> None:
-    """Their backwards come in another order than their forwards."""
-    skip_on_formula(device)
-    calls = []
-    for sizes in ([1], [3, 2, 2], [1, 1, 1, 1], [40, 33, 2], [2], [3, 2, 2]):
-        pair = [torch.randn(sum(sizes), hidden, device=device, requires_grad=True) for _ in range(2)]
-        calls.append((pair, sizes, fused_ar_tar(*(packed(x, sizes) for x in pair), 2.0, 1.0)))
-    for pair, sizes, got in reversed(calls):
-        doubles = [exact(x) for x in pair]
-        (raw, lengths), (dropped, _) = (pad_packed_sequence(packed(x, sizes), batch_first=True) for x in doubles)
-        want = truth(raw, dropped, 2.0, 1.0, lengths=lengths).penalty
-        assert_close(got, want, check_dtype=False)
-        assert_close(torch.autograd.grad(got, pair), torch.autograd.grad(want, doubles), check_dtype=False)
-
-
 def test_values_are_checked_in_every_call() -> None:
     lengths, valid, starts, alpha = LENGTHS.clone(), VALID.long(), STARTS.long(), torch.tensor(2.0)
     calls: list[dict[str, Any]] = [{"lengths": lengths}, {"valid": valid}, {"starts": starts}, {"alpha": alpha}, {}]
@@ -217,6 +200,17 @@ def test_one_tensor_of_a_subclass_gets_one_gradient() -> None:
     x = torch.randn(8, 7, 900, requires_grad=True).as_subclass(Decorated)
     for raw in (x, [x], (x,)):
         assert memory_of(lambda raw=raw: fused_ar_tar(raw, raw, 2.0, 1.0), "cpu")[0] < 1.5 * x.nbytes
+
+
+def test_packed_rows_are_selected_once_and_any_number_takes_few_plans() -> None:
+    skip_on_formula("cpu")
+    x = packed(torch.randn(4000, 200), [50] * 80)
+    assert memory_of(lambda: fused_ar_tar(x, x, 2.0, 1.0), "cpu")[0] < 1.5 * x.data.nbytes
+    PLANS.clear()
+    for count in range(129, 161):
+        x = packed(torch.randn(count, 2), [count])
+        fused_ar_tar(x, x, 2.0, 1.0)
+    assert len(PLANS) == 2 * 4  # of penalties and of steps, for 136, 144, 152 and 160 rows
 
 
 def test_coefficients_that_change_make_no_plans(device: str) -> None:

@@ -100,7 +100,9 @@ class TestCompile:
             nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
             return Counter(node.target for node in nodes if node.meta["val"].dim())
 
-        assert operators(CALLS["pair"]) <= operators(by_hand)
+        found, wanted = operators(CALLS["pair"]), operators(by_hand)
+        assert found <= wanted
+        assert found.total() >= wanted.total() - 2  # without the division of each mean
 
     @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
     def test_a_step_in_one_graph(self, step: Call) -> None:

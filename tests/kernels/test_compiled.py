@@ -121,9 +121,6 @@ def train(
         torch.autograd.backward(results, [torch.ones_like(x) for x in results])
 
 
-RAGGED = ("marked",)  # lengths, starts and packed sequences take the code of marks
-
-
 def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores: int) -> None:
     count = count_amd(binary) if "amdgcn" in binary.asm else count_nvidia(binary)
     assert count[0] == wide_loads
@@ -135,7 +132,7 @@ def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores:
 @pytest.mark.parametrize(
     ("target", "dtype", "kind"),
     [
-        *[("sm_90", BF16, kind) for kind in ("two", "one", *RAGGED)],
+        *[("sm_90", BF16, kind) for kind in ("two", "one", "marked")],
         ("gfx942", BF16, "two"),
         *(
             pytest.param(*case, marks=more)
@@ -143,8 +140,8 @@ def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores:
                 *[(target, dtype, "two") for target in ("sm_80", "sm_100") for dtype in (FLOAT, BF16)],
                 *[(target, BF16, "one") for target in ("sm_80", "sm_100", "gfx942")],
                 *[("sm_90", dtype, "two") for dtype in (FLOAT, DOUBLE)],
-                *[(*case, ragged) for case in (("gfx942", BF16), ("sm_90", FLOAT)) for ragged in RAGGED],
-                *[("sm_80", BF16, "marked"), ("sm_100", BF16, "marked")],
+                *[(target, BF16, "marked") for target in ("sm_80", "sm_100", "gfx942")],
+                ("sm_90", FLOAT, "marked"),
             ]
         ),
     ],
@@ -152,13 +149,13 @@ def assert_accesses(binary: Any, wide_loads: int, other_loads: int, wide_stores:
     ids=str,
 )
 def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str) -> None:
-    """Marks and offsets of packed rows add their own loads, and change no other load."""
-    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and kind in RAGGED:
-        pytest.skip("without buffer operations, loads of activations look like those of marks and offsets")
+    """Lengths, starts and packed sequences take the code of marks, which adds its own loads, and changes no other."""
+    if target.backend == "hip" and not triton.knobs.amd.use_buffer_ops and kind == "marked":
+        pytest.skip("without buffer operations, loads of activations look like those of marks")
     train(dtype, kind=kind)
     unroll = tiling.UNROLL
     rows = unroll if kind == "one" else 2 * unroll
-    others = {"marked": MARKS + 12}.get(kind, 0)  # including counts
+    others = MARKS + 12 if kind == "marked" else 0  # including counts
     (forward,), (backward,) = trained(masked=False)
     assert_accesses(forward, rows + 2, PARTIAL_SUMS + 2 + others, rows)
     assert_accesses(backward, rows + 2, 2 + others, rows)
@@ -166,7 +163,7 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str) ->
         (forward,), (backward,) = trained(masked=True)  # the mask is one more load for a whole run
         assert_accesses(forward, unroll + 1 + 1, PARTIAL_SUMS + others, unroll)
         assert_accesses(backward, rows + 2 + 1, 1 + others, unroll)
-    if kind not in RAGGED:
+    if kind != "marked":
         raw, dropped = torch.zeros(2, 4, 70, 400, dtype=dtype)
         fused_ar_tar(raw, raw if kind == "one" else dropped, 2.0, 1.0)
         (forward,) = compiled(False, GRAD_TAR=False)
@@ -187,30 +184,26 @@ def test_registers(target: Any, dtype: torch.dtype) -> None:
 
 @more
 @pytest.mark.parametrize(
-    ("target", "dtype", "hidden", "ragged"),
+    ("target", "dtype", "hidden", "kinds"),
     [
         *[
-            (*case, 400, ("marked",))
+            (*case, 400, ("two", "marked"))
             for case in zip([*TARGETS][4:], (HALF, BF16, FLOAT, BF16, FLOAT, BF16, HALF), strict=True)
         ],
-        ("sm_80", BF16, 401, RAGGED),
-        ("sm_90", BF16, 401, RAGGED),
-        ("sm_100", BF16, 401, ("marked",)),
-        ("gfx942", BF16, 401, RAGGED),
-        ("sm_90", FLOAT, 401, ()),
-        ("sm_90", FLOAT, 650, RAGGED),  # 1150 takes the code of 650
-        ("sm_90", BF16, 650, ("marked",)),
+        *[(target, BF16, 401, ("two", "marked")) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
+        ("sm_90", FLOAT, 401, ("two",)),
+        *[("sm_90", dtype, 650, ("two", "marked")) for dtype in (FLOAT, BF16)],  # 1150 takes the code of 650
     ],
     indirect=["target"],
     ids=str,
 )
 def test_no_spills_on_other_gpus_or_with_narrow_loads(
-    target: Any, dtype: torch.dtype, hidden: int, ragged: tuple[str, ...]
+    target: Any, dtype: torch.dtype, hidden: int, kinds: tuple[str, ...]
 ) -> None:
-    for kind in ("two", *ragged):
+    for kind in kinds:
         train(dtype, (4, 70, hidden), kind)
     binaries = [*kernels.ar_tar_kernel.device_caches[0][0].values()]
-    assert len(binaries) == 4 + 4 * ("marked" in ragged)
+    assert len(binaries) == 4 * len(kinds)
     binaries += kernels_of_steps.steps_kernel.device_caches[0][0].values()
     assert_no_spills(binaries, max(MOST_SPILLED, SPILLED_BY_128) if hidden == 400 else MOST_SPILLED_NARROW)
 
@@ -232,7 +225,11 @@ def loops_of_spilling(binary: Any, most: int) -> list[str]:
     stack, local = (int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", registers.usage_of(binary)))
     assert stack <= most
     assert local == 0
-    return ["\n".join(x) for x in registers.inner_loops(registers.usage_of(binary, "-sass"))] if stack else []
+    if not stack:
+        return []
+    loops = ["\n".join(x) for x in registers.inner_loops(registers.usage_of(binary, "-sass"))]
+    assert loops, "the walk along time is a loop"
+    return loops
 
 
 def assert_no_spills_amd(assembly: str) -> None:
@@ -243,8 +240,9 @@ def assert_no_spills_amd(assembly: str) -> None:
 def count_nvidia(binary: Any) -> tuple[int, int, int]:
     """Count loads of 16 bytes, all loads, and stores of 16 bytes; check that the loop over rows spills nothing."""
     most = max(MOST_SPILLED, SPILLED_BY_128 * (binary.metadata.target.arch == 80))
-    loops = [x for x in loops_of_spilling(binary, most) if re.search(r"\bLDG\S*\.128\b", x)]
-    assert not re.search(SPILL, min(loops, key=len, default=""))
+    if loops := loops_of_spilling(binary, most):
+        wide_loops = [x for x in loops if re.search(r"\bLDG\S*\.128\b", x)]
+        assert not re.search(SPILL, min(wide_loops, key=len))
     accesses = re.findall(r"\b(ld|st)\.global(\S*)", binary.asm["ptx"])
     wide = [kind for kind, rest in accesses if rest.endswith((".v4.b32", ".v2.b64"))]
     return wide.count("ld"), [kind for kind, _ in accesses].count("ld"), wide.count("st")
@@ -254,8 +252,7 @@ def count_amd(binary: Any) -> tuple[int, int, int]:
     """Do the same for AMD."""
     assembly = binary.asm["amdgcn"]
     assert_no_spills_amd(assembly)
-    # Activations go through buffers, but by default not before Triton 3.5; the offsets of packed rows, global, may be
-    # read four at a time.
+    # Activations go through buffers, but by default not before Triton 3.5.
     kind = "buffer" if triton.knobs.amd.use_buffer_ops else "global"
     loads, stores = (re.findall(rf"\b{kind}_{access}_(\w+)", assembly) for access in ("load", "store"))
     return loads.count("dwordx4"), len(loads), stores.count("dwordx4")

@@ -38,7 +38,7 @@ def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatc
     monkeypatch.setattr(launch.Launch, "__call__", lambda its, *values: launched.append(its) or call(its, *values))
     raw, dropped = leaves(device, 2, 33, 4)
     options: Any = {"lengths": torch.tensor([33, 20]), "starts": torch.ones(2, 33, dtype=torch.bool)}
-    for layers, steps, counts in ((1, {}, (1, 1)), (1, options, (2, 1)), (3, {}, (3, 3))):
+    for layers, steps, counts in ((1, {}, (1, 1)), (1, options, (2, 1)), (3, {}, (3, 3)), (3, options, (4, 3))):
         for _ in range(2):  # the second call finds the plan of the first
             got = fused_ar_tar([raw] * layers, [raw if same else dropped] * layers, 2.0, 1.0, **steps)
             forward = len(launched)
