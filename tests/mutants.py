@@ -414,7 +414,8 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Tally", "the first gradient is never seen", "self.patience == AT_FIRST or", "False or"),
         ("Tally", "later gradients are never seen", " or self.begun >= self.settled + HOOKED", ""),
         ("Run", "a penalty taken twice", ", self.terms, self.is_held = self.terms, None, False", " = self.terms"),
-        ("Run", "lost runs", "tally.lost += self.number > tally.settled", "pass"),
+        ("Run", "lost runs", "tally.lost += self.number > tally.settled and not self.is_lost", "pass"),
+        ("Run", "runs lost twice", " and not self.is_lost", ""),
         ("Run", "runs before a gradient", "self.number > tally.settled", "self.number > 0"),
         ("stamps_of", "coefficients changed in place", "(id(x), version_of(x))", "id(x)"),
         ("stamps_of", "coefficients in another tensor", "(id(x), version_of(x))", "version_of(x)"),
@@ -456,6 +457,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("total", "the first penalty alone", "for x in formed]", "for x in [*formed][:1]]"),
     ],
     "fastreg/attach/mark.py": [
+        ("FastregAttach", "runs that a kept loss keeps", "        ctx.run.lose()", "        pass"),
         ("FastregAttach", "no view", "x.view_as(x) if as_view else x.detach()", "x.detach()"),
         ("FastregAttach", "views alone", "x.view_as(x) if as_view else x.detach()", "x.view_as(x)"),
         ("is_marked", "never", "type(x.grad_fn) is FastregAttach._backward_cls", "False"),

@@ -32,6 +32,9 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # A loss that is kept keeps its runs, too, so that they are not freed. If the penalty gets its gradient later in
+        # this backward, that forgives them.
+        ctx.run.lose()
         return None, None, gradient
 
 

@@ -22,7 +22,7 @@ from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.runs import Runs, total
 from fastreg.attach.source import Masks, Source
-from fastreg.call.arguments import check_coefficient, check_count, check_selectors
+from fastreg.call.arguments import check_coefficient, check_count, check_selectors, shown
 from fastreg.call.operation import coefficient, place_of
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
@@ -91,6 +91,7 @@ class RNNRegularizer(KnownAttributes):
         >>> loss.backward()
     """
 
+    @shown("RNNRegularizer(alpha=2.0, beta=1.0); 0 leaves a term out")
     def __init__(
         self,
         alpha: Coefficient,

@@ -4,9 +4,9 @@ A run is one call of an attached module in training with gradients enabled. Raw 
 raw. Then the penalty is formed, and the autograd graph owns the run by its marks, while `Runs` refers to it weakly. A
 run is held until a loss takes its penalty. A run of a frozen module, which needs no gradient, adds nothing.
 
-Mistakes that no loss shows have one net. Whatever goes wrong, a run whose penalty has got no gradient is freed at some
-time. The `Tally` of its module counts such runs, a gradient of a penalty sets the count back, and after many of them in
-a row the module is warned of.
+Mistakes that no loss shows have one net. The penalty of a run is lost if the run is freed, or a backward gets to its
+mark, before the penalty has got a gradient. The `Tally` of its module counts such runs, a gradient of a penalty sets
+the count back, and after many of them in a row the module is warned of.
 
 The regularizer calls `take` and `clear`, and the hooks call `begin`. `Runs` calls no hook.
 
@@ -84,7 +84,7 @@ class Tally:
     Attributes:
         begun: how many runs have begun whose penalties need a gradient.
         settled: how many of them had begun when a penalty last got a gradient, which forgives them all.
-        lost: how many of the later ones were freed before their penalties got a gradient.
+        lost: how many of the later ones were freed, or passed by a backward, before a penalty got a gradient.
         patience: how many may be.
         ran: whether the last call in training with gradients was a run that is not frozen.
         losses: the losses since the last call in training.
@@ -121,6 +121,7 @@ class Run:
         is_held: whether a loss may take the penalty, now or after the dropout.
         terms: the penalty and its terms, from the dropout until a loss takes them.
         is_one_step: whether raw is a single time step.
+        is_lost: whether its penalty was counted as lost.
     """
 
     attachment: Any
@@ -129,6 +130,7 @@ class Run:
     is_held: bool = True
     terms: ARTAR | None = None
     is_one_step: bool = False
+    is_lost: bool = False
 
     def end(self) -> Any:
         """Return the penalty and its terms, once."""
@@ -136,10 +138,13 @@ class Run:
         return terms
 
     @untraced
-    def __del__(self) -> None:
-        """Count a lost penalty, unless the penalty of a later run has got a gradient."""
+    def lose(self) -> None:
+        """Count a lost penalty, once, unless the penalty of a later run has got a gradient."""
         tally = self.attachment.tally
-        tally.lost += self.number > tally.settled
+        tally.lost += self.number > tally.settled and not self.is_lost
+        self.is_lost = True
+
+    __del__ = lose
 
 
 def report(case: str, attachments: Sequence[Any], count: int = 0) -> None:
@@ -208,9 +213,9 @@ class Runs:
         Warns:
             UserWarning: the outcome is a warning.
         """
-        if waiting := [x for x in self.attachments if x.waiting]:
-            report("a dropout did not get raw", waiting)
         training = [x for x in self.attachments if x.source.module.training]
+        if waiting := [x for x in training if x.waiting]:
+            report("a dropout did not get raw", waiting)
         counted = reached(loss, [run for run in self.held() if run.terms is not None])
         if not counted:
             self._check_calls(loss, training)

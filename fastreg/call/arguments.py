@@ -6,11 +6,13 @@ options and lists are checked once for each new kind of call; values are checked
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from itertools import zip_longest
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.call.problem import axes_of, is_list, sizes_of
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -56,6 +60,26 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
 
 
 # ---- coefficients and options
+
+
+def shown(line: str) -> Callable[[Function], Function]:
+    """Make a function whose errors about missing and unknown arguments show a line of code that is right."""
+
+    def decorate(function: Function) -> Function:
+        signature, name = inspect.signature(function), line.split("(")[0]
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                words = f"{name}: {error}. Write, for example, {line}"
+                raise TypeError(words) from None
+            return function(*args, **kwargs)
+
+        return cast(Function, checked)
+
+    return decorate
 
 
 def check_options(reduction: object, return_terms: object) -> None:

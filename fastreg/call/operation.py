@@ -64,7 +64,7 @@ def compute(
     if not (are_floats and alpha and beta):
         first, second = operation.read(first, second, alpha, beta, options)
     inputs = first, second, alpha, beta
-    if not USUAL.issuperset(map(type, inputs)):
+    if is_seen or not USUAL.issuperset(map(type, inputs)):  # PyTorch 2.8 cannot compile `issuperset`
         one = plain(first)
         inputs = one, one if first is second else plain(second), alpha, beta
     if not is_seen:  # a compiler would compile again for each new plan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed
+from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, check_time
 from fastreg.call.operation import Plan, Selectors, checked_coefficient, compute, place_of, selectors_of
 from fastreg.call.packed import by_sequence
 from fastreg.call.problem import (
@@ -152,6 +152,7 @@ def penalize(
         if is_list(raw) or is_list(dropped):
             return _sum_of_layers((raw, dropped), coefficients, selectors, options)
         if not raw is dropped is None:
+            check_time(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
             activations, selected = by_sequence(raw, dropped)
             selectors, options = Selectors(selected), options._replace(batch_first=True, time_dim=None)

@@ -55,6 +55,16 @@ def after_the_backward(m: Attached) -> None:
     m.reg.on_backward_begin(loss)
 
 
+def losses_kept(m: Attached) -> None:  # for a mean over the epoch, which keeps every graph
+    m.losses = [*getattr(m, "losses", []), m(inputs()).loss]
+    m.losses[-1].backward()
+
+
+def losses_kept_right(m: Attached) -> None:
+    m.losses = [*getattr(m, "losses", []), m.reg.on_backward_begin(m(inputs()).loss)]
+    m.losses[-1].backward()
+
+
 def forgotten_and_attached_anew(m: Attached) -> None:  # in each step, as `RegularizedTrainer` does
     m(inputs()).loss.backward()
     m.attach_anew()
@@ -66,6 +76,7 @@ LOSING: dict[str, Step] = {
     "forgotten, and no dropout": lambda m: m.rnn(inputs())[0].sum().backward(),
     "its result not used": result_not_used,
     "after the backward": after_the_backward,
+    "forgotten, and the losses kept": losses_kept,
     "forgotten and attached anew": forgotten_and_attached_anew,
 }
 
@@ -177,7 +188,7 @@ def lbfgs(m: Attached) -> None:
         optimizer.zero_grad()
         loss = m.reg.on_backward_begin(m(x).loss)
         loss.backward()
-        return loss
+        return loss.detach()  # PyTorch 2.8 warns of a loss that needs a gradient
 
     optimizer.step(closure)
 
@@ -258,7 +269,7 @@ RIGHT: dict[Step, int] = {  # how often each step is made
     **dict.fromkeys([windows_in_one_backward, accumulated_backwards, encoders_in_turn, gradual_unfreezing], 2),
     **dict.fromkeys([lbfgs, meta_learning, evaluations_in_training_mode], 5),
     **dict.fromkeys([losses_on_a_frozen_forward, cleared, forgotten_in_evaluation, forgotten_and_frozen], 55),
-    forgotten_with_coefficients_of_0: 55,
+    **dict.fromkeys([forgotten_with_coefficients_of_0, losses_kept_right], 55),
 }
 
 

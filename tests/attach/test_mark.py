@@ -181,7 +181,7 @@ ONES = torch.ones(2)
 REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: (1.0, LEAF), TypeError, "x: expected a tensor, got float"),
     (lambda: ((X, X), LEAF), TypeError, "x: expected a tensor, got tuple .*pass the output"),
-    (lambda: (pack_sequence([X]), LEAF), TypeError, "x: expected a tensor, got a PackedSequence"),
+    (lambda: (pack_sequence([X]), LEAF), TypeError, "x: expected a tensor, got PackedSequence"),
     (lambda: (torch.arange(3), LEAF), TypeError, "x: expected a floating-point tensor, got torch.int64"),
     (lambda: (X, 1.0), TypeError, "penalty: expected a tensor, got float"),
     (lambda: (X, ONES[:1]), ValueError, r"penalty: expected a 0-dim tensor, got shape \(1,\)"),

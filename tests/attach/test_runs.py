@@ -290,6 +290,13 @@ def test_a_loop_without_a_loss_or_its_dropout_does_not_fill_the_memory(dropout: 
     assert sizes[1] - sizes[0] < 150_000  # a reference takes 80 bytes
 
 
+def test_a_run_that_waits_for_its_dropout_is_no_error_of_an_evaluation() -> None:
+    m = Attached(nn.LSTM, PLAIN)
+    m.rnn(lm.inputs())
+    loss = m.eval()(lm.inputs()).loss
+    assert m.reg.on_backward_begin(loss) is loss
+
+
 def test_a_recomputation_is_no_run_that_waits_for_its_dropout() -> None:
     model = Attached(nn.GRU, PLAIN)
     for _ in range(3):

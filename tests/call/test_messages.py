@@ -106,6 +106,7 @@ BAD_PAIRS: list[tuple[Any, dict[str, Any], str]] = [
     (PACKED, {"valid": STARTS}, "valid: expected None with a PackedSequence"),
     (PACKED, {"starts": STARTS}, "starts: expected None with a PackedSequence"),
     (PACKED, {"time_dim": 1}, "time_dim: expected 0 or None with a PackedSequence"),
+    (PACKED, {"time_dim": 0, "batch_first": True}, "batch_first and time_dim: expected one of them"),
     ([X, X.movedim(2, 1)], {"time_dim": -1}, OTHER_STEPS),
 ]
 
