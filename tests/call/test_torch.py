@@ -102,7 +102,7 @@ class TestCompile:
 
         found, wanted = operators(CALLS["pair"]), operators(by_hand)
         assert found <= wanted
-        assert found.total() >= wanted.total() - 2  # without the division of each mean
+        assert found[torch.ops.aten.sub.Tensor] == wanted[torch.ops.aten.sub.Tensor] > 0  # also the graph is not empty
 
     @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
     def test_a_step_in_one_graph(self, step: Call) -> None:
