@@ -42,6 +42,7 @@ def wrong(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
 
 def interrupt(*_: Any, **__: Any) -> None:
     """End the run as Ctrl-C does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets processes in the background ignore it
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(999)
 
