@@ -155,7 +155,7 @@ def penalize(
             check_time(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
             activations, selected = by_sequence(raw, dropped)
-            selectors, options = Selectors(selected), Options(True, None, *options[2:])  # Dynamo of 2.8 has no _replace
+            selectors, options = Selectors(selected), Options(True, None, *[*options][2:])
     result = compute(PenaltyPlan, activations, coefficients, selectors, options)
     return _zero(activations, options.measured) if result is None else result[0]
 
@@ -166,7 +166,8 @@ def _sum_of_layers(
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
     axis = place_of(options.batch_first, options.time_dim).axis()
-    options = Options(*options[:-1], compute_dtype(_tensors_of(activations)))
+    # Dynamo of PyTorch 2.8 traces neither `_replace` nor slices of named tuples.
+    options = Options(*[*options][:-1], compute_dtype(_tensors_of(activations)))
     penalties: list[Any] = []
     for i, pair in enumerate(layers):
         if i > 0:
