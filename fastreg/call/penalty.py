@@ -167,7 +167,7 @@ def _sum_of_layers(
     layers = check_layers(*activations)
     axis = place_of(options.batch_first, options.time_dim).axis()
     # Dynamo of PyTorch 2.8 traces neither `_replace` nor slices of named tuples.
-    options = Options(*[*options][:-1], compute_dtype(_tensors_of(activations)))
+    options = Options(*[*options][:-1], compute_dtype(_tensors_of(activations)))  # pyright: ignore[reportCallIssue]
     penalties: list[Any] = []
     for i, pair in enumerate(layers):
         if i > 0:
