@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pytest_benchmark.utils import safe_dumps
-
 DIED = "the process died or hung"
 NOT_REACHED = "not reached"
 LONGEST = 200  # bytes of a test's name
@@ -53,6 +51,8 @@ class Lines:
 
     def write(self, **record: Any) -> None:
         """Append a line, and wait until it is on disk."""
+        from pytest_benchmark.utils import safe_dumps  # the demo, which reads results, is installed without it
+
         self._append(safe_dumps(record).replace("\n", " ") + "\n")
 
     def _append(self, text: str) -> None:
