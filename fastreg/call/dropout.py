@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Plan, Selectors, compute, selectors_of
+from fastreg.call.operation import Plan, compute
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, WithTerms
 from fastreg.call.reference import ar_tar
+from fastreg.call.selectors import Selectors, selectors_of
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.view import Values, allocator, layout_of
 
@@ -177,7 +178,7 @@ class DropoutPlan(Plan):
         raw, mask, *others = inputs
         super().__init__((raw, None), others, options, is_kept)
         self.row = list(raw.shape)
-        self.row[self.terms.time_dim] = 1
+        self.row[self.spec.time_dim] = 1
         if isinstance(mask, Tensor):
             check_mask(mask, raw, self.row)
 
@@ -193,34 +194,34 @@ class DropoutPlan(Plan):
         dropped = raw * mask
         if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
             dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
-        return dropped, ar_tar(raw, dropped, values, self.terms)
+        return dropped, ar_tar(raw, dropped, values, self.spec)
 
     def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
         raw, self.operands, self.backwards = tensors[0], layouts, {}
         self.needs, self.saves = [torch.is_grad_enabled() and raw.requires_grad, False], [True, True]
         self.written = self.fold.dense(layouts[0])
-        self.allocate = allocator(self.written, layouts[0])
+        self.allocate = allocator(self.written)
         view = self.fold.view(*layouts, None, self.written, None, None)
-        self.forward = self.backend.forward(view, self.terms, raw.device)
+        self.forward = self.backend.forward(view, self.spec, raw.device)
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
         """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
-        dropped = self.allocate(tensors[0])
+        dropped = self.allocate()
         penalty, terms, _ = self.forward((*tensors, None, dropped, None, None), values)
         return (dropped, penalty) if terms is None else (dropped, penalty, terms), None
 
     def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
-        (arrived, grad), (raw, mask), gradient = upstream, saved, self.allocate(saved[0])
+        (arrived, grad), (raw, mask), gradient = upstream, saved, self.allocate()
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
         launch = self.backwards.get(key)
         if launch is None:
             if arrived is not None and not self.fold.fits(arrived.stride()):
-                return self.differentiate((self.allocate(raw).copy_(arrived), grad), saved, values, None)
-            terms = self.terms if grad is not None else self.terms._replace(by_ar=False, by_tar=False)
+                return self.differentiate((self.allocate().copy_(arrived), grad), saved, values, None)
+            spec = self.spec if grad is not None else self.spec._replace(by_ar=False, by_tar=False)
             view = self.fold.view(*self.operands, layout_of(arrived), None, self.written, None)
-            launch = self.backend.backward(view, terms, raw.device)
+            launch = self.backend.backward(view, spec, raw.device)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
         launch(grad, (raw, mask, arrived, None, gradient, None), values)

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.call.backends import PLANS, TRITON
+from fastreg.call.backends import TRITON
+from fastreg.call.key import PLANS
 from fastreg.kernels import prediction
 from fastreg.kernels.prediction import OnDevice
 from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
@@ -210,7 +211,7 @@ def test_packed_rows_are_selected_once_and_any_number_takes_few_plans() -> None:
     for count in range(129, 161):
         x = packed(torch.randn(count, 2), [count])
         fused_ar_tar(x, x, 2.0, 1.0)
-    assert len(PLANS) == 2 * 4  # of penalties and of steps, for 136, 144, 152 and 160 rows
+    assert len(PLANS) == 4  # for 136, 144, 152 and 160 rows
 
 
 def test_coefficients_that_change_make_no_plans(device: str) -> None:
@@ -248,7 +249,7 @@ def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pyte
 
 @pytest.mark.usefixtures("quick_collections")
 def test_a_full_memory_drops_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastreg.call.operation.SIZE", 64)
+    monkeypatch.setattr("fastreg.call.key.SIZE", 64)
 
     def after(times: range) -> tuple[int, int]:
         """Call with some numbers of time steps; return the numbers of plans and of objects in memory."""
