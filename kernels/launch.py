@@ -56,10 +56,7 @@ class Launch:
     """
 
     # Plans hold many launches. With slots, a launch takes less memory, and its copies are as fast as itself.
-    __slots__ = (
-        *("kernel", "rest", "grid", "device", "draws", "index", "is_captured"),
-        *("compiled", "code", "run"),
-    )
+    __slots__ = "code", "compiled", "device", "draws", "grid", "index", "is_captured", "kernel", "rest", "run"
 
     why_jit: ClassVar[str | None] = why_not_direct(triton.__version__, os.environ.get("FASTREG_DIRECT_LAUNCH"))
 

@@ -74,10 +74,9 @@ class OnHost(Prediction):
         """Return the upstream gradient that a forward expects."""
         return self.gradient
 
-    def learn(self, upstream: Tensor) -> float:
-        """Expect an upstream gradient, and return it."""
+    def learn(self, upstream: Tensor) -> None:
+        """Expect an upstream gradient."""
         self.gradient = OnHost.latest = upstream.item()
-        return self.gradient
 
 
 class OnDevice(Prediction):

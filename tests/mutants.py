@@ -228,7 +228,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("level_of_caller", "a warning of our own line", "in (\"fastreg\", \"torch\")", "in ()"),
         ("untraced", "Dynamo compiles in hooks", "return _outside(run, function, args)", "return function(*args)"),
         ("observed", "under dispatch modes", "_count_modes() > 0", "False"),
-        ("observed", "under forward mode", "or forward_ad._current_level >= 0  # forward", "or False  # forward"),
+        ("transformed", "under forward mode", " or forward_ad._current_level >= 0", ""),
         ("keepable", "inference tensors kept", "return x.clone()", "return x"),
     ],
     "fastreg/call/arguments.py": [

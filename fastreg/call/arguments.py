@@ -261,8 +261,9 @@ def check_pair(raw: Any, dropped: Any, time_dim: int | None) -> dict[str, Any]:
         _check_dense(*given)
     one, x = next(iter(pair.items()))
     _check_axes(one, x, time_dim)
+    dtypes = "float16, bfloat16, float32 or float64, got {}"
     for name, tensor in pair.items():
-        _check_dtype(name, tensor)
+        _expect(tensor.dtype in DTYPES, name, dtypes, tensor.dtype, error=TypeError)
         _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
         _check_device(name, tensor, one, x)
     return pair
@@ -311,15 +312,14 @@ def check_no_parts(x: Any) -> None:
     _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
 
 
-def check_range(name: str, time: int, x: Tensor) -> Tensor:
-    """Check the values of lengths or of a mask on the CPU, and return them."""
+def check_range(name: str, time: int, x: Tensor) -> None:
+    """Check the values of lengths or of a mask on the CPU."""
     # Python compares a few values in a third of the time that an operator takes.
     values = x.reshape(-1).tolist() if x.numel() <= 100 else [*map(int, x.aminmax())]
     least, greatest = min(values), max(values)
     most, words = (time, f"from 0 to the {time} time steps of a sequence") if name == "lengths" else (1, "0 or 1")
     if least < 0 or greatest > most:
         raise ValueError(f"{name}: expected {words}, got {least if least < 0 else greatest}")
-    return x
 
 
 def check_not_captured(name: str, device: torch.device) -> None:
@@ -364,7 +364,3 @@ def _check_no_gradient(name: str, x: Tensor) -> None:
 def _check_device(name: str, x: Any, other: str, y: Any) -> None:
     words = "a tensor on {}, where {} is, got one on {}"
     _expect(x.device == y.device, name, words, y.device, other, x.device)
-
-
-def _check_dtype(name: str, x: Any) -> None:
-    _expect(x.dtype in DTYPES, name, "float16, bfloat16, float32 or float64, got {}", x.dtype, error=TypeError)

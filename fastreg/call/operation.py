@@ -116,7 +116,6 @@ class Plan:
         needs: for each tensor of a call, whether it needs a gradient.
         saves: for each tensor of a call, whether nodes save it.
         facts: the facts of the tensors that its nodes save.
-        measured: whether results contain the terms, too.
         is_differentiable: whether a tensor of a call needs a gradient.
         in_memory: whether a coefficient is a tensor, which may change before the backward.
 
@@ -139,7 +138,7 @@ class Plan:
         raw, dropped = activations
         alpha, beta = coefficients
         arguments.check_options(options.reduction, return_terms=options.measured)
-        self.measured, time_axis = options.measured, arguments.time_axis_of(options.batch_first, options.time_dim)
+        time_axis = arguments.time_axis_of(options.batch_first, options.time_dim)
         if raw is None and dropped is None:
             return
         pair = arguments.check_pair(raw, dropped, time_axis.time_dim)
@@ -208,9 +207,9 @@ class Plan:
             return *map(self.fold.restored, others), penalty
         if self.backend is None:
             *others, terms = self.formula(values, *tensors)
-            return *others, terms if self.measured else terms.penalty
+            return *others, terms if self.spec.measured else terms.penalty
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, *tensors)[0]
-        if not self.measured:
+        if not self.spec.measured:
             return results
         *others, penalty, terms = results
         return *others, ARTAR(penalty, *terms.unbind())
@@ -239,14 +238,14 @@ class Node(Function):
         ctx.save_for_backward(*plan.saved(tensors))
         if len(results) > 1:  # more outputs cost 3 us
             ctx.set_materialize_grads(False)  # PyTorch need not make zeros for an output without a gradient
-            if plan.measured:
+            if plan.spec.measured:
                 ctx.mark_non_differentiable(results[-1])
         return results
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan, values = ctx.plan, ctx.values
-        if plan.measured:
+        if plan.spec.measured:
             upstream = upstream[:-1]  # terms have no gradient
         if upstream[0] is None and upstream[-1] is None:
             return (None,) * (2 + len(plan.needs))

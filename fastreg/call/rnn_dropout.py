@@ -210,8 +210,7 @@ class FusedRNNDropout(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module's arguments for `print(module)`."""
-        extra = [] if self.batch_first or self.time_dim is not None else ["batch_first=False"]
-        extra += [] if self.time_dim is None else [f"time_dim={self.time_dim}"]
+        extra = [] if self.time_axis() == TimeAxis() else [str(self.time_axis())]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
         coefficients = [f"alpha={self.alpha}, beta={self.beta}"] if self._has_own() else []
         return ", ".join([f"p={self.p:g}", *coefficients, *extra])
