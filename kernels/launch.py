@@ -12,11 +12,10 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from fastreg.kernels import tiling
 from fastreg.kernels.streams import Tickets, capture_of
-from fastreg.kernels.tiling import WARPS
 
 TICKETS = Tickets()
-OPTIONS: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}  # of the compiler
 TRIED = "3.4", "3.5", "3.6", "3.7", "3.8", "3.9"  # releases of Triton whose launcher of compiled code was tried
 
 
@@ -88,7 +87,8 @@ class Launch:
         if self.compiled is not None and not is_hooked:
             self.run(*grid, stream, *self.code, ticket, *values, *self.rest)
             return
-        compiled = self.kernel[grid](ticket, *values, *self.rest, **OPTIONS)
+        options = {"num_warps": tiling.WARPS, "enable_fp_fusion": True}  # of the compiler
+        compiled = self.kernel[grid](ticket, *values, *self.rest, **options)
         if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
             self.code = compiled.function, compiled.packed_metadata, None, None, None  # nothing for a profiler
             self.run, self.compiled = compiled.run, compiled
