@@ -254,24 +254,17 @@ class PenaltyPlan(Plan):
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
         """Launch the forward; return the penalty, with the terms if they are wanted; and gradients."""
-        (raw, dropped), forward, ahead = tensors, self.forward, None
-        if self.is_ahead and forward.prediction.comes():
-            first, second = self.gradients
-            gradients = first(), second()
-            penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
-            ahead = Ahead(forward.prediction, expected, gradients)
-        else:
-            penalty, terms, _ = forward((raw, None, None, dropped, None, None), values)
+        (raw, dropped), forward = tensors, self.forward
+        is_ahead = self.is_ahead and forward.prediction.comes()
+        gradients = [allocate() for allocate in self.gradients] if is_ahead else (None, None)
+        penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
+        ahead = Ahead(forward.prediction, expected, gradients) if is_ahead else None
         return (penalty,) if terms is None else (penalty, terms), ahead
 
     def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
         """Launch the backward over the gradients of the forward, or over new memory; return the gradients."""
         (grad,), (raw, dropped) = upstream, saved
-        if ahead is None:
-            first, second = self.gradients
-            expected, gradients = None, (first(), second())
-        else:
-            expected, gradients = ahead.take()
+        expected, gradients = ahead.take() if ahead else (None, [allocate() for allocate in self.gradients])
         self.forward.prediction.lost = 0
         self.backward(grad, (raw, None, None, dropped, *gradients), values, expected)
         return gradients
