@@ -13,7 +13,7 @@ from torch import nn
 from fastreg.attach.attachment import described
 from fastreg.attach.captures import check_output
 from fastreg.attach.source import Masks, batch_first_of, check_callable
-from fastreg.call.arguments import check_time, time_axis_of
+from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import Coefficient, data_of, is_list, sizes_of
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -72,7 +72,7 @@ class Paths:
 
     def __post_init__(self) -> None:
         check_callable("output", self.output)
-        check_time(self.batch_first, self.time_dim)
+        time_axis_of(self.batch_first, self.time_dim)
         if not self.pairs and self.output is not None:
             raise TypeError("rnn: expected a path, as output picks raw from what its module returns, got None")
 
