@@ -488,7 +488,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("Paths", "a layout of captures ignored", "begin(output, batch_first=self.batch_first,", "begin(output,"),
         ("Paths", "a mask of more steps than raw", "mask[:, -steps:]", "mask"),
         ("Paths", "axes shown in each step", "self.is_said = True", "pass"),
-        ("Paths", "an option that is not checked", "check_time(self.batch_first, self.time_dim)", "pass"),
+        ("Paths", "an option that is not checked", "    time_axis_of(self.batch_first, self.time_dim)", "    pass"),
         ("Paths", "a warning in each step", "self.is_warned = True", "pass"),
         ("_module_at", "the first module on the path", "        module = child", "        return child"),
         ("_module_at", "the children of the model", "module.named_children()", "model.named_children()"),
