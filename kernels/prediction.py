@@ -61,8 +61,8 @@ class Ahead:
 class OnHost(Prediction):
     """Predict on a CPU, where forwards take the expected upstream gradient as a number.
 
-    A plan expects the upstream gradient of its last backward. A new plan expects that of the last backward of any plan,
-    and the first plan expects 1. Threads may replace each other's values.
+    A plan expects the upstream gradient of its last backward. A new plan expects the upstream gradient of the last
+    backward of any plan, and the first plan expects 1. Threads may replace each other's values.
     """
 
     latest: ClassVar[float] = 1.0

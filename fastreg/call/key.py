@@ -25,7 +25,7 @@ def key_of(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
 
     Args:
         operation: the subclass of `Plan`.
-        inputs: the activations, of which both may be the same tensor; the coefficients; and lengths, valid and starts,
+        inputs: the activations, which may be one tensor, given twice; the coefficients; and lengths, valid and starts,
             if one of them is given.
         options: the other arguments.
     """
