@@ -87,8 +87,7 @@ class Launch:
         if self.compiled is not None and not is_hooked:
             self.run(*grid, stream, *self.code, ticket, *values, *self.rest)
             return
-        options = {"num_warps": tiling.WARPS, "enable_fp_fusion": True}  # of the compiler
-        compiled = self.kernel[grid](ticket, *values, *self.rest, **options)
+        compiled = self.kernel[grid](ticket, *values, *self.rest, num_warps=tiling.WARPS, enable_fp_fusion=True)
         if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
             self.code = compiled.function, compiled.packed_metadata, None, None, None  # nothing for a profiler
             self.run, self.compiled = compiled.run, compiled

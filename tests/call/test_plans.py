@@ -21,7 +21,7 @@ from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout
 from fastreg.call.backends import TRITON
 from fastreg.call.key import PLANS
 from fastreg.kernels import prediction
-from fastreg.kernels.prediction import OnDevice
+from fastreg.kernels.prediction import OnDevice, OnHost
 from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import compiled, memory_of, skip_on_formula
 from tests.kernels.stand_in import h100
@@ -282,6 +282,13 @@ def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None
             assert tracemalloc.get_traced_memory()[0] < 50 * 7500
         finally:
             tracemalloc.stop()
+
+
+def test_a_new_plan_on_a_cpu_expects_the_last_upstream_gradient_of_any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnHost, "latest", 1.0)
+    first, second = OnHost(), OnHost()
+    first.learn(torch.tensor(3.0))
+    assert (first.expected(), second.expected(), OnHost().expected()) == (3.0, 1.0, 3.0)
 
 
 def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_end(
