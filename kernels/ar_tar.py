@@ -321,7 +321,7 @@ class Backward:
     Args:
         view: the view of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients. If the
             forward predicts gradients, this must be the forward's view, because a program must have the same items.
-        spec: that of the forward; no term has a gradient if the penalty has no upstream gradient.
+        spec: what the forward computes; no term has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
         prediction: the `prediction` of the forward; `None` if it never predicts gradients.
     """
