@@ -25,21 +25,29 @@ def layout_of(x: Any) -> Any:
     return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-def nothing() -> None:
+def nothing(*_: Any) -> None:
     """Allocate nothing."""
 
 
-def allocator(layout: Layout | None) -> Callable[[], Any]:
+def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[..., Any]:
     """Return a function that allocates memory of a dense layout, all of which a kernel will write.
 
-    In deterministic mode PyTorch would fill the memory first. For `None` the function returns `None`.
+    In deterministic mode PyTorch would fill the memory first.
+
+    Args:
+        layout: the layout, or `None`; then the function returns `None`.
+        like: the layout of the tensors that the function will be called with; `None` if it takes no argument.
     """
     if layout is None:
         return nothing
-    return partial(_unfilled, layout) if torch._C._get_deterministic_algorithms() else _new(layout)
+    if torch._C._get_deterministic_algorithms():
+        return partial(_unfilled, layout)
+    if like is not None and like.stride == layout.stride:
+        return torch.empty_like  # which takes three quarters of the time
+    return _new(layout)
 
 
-def _unfilled(layout: Layout) -> Tensor:
+def _unfilled(layout: Layout, *_: Any) -> Tensor:
     """Allocate memory by a storage, which PyTorch never fills."""
     shape, stride, dtype, device, _aligned = layout
     storage = torch.UntypedStorage(shape.numel() * dtype.itemsize, device=device)
@@ -47,9 +55,10 @@ def _unfilled(layout: Layout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _new(layout: Layout) -> Callable[[], Tensor]:
+def _new(layout: Layout) -> Callable[..., Tensor]:
     """Return one function for all plans, which then needs memory and the cache of the processor only once."""
-    return partial(torch.empty_strided, layout.shape, layout.stride, dtype=layout.dtype, device=layout.device)
+    shape, stride, dtype, device, _ = layout
+    return lambda *_: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 class Operand(NamedTuple):

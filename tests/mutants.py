@@ -184,7 +184,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("View", "as many changes as rows", "(steps - self.outer)", "steps"),
         ("View", "sums divided", 'if reduction == "sum":', "if False:"),
         ("allocator", "memory filled before a kernel writes it",
-         "partial(_unfilled, layout) if torch._C._get_deterministic_algorithms() else _new", "_new"),
+         "return partial(_unfilled, layout)", "return _new(layout)"),
     ],
     "kernels/prediction.py": [
         ("OnHost", "a new plan expects 1", "self.gradient = OnHost.latest =", "self.gradient ="),
@@ -228,7 +228,7 @@ CODE: dict[str, list[tuple[str, str, str, str]]] = {
         ("level_of_caller", "a warning of our own line", "in (\"fastreg\", \"torch\")", "in ()"),
         ("untraced", "Dynamo compiles in hooks", "return _outside(run, function, args)", "return function(*args)"),
         ("observed", "under dispatch modes", "_count_modes() > 0", "False"),
-        ("transformed", "under forward mode", " or forward_ad._current_level >= 0", ""),
+        ("observed", "under forward mode", "or forward_ad._current_level >= 0  # forward", "or False  # forward"),
         ("keepable", "inference tensors kept", "return x.clone()", "return x"),
     ],
     "fastreg/call/arguments.py": [

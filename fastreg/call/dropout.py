@@ -201,24 +201,24 @@ class DropoutPlan(Plan):
         raw, self.operands, self.backwards = tensors[0], layouts, {}
         self.needs, self.saves = [torch.is_grad_enabled() and raw.requires_grad, False], [True, True]
         self.written = self.fold.dense(layouts[0])
-        self.allocate = allocator(self.written)
+        self.allocate = allocator(self.written, layouts[0])
         view = self.fold.view(*layouts, None, self.written, None, None)
         self.forward = self.backend.forward(view, self.spec, raw.device)
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
         """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
-        dropped = self.allocate()
+        dropped = self.allocate(tensors[0])
         penalty, terms, _ = self.forward((*tensors, None, dropped, None, None), values)
         return (dropped, penalty) if terms is None else (dropped, penalty, terms), None
 
     def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
-        (arrived, grad), (raw, mask), gradient = upstream, saved, self.allocate()
+        (arrived, grad), (raw, mask), gradient = upstream, saved, self.allocate(saved[0])
         key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
         launch = self.backwards.get(key)
         if launch is None:
             if arrived is not None and not self.fold.fits(arrived.stride()):
-                return self.differentiate((self.allocate().copy_(arrived), grad), saved, values, None)
+                return self.differentiate((self.allocate(raw).copy_(arrived), grad), saved, values, None)
             spec = self.spec if grad is not None else self.spec._replace(by_ar=False, by_tar=False)
             view = self.fold.view(*self.operands, layout_of(arrived), None, self.written, None)
             launch = self.backend.backward(view, spec, raw.device)

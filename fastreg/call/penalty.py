@@ -207,7 +207,7 @@ class PenaltyPlan(Plan):
 
     Attributes:
         predicts: whether the caller lets forwards write gradients ahead.
-        gradients: functions that allocate the gradients of raw and dropped.
+        grad_raw, grad_dropped: functions that allocate the gradients.
         is_ahead: whether forwards do so, as long as backwards come.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
@@ -244,7 +244,7 @@ class PenaltyPlan(Plan):
         self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
         self.saves = self.needs
         written = [self.fold.dense(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
-        self.gradients = [*map(allocator, written)]
+        self.grad_raw, self.grad_dropped = map(allocator, written, layouts)
         view, device = self.fold.view(layouts[0], None, None, layouts[1], *written), layouts[dropped is not None].device
         # Where hooks pack saved tensors away, memory matters more than time.
         self.is_ahead = self.predicts and True in self.needs and hooks_on_saved(False) is None
@@ -256,7 +256,7 @@ class PenaltyPlan(Plan):
         """Launch the forward; return the penalty, with the terms if they are wanted; and gradients."""
         (raw, dropped), forward = tensors, self.forward
         is_ahead = self.is_ahead and forward.prediction.comes()
-        gradients = [allocate() for allocate in self.gradients] if is_ahead else (None, None)
+        gradients = (self.grad_raw(raw), self.grad_dropped(dropped)) if is_ahead else (None, None)
         penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
         ahead = Ahead(forward.prediction, expected, gradients) if is_ahead else None
         return (penalty,) if terms is None else (penalty, terms), ahead
@@ -264,7 +264,7 @@ class PenaltyPlan(Plan):
     def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
         """Launch the backward over the gradients of the forward, or over new memory; return the gradients."""
         (grad,), (raw, dropped) = upstream, saved
-        expected, gradients = ahead.take() if ahead else (None, [allocate() for allocate in self.gradients])
+        expected, gradients = ahead.take() if ahead else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
         self.forward.prediction.lost = 0
         self.backward(grad, (raw, None, None, dropped, *gradients), values, expected)
         return gradients

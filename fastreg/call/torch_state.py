@@ -60,7 +60,9 @@ def observed() -> bool:
     return (
         torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
         or _count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
-        or transformed()
+        or _is_recorded()  # torch.jit.trace records operators
+        or _are_functions_transformed()  # vmap and grad transform operators
+        or forward_ad._current_level >= 0  # forward mode differentiates operators
     )
 
 
