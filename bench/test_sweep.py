@@ -19,7 +19,7 @@ from bench.measure.formulas import ALPHA, BETA
 from bench.measure.timing import DEVICE
 from bench.test_call import DTYPES, LARGE, MIDDLE, SMALL, case_of, penalty_inputs, run
 from fastreg import fused_ar_tar
-from fastreg.call.backends import PLANS
+from fastreg.call.key import PLANS
 from fastreg.kernels import tiling
 
 pytestmark = [in_turns, pytest.mark.skipif(DEVICE == "cpu", reason="the constants are those of GPUs")]

@@ -15,7 +15,7 @@ from fastreg.adapter import Adapter
 from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import KnownAttributes, RNNRegularizer
 from fastreg.attach.source import Masks
-from fastreg.call.arguments import check_flags, shown
+from fastreg.call.arguments import check_flags
 from fastreg.call.problem import Coefficient
 
 try:
@@ -65,7 +65,6 @@ class ActivationRegularization(KnownAttributes, Adapter, Callback):
     log: Any = None  # Lightning sets both
     log_dict: Any = None
 
-    @shown('ActivationRegularization(2.0, 1.0, rnn="lstm"); 0 leaves a term out')
     def __init__(
         self,
         alpha: Coefficient,

@@ -21,7 +21,6 @@ from fastreg.adapter import Adapter
 from fastreg.attach.paths import Paths, pairs_of
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks
-from fastreg.call.arguments import shown
 from fastreg.call.problem import Coefficient
 
 try:
@@ -87,7 +86,6 @@ class RegularizedTrainer(Adapter, Trainer):
 
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
-    @shown('RegularizedTrainer(model, args, alpha=2.0, beta=1.0, rnn="backbone.layers.1"); 0 leaves a term out')
     def __init__(
         self,
         *args: Any,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastreg.kernels import tiling
-from fastreg.kernels.launch import Grid, Launch
+from fastreg.kernels.launch import Launch
 from fastreg.kernels.prediction import OnDevice
 from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.tiling import (
@@ -28,7 +28,7 @@ from fastreg.kernels.tiling import (
     store_row,
     tile_of,
 )
-from fastreg.kernels.view import Layout, Sums, Terms, Values, View, allocator, switches
+from fastreg.kernels.view import Layout, Spec, Values, View, allocator, switches
 
 THREADS = tl.constexpr(tiling.THREADS)
 
@@ -276,7 +276,7 @@ class Forward:
     Args:
         view: the view of the operands: raw, dropped and the gradients to write; or raw, mask, and dropped to write.
             A mask that is the same at all time steps has a time stride of 0.
-        terms: the terms to compute.
+        spec: what is computed.
         device: the device of the tensors.
 
     Attributes:
@@ -284,22 +284,26 @@ class Forward:
         summing: the forward that writes no gradients, from the first call that needs it on.
     """
 
-    def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.facts = view.without_gradients(), terms, device
-        self.writes, self.launch = view.writes(), launch_of(view, terms, device, is_forward=True)
-        self.measured, self.prediction = terms.measured, OnDevice(terms.dtype, device)
+    def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
+        self.facts = view.without_gradients(), spec, device
+        self.writes, self.launch = view.writes(), launch_of(view, spec, device, is_forward=True)
+        self.measured, self.prediction = spec.measured, OnDevice(spec.dtype, device)
         self.summing: Forward | None = None
         shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch.grid[0]])
         self.penalty, self.terms, self.partials = (
-            allocator(Layout(shape, (1,) * len(shape), terms.dtype, device, aligned=True)) for shape in shapes
+            allocator(Layout(shape, (1,) * len(shape), spec.dtype, device, aligned=True)) for shape in shapes
         )
 
-    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient.
 
         Args:
             tensors: as in the view, or without memory for gradients.
             values: coefficients, and the steps that count.
+
+        Returns:
+            The penalty, (). AR and TAR, (2,), or `None` unless they are measured. The upstream gradients for which
+                gradients were written, in the form that a `Backward` compares, or `None` if none were written.
         """
         if self.writes and tensors[4] is None is tensors[5]:
             if self.summing is None:
@@ -308,7 +312,7 @@ class Forward:
         penalty, terms, partials = self.penalty(), self.terms() if self.measured else None, self.partials()
         expected = self.prediction.expected() if self.writes else None
         self.launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values))
-        return Sums(penalty, terms, partials if self.writes else None)
+        return penalty, terms, partials if self.writes else None
 
 
 class Backward:
@@ -317,15 +321,15 @@ class Backward:
     Args:
         view: the view of the operands: raw, mask, arrived and grad_raw; or raw, dropped and their gradients. If the
             forward predicts gradients, this must be the forward's view, because a program must have the same items.
-        terms: the terms of the forward; no term has a gradient if the penalty has no upstream gradient.
+        spec: what the forward computes; no term has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
         prediction: the `prediction` of the forward; `None` if it never predicts gradients.
     """
 
-    def __init__(self, view: View, terms: Terms, device: torch.device, prediction: Any = None) -> None:
+    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Any = None) -> None:
         self.prediction = prediction
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
-        self.comparing = launch_of(view, terms, device, is_forward=False)
+        self.comparing = launch_of(view, spec, device, is_forward=False)
         self.writing = copy(self.comparing)
 
     def __call__(
@@ -334,10 +338,10 @@ class Backward:
         """Write the gradients, unless the forward has written them for this very upstream gradient.
 
         Args:
-            upstream: the gradient of the penalty, () in the dtype of the terms; `None` if the penalty has none.
+            upstream: the gradient of the penalty, () in the dtype of the penalty; `None` if the penalty has none.
             tensors: as in the view; a gradient that is not needed is `None`.
             values: the values of the forward.
-            expected: `expected` of the forward's `Sums`, if the forward has written these gradients.
+            expected: the last result of the forward, if it has written these gradients.
         """
         launch, memory = self.writing, None
         if expected is not None:
@@ -353,11 +357,10 @@ def _arguments(values: Values) -> Sequence[Any]:
     return bits, counts, alpha_at, beta_at, alpha, beta
 
 
-def launch_of(view: View, terms: Terms, device: torch.device, is_forward: bool) -> Launch:
+def launch_of(view: View, spec: Spec, device: torch.device, is_forward: bool) -> Launch:
     """Prepare the launch of the kernel over a view. A forward draws tickets, and a backward does not."""
-    names, mask = ("SUM_AR", "SUM_TAR", "GRAD_AR", "GRAD_TAR", "AR_OF_RAW"), view.operands.mask
+    mask, tiling = view.operands.mask, Tiling(view, spec.dtype)
     locked = mask is not None and (view.time == 1 or mask.time == 0)
-    does = dict(zip(names, switches(view, terms, is_forward), strict=True)) | {"LOCKED": locked}
-    tiling = Tiling(view, terms.dtype)
-    numbers = *tiling.numbers, *[1 / divisor for divisor in view.divisors(terms.reduction)]
-    return Launch(ar_tar_kernel, numbers, does | tiling.constants, Grid(tiling.programs, device, is_forward))
+    scales = [1 / divisor for divisor in view.divisors(spec.reduction)]
+    rest = *tiling.numbers, *scales, *switches(view, spec, is_forward), locked, *tiling.constants.values()
+    return Launch(ar_tar_kernel, rest, tiling.programs, device, is_forward)

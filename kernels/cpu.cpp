@@ -41,12 +41,16 @@ void finish(const Metadata &metadata, const Steps &steps, Partials sums, const A
     store(memory.terms, 1, tar, dtype);
 }
 
+/// Return the upstream gradient: a forward expects one, and a backward may have none.
+double upstream_of(const Metadata &metadata, const Addresses &memory) {
+    if (memory.penalty) return memory.expected;
+    return memory.upstream ? number(memory.upstream, metadata.compute_dtype) : 0;
+}
+
 /// Compute the factors of the gradients in float64: no intermediate factor overflows, and each is rounded once.
 Factors factors(const Metadata &metadata, const Steps &steps, const Addresses &memory) {
-    const void *const upstream_at = memory.penalty ? memory.expected : memory.upstream;
-    if (!upstream_at) return {0, 0};
     const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
-    const double upstream = number(upstream_at, metadata.compute_dtype);
+    const double upstream = upstream_of(metadata, memory);
     return {plain(upstream * (2 * memory.alpha / steps.ar_divisor)),
             plain(upstream * (2 * memory.beta / steps.tar_divisor))};
 }
@@ -85,9 +89,6 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &st
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-
-/// The sizes that cpu.py compares with the sizes of its own structures.
-EXPORT const int64_t structure_sizes[] = {sizeof(Metadata), sizeof(Addresses)};
 
 /// The hash of the source that the library was built from.
 #ifndef SOURCES
@@ -131,18 +132,18 @@ EXPORT void encode_steps(const Encoding *memory, int64_t outer, int64_t time) {
     }
 }
 
-/// Write the penalty and its terms; write dropped if there is a mask; write gradients if there is an expected upstream
-/// gradient.
+/// Write the penalty and its terms; write dropped if there is a mask; write gradients, for the expected upstream
+/// gradient, if there is memory for them.
 EXPORT void forward(const Metadata *metadata, const Addresses *memory, int threads) {
     const Steps steps(*metadata, *memory);
     finish(*metadata, steps, walk(*metadata, *memory, steps, threads), *memory);
 }
 
 /// Write the gradients, unless a forward has written them for this upstream gradient; return whether this call wrote
-/// them. `expected` is the upstream gradient that the forward expected, or null. Bits are compared: 0 differs from
-/// -0, and a NaN does not differ from itself.
+/// them. 0 differs from -0, and a NaN from itself.
 EXPORT int backward(const Metadata *metadata, const Addresses *memory, int threads) {
-    if (memory->expected && !std::memcmp(memory->expected, memory->upstream, bytes_of(metadata->compute_dtype))) return 0;
+    const double expected = memory->expected, upstream = upstream_of(*metadata, *memory);
+    if (expected == upstream && std::signbit(expected) == std::signbit(upstream)) return 0;
     walk(*metadata, *memory, Steps(*metadata, *memory), threads);
     return 1;
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
 from hashlib import sha256
+from math import nan
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels.prediction import OnHost
-from fastreg.kernels.view import Layout, Operands, Sums, Terms, Values, View, allocator, switches
+from fastreg.kernels.view import Layout, Operands, Spec, Values, View, allocator, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
@@ -40,21 +41,21 @@ class Forward:
     It has the interface of `fastreg.kernels.ar_tar.Forward`.
     """
 
-    def __init__(self, view: View, terms: Terms, device: torch.device) -> None:
-        self.function, self.metadata = library().forward, _metadata(view, terms, True)
-        self.prediction = OnHost(terms.dtype)
-        penalty, both = (Layout(shape, (1,) * len(shape), terms.dtype, device, True) for shape in (_ONE, _TWO))
-        self.penalty, self.terms = allocator(penalty), allocator(both) if terms.measured else None
+    def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
+        self.function, self.metadata = library().forward, _metadata(view, spec, True)
+        self.prediction = OnHost()
+        penalty, both = (Layout(shape, (1,) * len(shape), spec.dtype, device, True) for shape in (_ONE, _TWO))
+        self.penalty, self.terms = allocator(penalty), allocator(both) if spec.measured else None
 
-    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> Sums:
+    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Tensor, Tensor | None, float]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
         alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
-        expected = None if tensors[4] is None is tensors[5] else self.prediction.expected()
-        memory = *tensors, None, expected, *steps, penalty, terms  # kept alive during the call
+        expected = self.prediction.expected()
+        memory = *tensors, None, *steps, penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
-        return Sums(penalty, terms, expected)
+        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), expected), _threads())
+        return penalty, terms, expected
 
 
 class Backward:
@@ -63,18 +64,19 @@ class Backward:
     It has the interface of `fastreg.kernels.ar_tar.Backward`.
     """
 
-    def __init__(self, view: View, terms: Terms, device: torch.device, prediction: Any = None) -> None:
-        self.function, self.metadata = library().backward, _metadata(view, terms, False)
+    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Any = None) -> None:
+        self.function, self.metadata = library().backward, _metadata(view, spec, False)
         self.prediction = prediction
 
     def __call__(
-        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: Tensor | None = None
+        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: float | None = None
     ) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
         alpha, beta, *steps = values
-        memory = *tensors, upstream, expected, *steps, None, None
+        memory = *tensors, upstream, *steps, None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), _threads())
+        other = nan if expected is None else expected
+        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), other), _threads())
         if writes and expected is not None:
             self.prediction.learn(upstream)
 
@@ -182,14 +184,11 @@ def sources(folder: Path) -> int:
 
 def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
     """Check that a library was built from the present sources, and declare its functions to ctypes."""
-    expected = [_METADATA.size, _ADDRESSES.size]
     try:
-        built = list((c_int64 * len(expected)).in_dll(library, "structure_sizes"))
         built_from = c_uint64.in_dll(library, "sources").value
-    except ValueError:  # the library lacks one of these symbols
-        built, built_from = [], 0
-    is_source = (path.parent / "cpu.cpp").exists()
-    if built != expected or (is_source and built_from != sources(path.parent)):
+    except ValueError:  # the library lacks this symbol
+        built_from = None
+    if (path.parent / "cpu.cpp").exists() and built_from != sources(path.parent):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
     library.forward.argtypes = library.backward.argtypes = [c_char_p, c_char_p, c_int]
     library.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
@@ -200,16 +199,16 @@ def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
 
 # The structures `Metadata` and `Addresses` of C. Packing takes a third of the time of filling a ctypes structure.
 _METADATA = Struct(f"3q{2 * len(Operands._fields)}q2d8i")  # sizes, strides, divisors, dtypes and switches
-_ADDRESSES = Struct(f"{len(Operands._fields) + 6}P2d")  # and two coefficients
+_ADDRESSES = Struct(f"{len(Operands._fields) + 5}P3d")  # and two coefficients, and the expected upstream gradient
 
 
-def _metadata(view: View, terms: Terms, is_forward: bool) -> bytes:
+def _metadata(view: View, spec: Spec, is_forward: bool) -> bytes:
     """Return the metadata of calls as C knows them."""
     raw, _, _, dropped, *_ = view.operands
     strides = [stride for x in view.operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
-    numbers = *view[:3], *strides, *view.divisors(terms.reduction), *dtypes, _DTYPES[terms.dtype]
-    return _METADATA.pack(*numbers, *switches(view, terms, is_forward))
+    numbers = *view[:3], *strides, *view.divisors(spec.reduction), *dtypes, _DTYPES[spec.dtype]
+    return _METADATA.pack(*numbers, *switches(view, spec, is_forward))
 
 
 _pack_encoding, _pack = Struct("5P").pack, _ADDRESSES.pack

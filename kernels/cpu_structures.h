@@ -27,7 +27,7 @@ struct Metadata {
     int32_t ar_of_raw;                                // AR is the mean square of raw, not of dropped
 };
 
-/// The memory and the coefficients of a call. A null pointer stands for a term that is off, for a gradient that is not
+/// The memory and the numbers of a call. A null pointer stands for a term that is off, for a gradient that is not
 /// needed, or for a result that is not needed.
 struct Addresses {
     const void *raw, *mask;
@@ -35,11 +35,11 @@ struct Addresses {
     void *dropped;        // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
     const void *upstream;      // () in the dtype of the computation: the gradient of the penalty
-    const void *expected;      // () like upstream: the one for which a forward writes gradients
     const uint8_t *bits;       // (outer, time), `Steps.bits`; null if all steps count
     const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
     double alpha, beta;        // coefficients
+    double expected;           // the upstream gradient for which a forward writes gradients; NaN if it wrote none
 };
 
 /// The memory that `encode_steps` reads and writes.

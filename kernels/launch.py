@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -13,10 +12,10 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from fastreg.kernels import tiling
 from fastreg.kernels.streams import Tickets, capture_of
 
 TICKETS = Tickets()
-OPTIONS: dict[Any, dict[str, Any]] = {}  # of the compiler, which plans share
 TRIED = "3.4", "3.5", "3.6", "3.7", "3.8", "3.9"  # releases of Triton whose launcher of compiled code was tried
 
 
@@ -29,16 +28,7 @@ def why_not_direct(release: str, setting: str | None) -> str | None:
     """
     if setting == "0":
         return "FASTREG_DIRECT_LAUNCH is 0"
-    series = re.match(r"\d+\.\d+", release)
-    return None if series and series[0] in TRIED else f"no direct launch was tried with Triton {release}"
-
-
-class Grid(NamedTuple):
-    """Say how many programs a launch has, on which device they run, and whether they draw tickets."""
-
-    programs: int
-    device: torch.device
-    draws: bool = True
+    return None if ".".join(release.split(".")[:2]) in TRIED else f"no direct launch was tried with Triton {release}"
 
 
 class Launch:
@@ -55,37 +45,32 @@ class Launch:
     Args:
         kernel: a jit function. Its parameters are, in this order: a ticket; the values of a call, tensors and numbers;
             numbers that stay the same; and compile-time constants.
-        arguments: the numbers that stay the same.
-        constants: compile-time arguments by name.
-        grid: the number of programs, and the device of the tensors.
+        rest: the numbers that stay the same, and the constants.
+        programs: the number of programs.
+        device: the device of the tensors.
+        draws: whether the kernel draws tickets; otherwise it gets `None`.
 
     Attributes:
-        draws: whether the kernel draws tickets; otherwise it gets `None`.
         why_jit: why no code is launched directly; `None` if it is.
     """
 
     # Plans hold many launches. With slots, a launch takes less memory, and its copies are as fast as itself.
-    __slots__ = (
-        *("kernel", "rest", "options", "grid", "device", "draws", "index", "is_captured"),
-        *("compiled", "code", "run"),
-    )
+    __slots__ = "code", "compiled", "device", "draws", "grid", "index", "is_captured", "kernel", "rest", "run"
 
     why_jit: ClassVar[str | None] = why_not_direct(triton.__version__, os.environ.get("FASTREG_DIRECT_LAUNCH"))
 
-    def __init__(self, kernel: Any, arguments: Sequence[float], constants: dict[str, Any], grid: Grid) -> None:
-        self.kernel = kernel
-        self.grid, (_, self.device, self.draws) = (grid.programs, 1, 1), grid
-        self.index = None if grid.device.type == "cpu" else grid.device.index
-        self.is_captured = capture_of(grid.device.type)
+    def __init__(
+        self, kernel: Any, rest: Sequence[Any], programs: int, device: torch.device, draws: bool = True
+    ) -> None:
+        self.kernel, self.rest, self.grid = kernel, (*rest,), (programs, 1, 1)
+        self.device, self.draws = device, draws
+        self.index = None if device.type == "cpu" else device.index
+        self.is_captured = capture_of(device.type)
         self.compiled: Any = None  # the code to launch directly; its driver unloads it when nothing refers to it
         self.run: Any = None  # its launcher
         self.code: Any = None  # the arguments of the launcher that follow from the code
         if self.draws and self.index is not None:
-            TICKETS.fill(grid.device)
-        constexprs = [constants[name] for name in kernel.arg_names if name in constants]
-        self.rest = (*arguments, *constexprs)  # the compiled code takes all by position
-        options = {name: constants[name] for name in constants if name not in kernel.arg_names}
-        self.options = OPTIONS.setdefault(tuple(options.items()), options)
+            TICKETS.fill(device)
 
     def __call__(self, *values: Tensor | float | None) -> None:
         """Launch on the current stream of the device."""
@@ -102,7 +87,7 @@ class Launch:
         if self.compiled is not None and not is_hooked:
             self.run(*grid, stream, *self.code, ticket, *values, *self.rest)
             return
-        compiled = self.kernel[grid](ticket, *values, *self.rest, **self.options)
+        compiled = self.kernel[grid](ticket, *values, *self.rest, num_warps=tiling.WARPS, enable_fp_fusion=True)
         if compiled is not None and Launch.why_jit is None:  # the interpreter has no compiled code
             self.code = compiled.function, compiled.packed_metadata, None, None, None  # nothing for a profiler
             self.run, self.compiled = compiled.run, compiled

@@ -20,8 +20,8 @@ PATIENCE = 16  # forwards whose gradients no backward took, after which forwards
 class Prediction:
     """Count the forwards without a backward; each backend has a subclass that knows the expected upstream gradient.
 
-    A subclass has two methods. `expected` returns the memory from which a forward reads the upstream gradient that it
-    expects. `learn` takes the upstream gradient of a backward, which forwards expect from then on.
+    A subclass has two methods. `expected` returns the upstream gradient that a forward expects, or the memory that
+    holds it. `learn` takes the upstream gradient of a backward, which forwards expect from then on.
 
     Attributes:
         lost: the number of forwards in a row whose gradients were freed before a backward took them.
@@ -39,7 +39,7 @@ class Ahead:
 
     Args:
         prediction: the prediction of the plan, which counts gradients that are freed before a backward takes them.
-        expected: the `expected` of the forward's `Sums`.
+        expected: the last result of the forward.
         gradients: the gradients.
     """
 
@@ -59,27 +59,24 @@ class Ahead:
 
 
 class OnHost(Prediction):
-    """Predict on a CPU. A plan expects the upstream gradient of its last backward.
+    """Predict on a CPU, where forwards take the expected upstream gradient as a number.
 
-    A new plan expects the upstream gradient of the last backward of any plan, and the first plan expects 1. No tensor
-    here is ever written to, because graphs refer to it. Threads may replace each other's values.
+    A plan expects the upstream gradient of its last backward. A new plan expects the upstream gradient of the last
+    backward of any plan, and the first plan expects 1. Threads may replace each other's values.
     """
 
-    with torch.inference_mode(False):
-        latest = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+    latest: ClassVar[float] = 1.0
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.gradient = self.latest[dtype]
+    def __init__(self) -> None:
+        self.gradient = OnHost.latest
 
-    def expected(self) -> Tensor:
-        """Return a tensor, (), that never changes."""
+    def expected(self) -> float:
+        """Return the upstream gradient that a forward expects."""
         return self.gradient
 
-    def learn(self, upstream: Tensor) -> Tensor:
-        """Expect a copy of an upstream gradient, and return the copy."""
-        with torch.inference_mode(False):
-            self.gradient = self.latest[upstream.dtype] = upstream.detach().clone()
-        return self.gradient
+    def learn(self, upstream: Tensor) -> None:
+        """Expect an upstream gradient."""
+        self.gradient = OnHost.latest = upstream.item()
 
 
 class OnDevice(Prediction):

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastreg.kernels.launch import Grid, Launch
+from fastreg.kernels.launch import Launch
 from fastreg.kernels.reduction import CHUNK, is_last
-from fastreg.kernels.tiling import LARGE, WARPS, ceil_div
+from fastreg.kernels.tiling import LARGE, ceil_div
 from fastreg.kernels.view import Layout, allocator
 
 SHARE = 4096  # steps: the least that a program gets
@@ -98,8 +98,7 @@ class Encoder:
         programs = min(ceil_div(total, SHARE), CHUNK.value)
         share = ceil_div(ceil_div(total, programs), AT_ONCE) * AT_ONCE
         index = tl.int64 if total >= LARGE else tl.int32
-        constants = {"INDEX": index, "AT_ONCE": AT_ONCE, "num_warps": WARPS, "enable_fp_fusion": True}
-        self.launch = Launch(steps_kernel, (total, shape[1], share), constants, Grid(programs, device))
+        self.launch = Launch(steps_kernel, (total, shape[1], share, index, AT_ONCE), programs, device)
         self.bits = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
         self.counts, self.partials = (
             allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)

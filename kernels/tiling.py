@@ -186,7 +186,7 @@ class Tiling:
 
     numbers    the strides of all operands, and lanes, inner, time, run, blocks and items, as `ar_tar_kernel` takes them
     programs   the number of programs that share the items
-    constants  the compile-time arguments from ACC on, as `ar_tar_kernel` takes them, and options of the compiler
+    constants  the compile-time arguments from ACC on, as `ar_tar_kernel` takes them
     """
 
     def __init__(self, view: View, dtype: torch.dtype) -> None:
@@ -212,6 +212,4 @@ class Tiling:
             "INDEX": tl.int64 if outer * inner * time >= LARGE else tl.int32,
             "BLOCK": block,
             "UNROLL": unroll,
-            "num_warps": WARPS,
-            "enable_fp_fusion": True,
         }

@@ -1,4 +1,4 @@
-"""The records that all backends share: layouts and views of tensors, terms of a penalty, time steps that count."""
+"""The records that all backends share: layouts and views of tensors, penalties, time steps that count."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[...
 def _unfilled(layout: Layout, *_: Any) -> Tensor:
     """Allocate memory by a storage, which PyTorch never fills."""
     shape, stride, dtype, device, _aligned = layout
-    x = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-    storage = torch.UntypedStorage(x.nbytes, device=device)
+    storage = torch.UntypedStorage(shape.numel() * dtype.itemsize, device=device)
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
 
 
@@ -107,12 +106,12 @@ class View(NamedTuple):
         """Return the divisors of the sums of AR and TAR in a call in which all steps count; neither is 0."""
         if reduction == "sum":
             return 1, 1
-        rows = self.outer * self.time
-        return rows * self.inner, max((rows - self.outer) * self.inner, 1)
+        steps = self.outer * self.time
+        return steps * self.inner, max((steps - self.outer) * self.inner, 1)
 
 
-class Terms(NamedTuple):
-    """Describe the terms of a layer's penalty, whatever its tensors and its coefficients are.
+class Spec(NamedTuple):
+    """Specify a layer's penalty, whatever its tensors and its coefficients are.
 
     by_ar, by_tar  whether each term is in the penalty, and has a gradient
     measured       whether the terms are results, too; then a term that is not in the penalty is computed as well
@@ -131,13 +130,13 @@ class Terms(NamedTuple):
     reduction: str = "mean"
 
 
-def switches(view: View, terms: Terms, is_forward: bool) -> Sequence[bool]:
+def switches(view: View, spec: Spec, is_forward: bool) -> Sequence[bool]:
     """Return the switches of a launch: sum AR, sum TAR, write AR's gradient, write TAR's; and whether AR is of raw."""
     raw, _, _, dropped, *_ = view.operands
-    writes, ar, tar = view.writes(), terms.by_ar or terms.measured, terms.by_tar or terms.measured
-    sum_ar = is_forward and ar and (terms.ar_of_raw or dropped is not None)
+    writes, ar, tar = view.writes(), spec.by_ar or spec.measured, spec.by_tar or spec.measured
+    sum_ar = is_forward and ar and (spec.ar_of_raw or dropped is not None)
     sum_tar = is_forward and tar and raw is not None
-    return sum_ar, sum_tar, writes and terms.by_ar, writes and terms.by_tar, terms.ar_of_raw and ar
+    return sum_ar, sum_tar, writes and spec.by_ar, writes and spec.by_tar, spec.ar_of_raw and ar
 
 
 class Values(NamedTuple):
@@ -153,17 +152,3 @@ class Values(NamedTuple):
     beta: Any
     bits: Tensor | None = None
     counts: Tensor | None = None
-
-
-class Sums(NamedTuple):
-    """Hold the results of a forward.
-
-    penalty   () the penalty
-    terms     (2,) AR and TAR; None unless they are measured
-    expected  the upstream gradient for which the forward has written gradients, in the form that the backward compares;
-              None if it has written none
-    """
-
-    penalty: Tensor
-    terms: Tensor | None
-    expected: Any

@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 from fastreg import FusedRNNDropout
-from fastreg.call.backends import PLANS, TRITON, backend_for
+from fastreg.call.backends import TRITON, backend_for
+from fastreg.call.key import PLANS
 from fastreg.kernels import cpu
 from tests.language_model import Model
 

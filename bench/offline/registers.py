@@ -22,7 +22,7 @@ import triton
 from bench.measure.report import table
 from bench.offline.prediction import DTYPES, MULTIPROCESSORS
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.call.backends import PLANS
+from fastreg.call.key import PLANS
 from fastreg.kernels import tiling
 from fastreg.kernels.ar_tar import ar_tar_kernel
 from tests.kernels.stand_in import h100

@@ -23,10 +23,10 @@ from fastreg.attach.mark import is_marked, mark
 from fastreg.attach.outputs import address_of, mapped, tensors_in
 from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, Tally, report
 from fastreg.attach.source import Source
-from fastreg.call.operation import selectors_of
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import Options, Place, axes_of, data_of, is_on
+from fastreg.call.problem import Options, TimeAxis, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
+from fastreg.call.selectors import selectors_of
 from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
 
 SHARED = (
@@ -275,7 +275,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         given = dict(zip(("p", "valid", "starts"), args[1:], strict=False)) | kwargs
         call.masks.update({name: given[name] for name in call.masks if given.get(name) is not None})
         alpha, beta = call.coefficients
-        return args[:1], given | call.masks | {"loan": Loan(alpha, beta, self.source.place_for(raw))}
+        return args[:1], given | call.masks | {"loan": Loan(alpha, beta, self.source.time_axis_of_raw(raw))}
 
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and mark the output."""
@@ -343,14 +343,14 @@ class Attachment(AbstractContextManager["Attachment"]):
             pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
             if call.packed is not None:
                 pair = [call.packed._replace(data=x) for x in pair]
-            options = Options(*self.source.place_for(pair[0]), "mean", True, predicts=False)
+            options = Options(*self.source.time_axis_of_raw(pair[0]), "mean", True, predicts=False)
             selectors = selectors_of(None, call.masks["valid"], call.masks["starts"])
             terms = penalize(pair, call.coefficients, selectors, options)
         if run is None:
             return None
-        place = self.source.place
+        time_axis = self.source.time_axis
         whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
-        self.shown = self.shown or described(whole, place, call.masks)
+        self.shown = self.shown or described(whole, time_axis, call.masks)
         if is_frozen or not terms.penalty.requires_grad:
             run.number = 0
         elif not dropped.requires_grad:
@@ -361,21 +361,21 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not dropped.requires_grad:
             return self._note(FROZEN)
         self._note(RUN)
-        steps = raw.shape[place.axis()] if call.packed is None else len(call.packed.batch_sizes)
+        steps = raw.shape[time_axis.number()] if call.packed is None else len(call.packed.batch_sizes)
         # Without TAR time_dim=0 is often the batch, and a batch of one is no time step, unless raw has three axes.
-        is_batch = place.time_dim == 0 and raw.dim() != 3 and not is_on(call.coefficients[1])
+        is_batch = time_axis.time_dim == 0 and raw.dim() != 3 and not is_on(call.coefficients[1])
         run.terms, run.is_one_step = terms, steps == 1 and not is_batch
         return None
 
 
-def described(raw: Tensor | PackedSequence, place: Place, masks: Mapping[str, Tensor | None]) -> str:
+def described(raw: Tensor | PackedSequence, time_axis: TimeAxis, masks: Mapping[str, Tensor | None]) -> str:
     """Say which axes of raw were taken for what, and which time steps count."""
     rows = data_of(raw)
     shape = (*rows.shape,)
     if isinstance(raw, PackedSequence):
         sequences = f"{raw.batch_sizes[0]} packed sequences of up to {len(raw.batch_sizes)} time steps"
         return f"raw {shape} as {sequences}, hidden {shape[-1]}; every step counts"
-    time, batch = axes_of(rows, place.axis())
+    time, batch = axes_of(rows, time_axis.number())
     names = {time: "time", batch: "batch"}
     axes = ", ".join([f"{names.get(i, 'hidden')} {size}" for i, size in enumerate(shape)])
     steps = "; ".join([f"{x} {(*mask.shape,)}: {MASKED[x]}" for x, mask in masks.items() if mask is not None])

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.problem import Place, is_list, sizes_of
+from fastreg.call.problem import TimeAxis, is_list, sizes_of
 
 
 def check_output(output: Any) -> Any:
@@ -35,13 +35,13 @@ def _are_activations(raw: Any, dropped: Any) -> bool:
     return all(isinstance(x, (Tensor, PackedSequence)) for x in (raw, dropped))
 
 
-def check_layout(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
+def check_layout(raw: Any, decoded: Any, time_axis: TimeAxis, is_said: bool) -> str:
     """Guess from the shape of a model's output whether raw is a state, or may be time first.
 
     Args:
         raw: raw, or a list with raw of each layer.
         decoded: the output of the model.
-        place: the axis of time.
+        time_axis: the axis of time.
         is_said: whether the caller has said which axis is time.
 
     Returns:
@@ -62,7 +62,7 @@ def check_layout(raw: Any, decoded: Any, place: Place, is_said: bool) -> str:
         scores = len(shape) == 3 and (time, batch) in (shape[:2], shape[::2])
         if rows or scores:
             raise ValueError(f"batch_first: expected True or False, as raw is {of_raw} and decoded {shape}, got None")
-    batch, _ = sizes_of(first, place.axis())
+    batch, _ = sizes_of(first, time_axis.number())
     if len(shape) != 3 or not all([size != batch for size in shape]):
         return ""
     words = (

@@ -13,8 +13,7 @@ from torch import nn
 from fastreg.attach.attachment import described
 from fastreg.attach.captures import check_output
 from fastreg.attach.source import Masks, batch_first_of, check_callable
-from fastreg.call.arguments import check_time
-from fastreg.call.operation import place_of
+from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import Coefficient, data_of, is_list, sizes_of
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -73,7 +72,7 @@ class Paths:
 
     def __post_init__(self) -> None:
         check_callable("output", self.output)
-        check_time(self.batch_first, self.time_dim)
+        time_axis_of(self.batch_first, self.time_dim)
         if not self.pairs and self.output is not None:
             raise TypeError("rnn: expected a path, as output picks raw from what its module returns, got None")
 
@@ -131,14 +130,14 @@ class Paths:
         Raises:
             TypeError, ValueError, RuntimeError: as `on_loss_begin`, or a function of masks has raised it.
         """
-        raw, place = check_output(output)[1], place_of(self.batch_first, self.time_dim)
+        raw, time_axis = check_output(output)[1], time_axis_of(self.batch_first, self.time_dim)
         raw = raw[-1] if is_list(raw) else raw
-        _, steps = sizes_of(data_of(raw), place.axis())
+        _, steps = sizes_of(data_of(raw), time_axis.number())
         masks = {name: mask[:, -steps:] for name, mask in self.masks.of(*batch).items() if mask is not None}
         begin(output, batch_first=self.batch_first, time_dim=self.time_dim, **masks)
         if say is not None and not self.is_said:
             self.is_said = True
-            say(f"the model's output: {described(raw, place, masks)}")
+            say(f"the model's output: {described(raw, time_axis, masks)}")
 
     def warn_of_evaluation(self, adapter: str) -> None:
         """Warn, once in a fit, that a training step has no penalty, because all modules are in evaluation.

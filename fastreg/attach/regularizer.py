@@ -22,8 +22,8 @@ from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.runs import Runs, total
 from fastreg.attach.source import Masks, Source
-from fastreg.call.arguments import check_coefficient, check_count, check_selectors, shown
-from fastreg.call.operation import coefficient, place_of
+from fastreg.call.arguments import check_coefficient, check_count, check_selectors, time_axis_of
+from fastreg.call.operation import coefficient
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
@@ -91,7 +91,6 @@ class RNNRegularizer(KnownAttributes):
         >>> loss.backward()
     """
 
-    @shown("RNNRegularizer(alpha=2.0, beta=1.0); 0 leaves a term out")
     def __init__(
         self,
         alpha: Coefficient,
@@ -169,7 +168,7 @@ class RNNRegularizer(KnownAttributes):
             UserWarning: a capture that needs gradients is replaced; or `decoded` has no axis of the size of raw's
                 batch. Each warning comes once.
         """
-        place = place_of(batch_first, time_dim)
+        time_axis = time_axis_of(batch_first, time_dim)
         check_selectors(lengths, valid, starts)
         if self._runs.attachments:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
@@ -177,7 +176,7 @@ class RNNRegularizer(KnownAttributes):
         if self.layers != "all" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
         is_said = batch_first is not None or time_dim is not None
-        if words := check_layout(raw, decoded, place, is_said):
+        if words := check_layout(raw, decoded, time_axis, is_said):
             self._warn_once("shape", words)
         if self._given is not None and any(x.requires_grad for given in self._given.args for x in layers_of(given)):
             self._warn_once(
@@ -255,7 +254,6 @@ class RNNRegularizer(KnownAttributes):
         self._given = None
         self._runs.clear()
 
-    @shown("attach(rnn, dropout, valid=lambda x: mask), where mask is (batch, time)")
     def attach(
         self,
         module: nn.Module,
@@ -314,7 +312,7 @@ class RNNRegularizer(KnownAttributes):
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the penalty
                 would be wrong or lost. The message names the remedy.
         """
-        source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).checked()
+        source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).with_time_axis()
         if self.layers is not None:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
         if self._given is not None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.operation import place_of
-from fastreg.call.problem import Place, is_list
+from fastreg.call.arguments import time_axis_of
+from fastreg.call.problem import TimeAxis, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
 # Classes of modules that return no raw, or whose hooks do not run, with the expectation that an error names
@@ -25,7 +25,7 @@ REFUSED: dict[Any, str] = {
     (nn.ModuleList, nn.ModuleDict): "a module that is called itself, got {}; attach each of its modules",
 }
 
-ONE_SEQUENCE = Place(None, 0)  # (time, hidden)
+ONE_SEQUENCE = TimeAxis(None, 0)  # (time, hidden)
 DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, FusedRNNDropout
 
 
@@ -89,7 +89,7 @@ class Source:
         batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
         time_dim: the axis of time, instead of batch_first.
         masks: the functions of the arguments of the module's forward that say which time steps count.
-        place: the axis of time; `checked` sets it.
+        time_axis: the axis of time; `with_time_axis` sets it.
     """
 
     module: nn.Module
@@ -98,9 +98,9 @@ class Source:
     batch_first: bool | None = None
     time_dim: int | None = None
     masks: Masks = field(default_factory=Masks)
-    place: Place = field(default_factory=Place)
+    time_axis: TimeAxis = field(default_factory=TimeAxis)
 
-    def checked(self) -> Source:
+    def with_time_axis(self) -> Source:
         """Check the modules, and return the source with its axis of time.
 
         Raises:
@@ -121,16 +121,18 @@ class Source:
             raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
         elif isinstance(self.module, nn.RNNBase) and self.time_dim is not None:
             raise ValueError(f"time_dim: expected None, as the {name} has batch_first={own}, got {self.time_dim}")
-        place = place_of(layout, self.time_dim)
+        time_axis = time_axis_of(layout, self.time_dim)
         if isinstance(self.dropout, FusedRNNDropout):
             if type(self.dropout).forward is not FusedRNNDropout.forward:
                 raise TypeError(
                     "dropout: expected the forward of FusedRNNDropout, to which the regularizer passes its "
                     f"coefficients, got the forward of {type(self.dropout).__name__}; derive it from nn.Module instead"
                 )
-            if (its := self.dropout.place()) != place:
-                raise ValueError(f"dropout: expected a FusedRNNDropout with {place}, as the {name} has it, got {its}")
-        return replace(self, place=place)
+            if (its := self.dropout.time_axis()) != time_axis:
+                raise ValueError(
+                    f"dropout: expected a FusedRNNDropout with {time_axis}, as the {name} has it, got {its}"
+                )
+        return replace(self, time_axis=time_axis)
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
         """Return raw from the output of the module.
@@ -164,10 +166,10 @@ class Source:
             )
         return raw
 
-    def place_for(self, raw: Tensor | PackedSequence) -> Place:
+    def time_axis_of_raw(self, raw: Tensor | PackedSequence) -> TimeAxis:
         """Return the axis of time of raw, which is the first if `raw_of` has accepted a tensor of two axes."""
-        is_one = self.place.time_dim is None and isinstance(raw, Tensor) and raw.dim() == 2
-        return ONE_SEQUENCE if is_one else self.place
+        is_one = self.time_axis.time_dim is None and isinstance(raw, Tensor) and raw.dim() == 2
+        return ONE_SEQUENCE if is_one else self.time_axis
 
 
 def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""All checks of arguments, and their messages. A check raises an error or does nothing.
+"""All checks of arguments, and their messages. A check raises an error, and changes nothing.
 
 A `TypeError` or a `ValueError` names the argument, the expected value and the given value. Metadata of activations,
 options and lists are checked once for each new kind of call; values are checked in every call.
@@ -6,23 +6,20 @@ options and lists are checked once for each new kind of call; values are checked
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from numbers import Integral, Real
-from typing import Any, TypeVar, cast
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.problem import axes_of, is_list, sizes_of
+from fastreg.call.problem import TimeAxis, axes_of, is_list, sizes_of
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -60,26 +57,6 @@ def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Excepti
 
 
 # ---- coefficients and options
-
-
-def shown(line: str) -> Callable[[Function], Function]:
-    """Make a function whose errors about missing and unknown arguments show a line of code that is right."""
-
-    def decorate(function: Function) -> Function:
-        signature, name = inspect.signature(function), line.split("(")[0]
-
-        @wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                words = f"{name}: {error}. Write, for example, {line}"
-                raise TypeError(words) from None
-            return function(*args, **kwargs)
-
-        return cast(Function, checked)
-
-    return decorate
 
 
 def check_options(reduction: object, return_terms: object) -> None:
@@ -143,14 +120,15 @@ def check_probability(p: Any) -> None:
     _expect(0 <= _real("p", p) < 1, "p", "a probability from 0 to below 1, got {}", p)
 
 
-def check_time(batch_first: object, time_dim: object) -> None:
-    """Check that at most one of `batch_first` and `time_dim` is given, and its type."""
+def time_axis_of(batch_first: Any, time_dim: Any) -> TimeAxis:
+    """Check that at most one of the two is given, and their types; return the axis of time, which is 1 by default."""
     if time_dim is None:
         check_flags(batch_first=batch_first is None or batch_first)
-        return
+        return TimeAxis(batch_first is not False)
     _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
     is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
     _expect(is_axis, "time_dim", "an int, the axis of time, got {}", type(time_dim), error=TypeError)
+    return TimeAxis(None, index(time_dim))  # in compiled code int() returns no constant
 
 
 def check_count(name: str, value: Any) -> int:
@@ -283,8 +261,9 @@ def check_pair(raw: Any, dropped: Any, time_dim: int | None) -> dict[str, Any]:
         _check_dense(*given)
     one, x = next(iter(pair.items()))
     _check_axes(one, x, time_dim)
+    dtypes = "float16, bfloat16, float32 or float64, got {}"
     for name, tensor in pair.items():
-        _check_dtype(name, tensor)
+        _expect(tensor.dtype in DTYPES, name, dtypes, tensor.dtype, error=TypeError)
         _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
         _check_device(name, tensor, one, x)
     return pair
@@ -333,15 +312,14 @@ def check_no_parts(x: Any) -> None:
     _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
 
 
-def check_range(name: str, time: int, x: Tensor) -> Tensor:
-    """Check the values of lengths or of a mask on the CPU, and return them."""
+def check_range(name: str, time: int, x: Tensor) -> None:
+    """Check the values of lengths or of a mask on the CPU."""
     # Python compares a few values in a third of the time that an operator takes.
     values = x.reshape(-1).tolist() if x.numel() <= 100 else [*map(int, x.aminmax())]
     least, greatest = min(values), max(values)
     most, words = (time, f"from 0 to the {time} time steps of a sequence") if name == "lengths" else (1, "0 or 1")
     if least < 0 or greatest > most:
         raise ValueError(f"{name}: expected {words}, got {least if least < 0 else greatest}")
-    return x
 
 
 def check_not_captured(name: str, device: torch.device) -> None:
@@ -386,7 +364,3 @@ def _check_no_gradient(name: str, x: Tensor) -> None:
 def _check_device(name: str, x: Any, other: str, y: Any) -> None:
     words = "a tensor on {}, where {} is, got one on {}"
     _expect(x.device == y.device, name, words, y.device, other, x.device)
-
-
-def _check_dtype(name: str, x: Any) -> None:
-    _expect(x.dtype in DTYPES, name, "float16, bfloat16, float32 or float64, got {}", x.dtype, error=TypeError)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastreg.call.key import PLANS
 from fastreg.call.torch_state import has_float64, level_of_caller
 from fastreg.kernels import cpu
 
@@ -29,7 +30,6 @@ class Backend(NamedTuple):
     encoder: Any
 
 
-PLANS: dict[Any, Any] = {}  # the plans of calls, by their keys; each was made for one backend
 CPP: Backend | None = None
 if cpu.reason() is None:
     CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Encoder)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Plan, Selectors, compute, selectors_of
+from fastreg.call.operation import Plan, compute
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, WithTerms
 from fastreg.call.reference import ar_tar
+from fastreg.call.selectors import Selectors, selectors_of
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.view import Values, allocator, layout_of
 
@@ -177,7 +178,7 @@ class DropoutPlan(Plan):
         raw, mask, *others = inputs
         super().__init__((raw, None), others, options, is_kept)
         self.row = list(raw.shape)
-        self.row[self.terms.time_dim] = 1
+        self.row[self.spec.time_dim] = 1
         if isinstance(mask, Tensor):
             check_mask(mask, raw, self.row)
 
@@ -193,7 +194,7 @@ class DropoutPlan(Plan):
         dropped = raw * mask
         if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
             dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
-        return dropped, ar_tar(raw, dropped, values, self.terms)
+        return dropped, ar_tar(raw, dropped, values, self.spec)
 
     def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
@@ -202,7 +203,7 @@ class DropoutPlan(Plan):
         self.written = self.fold.dense(layouts[0])
         self.allocate = allocator(self.written, layouts[0])
         view = self.fold.view(*layouts, None, self.written, None, None)
-        self.forward = self.backend.forward(view, self.terms, raw.device)
+        self.forward = self.backend.forward(view, self.spec, raw.device)
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
         """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
@@ -218,9 +219,9 @@ class DropoutPlan(Plan):
         if launch is None:
             if arrived is not None and not self.fold.fits(arrived.stride()):
                 return self.differentiate((self.allocate(raw).copy_(arrived), grad), saved, values, None)
-            terms = self.terms if grad is not None else self.terms._replace(by_ar=False, by_tar=False)
+            spec = self.spec if grad is not None else self.spec._replace(by_ar=False, by_tar=False)
             view = self.fold.view(*self.operands, layout_of(arrived), None, self.written, None)
-            launch = self.backend.backward(view, terms, raw.device)
+            launch = self.backend.backward(view, spec, raw.device)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
         launch(grad, (raw, mask, arrived, None, gradient, None), values)

@@ -76,8 +76,8 @@ class Fold(NamedTuple):
 
     def view(self, *layouts: Layout | None) -> View:
         """Return the view of operands that fit."""
-        rows = (self.time, *self.outer)[-1]
-        operands = [x and Operand(x.dtype, x.stride[rows], x.stride[self.time]) for x in layouts]
+        outer = (self.time, *self.outer)[-1]
+        operands = [x and Operand(x.dtype, x.stride[outer], x.stride[self.time]) for x in layouts]
         return View(*self.sizes(), Operands(*operands))
 
 

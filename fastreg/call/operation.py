@@ -1,18 +1,14 @@
-"""One call: the key of its arguments, the plan under that key, and the node that differentiates it.
+"""One call: the plan under the key of its arguments, and the node that differentiates it.
 
 A call looks its plan up. If its key is new, `Plan` checks all arguments, and the plan is kept for later calls with the
-same key. A key is a flat tuple of the metadata of the arguments and of the state of PyTorch. It holds every fact that a
-check, a view or compiled code depends on. It holds no tensor. For a coefficient, it records one of three facts: the
-coefficient is zero, a nonzero number, or a tensor. Values are checked in every call.
+same key. Values are checked in every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from functools import partial
 from math import inf
-from operator import index
 from typing import Any
 
 import torch
@@ -20,24 +16,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastreg.call import arguments
-from fastreg.call.backends import PLANS, backend_for
+from fastreg.call.backends import backend_for
 from fastreg.call.fold import fold_of
-from fastreg.call.problem import ARTAR, Coefficient, Options, Place, compute_dtype, is_on, sizes_of
-from fastreg.call.reference import encoded
-from fastreg.call.torch_state import (
-    has_values,
-    hooks_on_saved,
-    is_deterministic,
-    keepable,
-    observed,
-    plain,
-    untraced,
-    version_of,
-)
-from fastreg.kernels.view import Terms, Values, layout_of
+from fastreg.call.key import PLANS, facts_of, keep, key_of
+from fastreg.call.problem import ARTAR, Coefficient, Options, compute_dtype, is_on, sizes_of
+from fastreg.call.torch_state import keepable, observed, plain, untraced, version_of
+from fastreg.kernels.view import Spec, Values, layout_of
 
-# Enough plans for thousands of pairs of a batch size and a number of time steps. A plan takes up to 7.5 KB.
-SIZE = 8192
 USUAL = {Tensor, float, type(None)}  # types that `plain` leaves alone
 
 
@@ -68,7 +53,7 @@ def compute(
         one = plain(first)
         inputs = one, one if first is second else plain(second), alpha, beta
     if not is_seen:  # a compiler would compile again for each new plan
-        key = key_of(operation, inputs, selectors, options)
+        key = key_of(operation, inputs if selectors is None else (*inputs, *selectors.given), options)
         try:
             plan = PLANS.get(key)
         except TypeError:  # an option of a wrong type, which may have no hash, is an error of the checks
@@ -76,7 +61,7 @@ def compute(
     is_new = plan is None
     if plan is None:
         plan = operation(inputs, options, key is not None)
-    if plan.terms is None:
+    if plan.spec is None:
         return None
     tensors = plan.tensors_of(inputs[0], inputs[1])
     if selectors is None:
@@ -105,132 +90,6 @@ def coefficient(value: Any) -> Coefficient:
     return float(value)  # np.float64 is a float, but becomes one of Python's
 
 
-# ---- the key
-
-
-def key_of(operation: Any, inputs: Sequence[Any], selectors: Selectors | None, options: Options) -> Any:
-    """Return the key of a call, or `None` if its facts do not determine a plan.
-
-    Args:
-        operation: the subclass of `Plan`.
-        inputs: the activations and the coefficients; the first two may be the same tensor.
-        selectors: the selectors of the call, which get their facts here; these are no part of the key.
-        options: the other arguments.
-    """
-    facts = facts_of(inputs)
-    if selectors is not None:
-        selectors.facts = facts_of(selectors.given)
-    if facts is None or (selectors is not None and selectors.facts is None):
-        return None
-    state = torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()
-    return (operation, inputs[0] is inputs[1], selectors is None, *facts, *options, *map(type, options), *state)
-
-
-def keep(key: Any, plan: Any) -> None:
-    """Keep a plan under a key, and drop all others if the memory is full; threads may do this at the same time."""
-    if len(PLANS) >= SIZE:
-        PLANS.clear()
-    one_of: dict[Any, Any] = {}  # equal facts share memory
-    PLANS[tuple([one_of.setdefault((type(x), x), x) for x in key])] = plan
-
-
-def facts_of(values: Iterable[Any]) -> list[Any] | None:
-    """Return, in one list, all facts of some values that a check or a plan may depend on.
-
-    A tensor has six facts. A float has one: whether it is 0.
-
-    Returns:
-        The facts; `None` if they do not determine a plan, or if a tensor has no memory, such as a wrapper of vmap.
-    """
-    facts: list[Any] = []
-    try:
-        for x in values:
-            # The values of a negated view have the other sign in memory. Zeros, meta and empty tensors have no address.
-            if type(x) is Tensor and (address := x.data_ptr()) and not x.is_neg():
-                facts += x.shape, x.stride(), x.dtype, x.device, address % 16 == 0, x.requires_grad
-            elif x is None or type(x) is float:
-                facts.append(x and True)
-            else:
-                return None
-    except RuntimeError:  # PyTorch's: a nested tensor has no strides, and a sparse one has no address
-        return None
-    return facts
-
-
-# ---- the time steps that count
-
-
-def selectors_of(lengths: Any, valid: Any, starts: Any) -> Selectors | None:
-    """Return the selectors of a call, or `None` if all time steps count."""
-    return None if lengths is valid is starts is None else Selectors((lengths, valid, starts))
-
-
-class Selectors:
-    """Hold lengths, valid and starts of one call, and encode which time steps count, once for all of its layers.
-
-    Args:
-        given: lengths, valid and starts, as for `fused_ar_tar`; each may be `None`.
-
-    Attributes:
-        facts: the facts that checks depend on.
-        place: the numbers of sequences and of steps, and the device, for which the steps were encoded.
-        steps: bits and counts, as in `Values`.
-    """
-
-    def __init__(self, given: Sequence[Any]) -> None:
-        self.given: Sequence[Any] = [*map(plain, given)]
-        self.facts: Sequence[Any] | None = ()
-        self.place: Any = None
-        self.steps: Sequence[Any] = ()
-
-    def encoded(self, x: Tensor, plan: Plan) -> Sequence[Any]:
-        """Check the selectors for a layer, and return its bits and counts.
-
-        Values are checked only on the CPU. On other devices a check would have to wait for the device.
-
-        Args:
-            x: raw or dropped.
-            plan: the plan of the layer. If it has a backend, the selectors are plain tensors, and have facts.
-        """
-        place = plan.sizes, x.device
-        if self.place == place:
-            return self.steps
-        key = None if plan.backend is None else (*place, x.dim(), *(self.facts or ()))
-        encoder = None if key is None else PLANS.get(key)  # compiled code would depend on all keys
-        named = [*zip(arguments.SELECTORS, self.given, strict=True)]
-        if encoder is None:
-            arguments.check_selectors(*self.given)
-            arguments.check_selectors_of(x, plan.terms.time_dim, {name: y for name, y in named if y is not None})
-            encoder = partial(encoded, plan.sizes) if plan.backend is None else plan.backend.encoder(*place)
-            if key is not None:
-                keep(key, encoder)
-        self.place, self.steps = place, encoder(*[y if y is None else _brought(name, y, *place) for name, y in named])
-        return self.steps
-
-
-def _brought(name: str, x: Tensor, sizes: tuple[Any, Any], device: torch.device) -> Tensor:
-    """Check the values of lengths or of a mask, and return them on a device, a mask as bool; do not wait for the copy.
-
-    The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
-    PyTorch does not free it before the device has read it, and the host does not wait.
-    """
-    if x.device == device and x.dtype == torch.bool and x.shape == sizes:
-        return x.contiguous()
-    if device.type == "cpu" != x.device.type:
-        x = x.cpu()
-    if x.dtype != torch.bool and has_values(x):
-        arguments.check_range(name, sizes[1], x)
-    if name != "lengths":
-        x = x.bool().reshape(sizes)
-    if x.device.type == "cpu" != device.type:
-        arguments.check_not_captured(name, device)
-        if observed():  # a compiler cannot ask whether memory is pinned
-            x = x.clone()
-        elif x.is_pinned():
-            x = torch.empty_like(x, pin_memory=True).copy_(x)
-    return x.to(device, non_blocking=True).contiguous()
-
-
 # ---- the plan
 
 
@@ -248,15 +107,15 @@ class Plan:
         is_kept: whether later calls use the plan; it is `False` if plain PyTorch has to see each call.
 
     Attributes:
-        terms: the terms of the penalty; `None` if no term reads anything.
+        spec: what is computed; `None` if no term reads anything.
         sizes: the numbers of sequences and of time steps.
         backend: the code that runs; `None` if the formula computes the calls.
+        encoder: a function that encodes checked selectors; `None` until some are checked.
         fold: the fold of the tensors of a call.
         within: the plan that computes the calls of moved tensors; `None` if kernels read the tensors in place.
         needs: for each tensor of a call, whether it needs a gradient.
         saves: for each tensor of a call, whether nodes save it.
         facts: the facts of the tensors that its nodes save.
-        measured: whether results contain the terms, too.
         is_differentiable: whether a tensor of a call needs a gradient.
         in_memory: whether a coefficient is a tensor, which may change before the backward.
 
@@ -264,8 +123,9 @@ class Plan:
         TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
     """
 
-    terms: Any = None
+    spec: Any = None
     backend: Any = None
+    encoder: Any = None
     fold: Any = None
     within: Any = None
     needs: Sequence[bool] = ()
@@ -278,17 +138,17 @@ class Plan:
         raw, dropped = activations
         alpha, beta = coefficients
         arguments.check_options(options.reduction, return_terms=options.measured)
-        self.measured, place = options.measured, place_of(options.batch_first, options.time_dim)
+        time_axis = arguments.time_axis_of(options.batch_first, options.time_dim)
         if raw is None and dropped is None:
             return
-        pair = arguments.check_pair(raw, dropped, place.time_dim)
+        pair = arguments.check_pair(raw, dropped, time_axis.time_dim)
         arguments.check_devices(coefficients, pair)
         x, *_ = pair.values()
-        axis = place.axis() % x.dim() - x.dim()
+        axis = time_axis.number() % x.dim() - x.dim()
         self.sizes, self.backend = sizes_of(x, axis), backend_for(x.device) if is_kept else None
         dtype = options.dtype or compute_dtype(pair.values())
         of_raw = options.ar_of_raw or raw is dropped
-        self.terms = Terms(is_on(alpha), is_on(beta), options.measured, of_raw, dtype, axis, options.reduction)
+        self.spec = Spec(is_on(alpha), is_on(beta), options.measured, of_raw, dtype, axis, options.reduction)
 
     @staticmethod
     def read(first: Any, second: Any, alpha: Coefficient, beta: Coefficient, options: Options) -> Sequence[Any]:
@@ -329,10 +189,10 @@ class Plan:
             return
         shape = next(x.shape for x in tensors if x is not None)
         layouts = [x if x is None else layout_of(x.expand(shape)) for x in tensors]  # a mask may repeat one row
-        self.fold, fits = fold_of(layouts, self.terms.time_dim, values.bits is None)
+        self.fold, fits = fold_of(layouts, self.spec.time_dim, values.bits is None)
         if not fits:
             self.within = copy(self)
-            self.within.terms = self.terms._replace(time_dim=-2)
+            self.within.spec = self.spec._replace(time_dim=-2)
             self.within.finish([self.fold.moved(x) for x in tensors], values)
             return
         self.prepare(tensors, layouts)
@@ -347,9 +207,9 @@ class Plan:
             return *map(self.fold.restored, others), penalty
         if self.backend is None:
             *others, terms = self.formula(values, *tensors)
-            return *others, terms if self.measured else terms.penalty
+            return *others, terms if self.spec.measured else terms.penalty
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, *tensors)[0]
-        if not self.measured:
+        if not self.spec.measured:
             return results
         *others, penalty, terms = results
         return *others, ARTAR(penalty, *terms.unbind())
@@ -357,17 +217,6 @@ class Plan:
     def saved(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Return the tensors that a node saves, with `None` for others."""
         return [x if is_saved else None for x, is_saved in zip(tensors, self.saves, strict=True)]
-
-
-def place_of(batch_first: Any, time_dim: Any) -> Place:
-    """Return the axis of time; the default is `(batch, time, hidden)`.
-
-    Raises:
-        TypeError, ValueError: one of them has another type, or both are given.
-    """
-    arguments.check_time(batch_first, time_dim)
-    # index() returns a constant in compiled code; int() does not.
-    return Place(batch_first is not False) if time_dim is None else Place(None, index(time_dim))
 
 
 # ---- the node
@@ -389,14 +238,14 @@ class Node(Function):
         ctx.save_for_backward(*plan.saved(tensors))
         if len(results) > 1:  # more outputs cost 3 us
             ctx.set_materialize_grads(False)  # PyTorch need not make zeros for an output without a gradient
-            if plan.measured:
+            if plan.spec.measured:
                 ctx.mark_non_differentiable(results[-1])
         return results
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan, values = ctx.plan, ctx.values
-        if plan.measured:
+        if plan.spec.measured:
             upstream = upstream[:-1]  # terms have no gradient
         if upstream[0] is None and upstream[-1] is None:
             return (None,) * (2 + len(plan.needs))
@@ -424,7 +273,7 @@ _apply: Any = super(Function, Node).apply  # pyright: ignore[reportAttributeAcce
 def differentiate_formula(plan: Plan, upstream: Sequence[Any], saved: Sequence[Any], values: Values) -> Sequence[Any]:
     """Differentiate the formula, so that its gradients can be differentiated again.
 
-    The formula runs in the dtype of the terms, and each gradient is rounded once.
+    The formula runs in the dtype of the penalty, and each gradient is rounded once.
 
     Args:
         plan: the plan of the call.
@@ -432,7 +281,7 @@ def differentiate_formula(plan: Plan, upstream: Sequence[Any], saved: Sequence[A
         saved: the tensors of the call.
         values: the values of the call.
     """
-    again, dtype = torch.is_grad_enabled(), plan.terms.dtype
+    again, dtype = torch.is_grad_enabled(), plan.spec.dtype
     tensors = [*zip(saved, plan.needs, strict=True)]
     with torch.enable_grad():
         inputs = [

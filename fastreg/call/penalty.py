@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, check_time
-from fastreg.call.operation import Plan, Selectors, checked_coefficient, compute, place_of, selectors_of
+from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, time_axis_of
+from fastreg.call.operation import Plan, checked_coefficient, compute
 from fastreg.call.packed import by_sequence
 from fastreg.call.problem import (
     ARTAR,
@@ -27,6 +27,7 @@ from fastreg.call.problem import (
     layers_of,
 )
 from fastreg.call.reference import ar_tar
+from fastreg.call.selectors import Selectors, selectors_of
 from fastreg.call.torch_state import hooks_on_saved
 from fastreg.kernels.prediction import Ahead
 from fastreg.kernels.view import Values, allocator
@@ -152,7 +153,7 @@ def penalize(
         if is_list(raw) or is_list(dropped):
             return _sum_of_layers((raw, dropped), coefficients, selectors, options)
         if not raw is dropped is None:
-            check_time(options.batch_first, options.time_dim)
+            time_axis_of(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
             activations, selected = by_sequence(raw, dropped)
             selectors, options = Selectors(selected), Options(True, None, *[*options][2:])
@@ -165,7 +166,7 @@ def _sum_of_layers(
 ) -> Any:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
-    axis = place_of(options.batch_first, options.time_dim).axis()
+    axis = time_axis_of(options.batch_first, options.time_dim).number()
     # Dynamo of PyTorch 2.8 traces neither `_replace` nor slices of named tuples.
     options = Options(*[*options][:-1], compute_dtype(_tensors_of(activations)))  # pyright: ignore[reportCallIssue]
     penalties: list[Any] = []
@@ -206,7 +207,7 @@ class PenaltyPlan(Plan):
 
     Attributes:
         predicts: whether the caller lets forwards write gradients ahead.
-        gradients: functions that allocate the gradients of raw and dropped.
+        grad_raw, grad_dropped: functions that allocate the gradients.
         is_ahead: whether forwards do so, as long as backwards come.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
@@ -229,48 +230,41 @@ class PenaltyPlan(Plan):
 
     def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
         """Return raw and dropped."""
-        return first, None if self.terms.ar_of_raw else second
+        return first, None if self.spec.ar_of_raw else second
 
     def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
         """Compute the penalty and its terms in plain PyTorch."""
         raw, dropped = tensors
-        return (ar_tar(raw, dropped, values, self.terms),)
+        return (ar_tar(raw, dropped, values, self.spec),)
 
     def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
         """Prepare the launches. A term that is only measured has no gradient."""
-        (raw, dropped), terms, enabled = tensors, self.terms, torch.is_grad_enabled()
-        by_raw, by_dropped = terms.by_tar or (terms.by_ar and terms.ar_of_raw), terms.by_ar and not terms.ar_of_raw
+        (raw, dropped), spec, enabled = tensors, self.spec, torch.is_grad_enabled()
+        by_raw, by_dropped = spec.by_tar or (spec.by_ar and spec.ar_of_raw), spec.by_ar and not spec.ar_of_raw
         self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
         self.saves = self.needs
         written = [self.fold.dense(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
-        self.gradients = [*map(allocator, written, layouts)]
+        self.grad_raw, self.grad_dropped = map(allocator, written, layouts)
         view, device = self.fold.view(layouts[0], None, None, layouts[1], *written), layouts[dropped is not None].device
         # Where hooks pack saved tensors away, memory matters more than time.
         self.is_ahead = self.predicts and True in self.needs and hooks_on_saved(False) is None
-        self.forward = self.backend.forward(view if self.is_ahead else view.without_gradients(), terms, device)
+        self.forward = self.backend.forward(view if self.is_ahead else view.without_gradients(), spec, device)
         if True in self.needs:
-            self.backward = self.backend.backward(view, terms, device, self.forward.prediction)
+            self.backward = self.backend.backward(view, spec, device, self.forward.prediction)
 
     def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
         """Launch the forward; return the penalty, with the terms if they are wanted; and gradients."""
-        (raw, dropped), forward, ahead = tensors, self.forward, None
-        if self.is_ahead and forward.prediction.comes():
-            first, second = self.gradients
-            gradients = first(raw), second(dropped)
-            penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
-            ahead = Ahead(forward.prediction, expected, gradients)
-        else:
-            penalty, terms, _ = forward((raw, None, None, dropped, None, None), values)
+        (raw, dropped), forward = tensors, self.forward
+        is_ahead = self.is_ahead and forward.prediction.comes()
+        gradients = (self.grad_raw(raw), self.grad_dropped(dropped)) if is_ahead else (None, None)
+        penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
+        ahead = Ahead(forward.prediction, expected, gradients) if is_ahead else None
         return (penalty,) if terms is None else (penalty, terms), ahead
 
     def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
         """Launch the backward over the gradients of the forward, or over new memory; return the gradients."""
         (grad,), (raw, dropped) = upstream, saved
-        if ahead is None:
-            first, second = self.gradients
-            expected, gradients = None, (first(raw), second(dropped))
-        else:
-            expected, gradients = ahead.take()
+        expected, gradients = ahead.take() if ahead else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
         self.forward.prediction.lost = 0
         self.backward(grad, (raw, None, None, dropped, *gradients), values, expected)
         return gradients

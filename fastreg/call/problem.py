@@ -32,14 +32,14 @@ class ARTAR(NamedTuple):
     tar: Tensor
 
 
-class Place(NamedTuple):
+class TimeAxis(NamedTuple):
     """Say which axis is time, either by `batch_first` or by `time_dim`; the other one is `None`."""
 
     batch_first: bool | None = True
     time_dim: int | None = None
 
-    def axis(self) -> int:
-        """Return the axis of time, from the end if it is negative, otherwise from the front."""
+    def number(self) -> int:
+        """Return the number of the axis, from the end if it is negative, otherwise from the front."""
         return self.time_dim if self.time_dim is not None else -2 if self.batch_first else 0
 
     def __str__(self) -> str:

@@ -15,37 +15,37 @@ from torch import Tensor
 
 from fastreg.call.problem import ARTAR, axes_of
 from fastreg.call.torch_state import has_float64, is_exporting
-from fastreg.kernels.view import Terms, Values
+from fastreg.kernels.view import Spec, Values
 
 STEP, CHANGE = 1, 2  # the bits of `Values`: the step counts, the change into it counts
 
 
-def ar_tar(raw: Any, dropped: Any, values: Values, terms: Terms) -> ARTAR:
+def ar_tar(raw: Any, dropped: Any, values: Values, spec: Spec) -> ARTAR:
     """Compute the penalty of one layer, differentiable, and its terms, detached.
 
     Args:
         raw: activations; `None` if no term reads it.
         dropped: activations of the same shape; `None` if no term reads it, or if AR is the mean square of raw.
         values: coefficients, and the steps that count.
-        terms: the terms of the penalty.
+        spec: what is computed.
 
     Returns:
-        `ARTAR(penalty, ar, tar)`, in the dtype of the terms.
+        `ARTAR(penalty, ar, tar)`, in the dtype of the penalty.
     """
-    raw, dropped = (None if x is None else x.to(terms.dtype) for x in (raw, dropped))
+    raw, dropped = (None if x is None else x.to(spec.dtype) for x in (raw, dropped))
     given = dropped if raw is None else raw
-    elements, changes = _divisors(given, values, terms)
+    elements, changes = _divisors(given, values, spec)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
-    zero = penalty = torch.zeros((), dtype=terms.dtype, device=given.device)
+    zero = penalty = torch.zeros((), dtype=spec.dtype, device=given.device)
     means: list[Tensor] = []
     for x, is_in, coefficient, count, form in (
-        (raw if terms.ar_of_raw else dropped, terms.by_ar, values.alpha, elements, _counted),
-        (raw, terms.by_tar, values.beta, changes, _counted_changes),
+        (raw if spec.ar_of_raw else dropped, spec.by_ar, values.alpha, elements, _counted),
+        (raw, spec.by_tar, values.beta, changes, _counted_changes),
     ):
         mean = zero
-        if x is not None and (is_in or terms.measured):
-            total = zero + form(x, values.bits, terms.time_dim).square().sum()
+        if x is not None and (is_in or spec.measured):
+            total = zero + form(x, values.bits, spec.time_dim).square().sum()
             if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
@@ -53,16 +53,16 @@ def ar_tar(raw: Any, dropped: Any, values: Values, terms: Terms) -> ARTAR:
     return ARTAR(penalty, *means)
 
 
-def _divisors(x: Tensor, values: Values, terms: Terms) -> tuple[Any, Any]:
+def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[Any, Any]:
     """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
 
     A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
     """
-    if terms.reduction == "sum":
+    if spec.reduction == "sum":
         return 1, 1
     elements, bits, counts = x.numel(), values.bits, values.counts
     if bits is None or counts is None:
-        time = _at_least_1(x.shape[terms.time_dim])
+        time = _at_least_1(x.shape[spec.time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     of_steps, of_changes = _at_least_1(counts * (elements // _at_least_1(bits.numel()))).unbind()
     return of_steps, of_changes

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastreg.call.arguments import check_coefficient, check_probability
+from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
-from fastreg.call.operation import coefficient, place_of, selectors_of
-from fastreg.call.problem import ARTAR, Coefficient, Options, Place, is_on
+from fastreg.call.operation import coefficient
+from fastreg.call.problem import ARTAR, Coefficient, Options, TimeAxis, is_on
+from fastreg.call.selectors import selectors_of
 from fastreg.call.torch_state import current, level_of_caller, version_of
 
 NO_COEFFICIENTS = (
@@ -33,7 +34,7 @@ class Loan:
     Attributes:
         alpha: the coefficient of AR.
         beta: the coefficient of TAR.
-        place: the axis of time.
+        time_axis: the axis of time.
         terms: the penalty and its terms; `None` in evaluation and in compiled code.
         dropped: the output from which the penalty was computed.
         version: how often this output had been changed in place.
@@ -41,7 +42,7 @@ class Loan:
 
     alpha: Coefficient
     beta: Coefficient
-    place: Place
+    time_axis: TimeAxis
     terms: ARTAR | None = None
     dropped: Tensor | None = None
     version: int = 0
@@ -101,8 +102,8 @@ class FusedRNNDropout(nn.Module):
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
         self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
-        place = place_of(batch_first, time_dim)
-        self.batch_first, self.time_dim = place.batch_first is not False, place.time_dim
+        time_axis = time_axis_of(batch_first, time_dim)
+        self.batch_first, self.time_dim = time_axis.batch_first is not False, time_axis.time_dim
         self.ar_of = ar_of
         self.formed: tuple[ARTAR, bool] | None = None  # the last penalty, and whether gradients were enabled
         self._warned: tuple[str, ...] = ()
@@ -148,10 +149,10 @@ class FusedRNNDropout(nn.Module):
             if not (is_on_itself or self._is_said or NO_COEFFICIENTS in self._warned):
                 self._note(loan)
         elif loan is not None:  # the hooks compute the penalty, as each coefficient would compile the code again
-            loan = Loan(0.0, 0.0, loan.place)
-        lender, place = (self, self.place()) if loan is None else (loan, loan.place)
+            loan = Loan(0.0, 0.0, loan.time_axis)
+        lender, time_axis = (self, self.time_axis()) if loan is None else (loan, loan.time_axis)
         coefficients, selectors = (lender.alpha, lender.beta), selectors_of(None, valid, starts)
-        options = Options(*place, "mean", True, self.ar_of == "raw")
+        options = Options(*time_axis, "mean", True, self.ar_of == "raw")
         dropped, formed = drop_and_penalize(raw, coefficients, selectors, options, Drop(self.p if p is None else p))
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
@@ -161,9 +162,9 @@ class FusedRNNDropout(nn.Module):
             self.formed = formed, torch.is_grad_enabled()
         return dropped
 
-    def place(self) -> Place:
+    def time_axis(self) -> TimeAxis:
         """Return the axis of time."""
-        return Place(self.batch_first) if self.time_dim is None else Place(None, self.time_dim)
+        return TimeAxis(self.batch_first) if self.time_dim is None else TimeAxis(None, self.time_dim)
 
     def take(self) -> ARTAR | None:
         """Return the penalty of the last forward, once.
@@ -209,8 +210,7 @@ class FusedRNNDropout(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the module's arguments for `print(module)`."""
-        extra = [] if self.batch_first or self.time_dim is not None else ["batch_first=False"]
-        extra += [] if self.time_dim is None else [f"time_dim={self.time_dim}"]
+        extra = [] if self.time_axis() == TimeAxis() else [str(self.time_axis())]
         extra += [] if self.ar_of == "dropped" else [f"ar_of={self.ar_of!r}"]
         coefficients = [f"alpha={self.alpha}, beta={self.beta}"] if self._has_own() else []
         return ", ".join([f"p={self.p:g}", *coefficients, *extra])

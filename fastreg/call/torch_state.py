@@ -13,8 +13,6 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-_is_zeros: Callable[[Tensor], bool] = torch.Tensor._is_zerotensor
-_has_storage: Callable[[Tensor], bool] = torch._C._has_storage
 _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _is_recorded: Callable[[], bool] = torch._C._is_tracing
 _are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -78,17 +76,6 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def is_memory(x: Tensor) -> bool:
-    """Return whether the memory of a dense tensor holds its values unchanged."""
-    return not (
-        type(x) is not Tensor  # a subclass has its own operators
-        or x.is_neg()  # the values of a negated view have the other sign in memory
-        or x.is_meta  # a meta tensor has no values
-        or _is_zeros(x)  # a tensor of zeros may have no memory
-        or not _has_storage(x)  # a wrapper of functorch has no memory
-    )
-
-
 def has_float64(device: torch.device) -> bool:
     """Return whether a device has float64, which GPUs of Apple and some of Intel lack."""
     return device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
@@ -100,8 +87,8 @@ def version_of(x: Tensor) -> int:
 
 
 def has_values(x: Tensor) -> bool:
-    """Return whether the values of a tensor can be read without waiting for a device."""
-    return x.device.type == "cpu" and x.numel() > 0 and not observed() and is_memory(x)
+    """Return whether the values of a tensor can be read without waiting for a device; a subclass may have none."""
+    return type(x) is Tensor and x.device.type == "cpu" and x.numel() > 0 and not observed()
 
 
 def recomputes() -> bool:

@@ -146,5 +146,5 @@ class TrainerContract(Contract):
 
     @pytest.mark.parametrize("given", [{"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}])
     def test_coefficients_and_a_path_are_required(self, given: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match=r"missing a required argument: .* Write, for example, "):
+        with pytest.raises(TypeError, match=r"missing \d required .*argument"):
             self.adapter(**given)

@@ -752,7 +752,6 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "swapped": (nn.Dropout(), {"dropout": GRU}, TypeError, "expected the GRU before the Dropout, got them in"),
     "swapped, ours": (FUSED(), {"dropout": GRU}, TypeError, "expected the GRU before the FusedRNNDropout"),
     "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
-    "lengths": (GRU, {"lengths": torch.ones(3)}, TypeError, r"attach: got .*'lengths'. Write, .*valid=lambda x: mask"),
     "an axis of time": (
         nn.Identity(),
         {},

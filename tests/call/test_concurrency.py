@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.arguments import check_not_captured
-from fastreg.call.backends import PLANS
+from fastreg.call.key import PLANS
 from tests.conftest import compiled, gpu
 
 THREADS, TIMEOUT = 8, 60

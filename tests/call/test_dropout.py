@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.call.backends import PLANS
 from fastreg.call.dropout import BACKWARDS
+from fastreg.call.key import PLANS
 from tests.conftest import skip_on_formula
 from tests.exact import check_dropout
 from tests.samples import BF16, HALF, SAMPLES, Sample

@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.call.backends import PLANS, TRITON
+from fastreg.call.backends import TRITON
+from fastreg.call.key import PLANS
 from fastreg.kernels import prediction
-from fastreg.kernels.prediction import OnDevice
+from fastreg.kernels.prediction import OnDevice, OnHost
 from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import compiled, memory_of, skip_on_formula
 from tests.kernels.stand_in import h100
@@ -210,7 +211,7 @@ def test_packed_rows_are_selected_once_and_any_number_takes_few_plans() -> None:
     for count in range(129, 161):
         x = packed(torch.randn(count, 2), [count])
         fused_ar_tar(x, x, 2.0, 1.0)
-    assert len(PLANS) == 2 * 4  # of penalties and of steps, for 136, 144, 152 and 160 rows
+    assert len(PLANS) == 4  # for 136, 144, 152 and 160 rows
 
 
 def test_coefficients_that_change_make_no_plans(device: str) -> None:
@@ -248,7 +249,7 @@ def test_an_error_of_our_own_code_is_no_reason_for_the_formula(monkeypatch: pyte
 
 @pytest.mark.usefixtures("quick_collections")
 def test_a_full_memory_drops_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastreg.call.operation.SIZE", 64)
+    monkeypatch.setattr("fastreg.call.key.SIZE", 64)
 
     def after(times: range) -> tuple[int, int]:
         """Call with some numbers of time steps; return the numbers of plans and of objects in memory."""
@@ -281,6 +282,13 @@ def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None
             assert tracemalloc.get_traced_memory()[0] < 50 * 7500
         finally:
             tracemalloc.stop()
+
+
+def test_a_new_plan_on_a_cpu_expects_the_last_upstream_gradient_of_any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnHost, "latest", 1.0)
+    first, second = OnHost(), OnHost()
+    first.learn(torch.tensor(3.0))
+    assert (first.expected(), second.expected(), OnHost().expected()) == (3.0, 1.0, 3.0)
 
 
 def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_end(

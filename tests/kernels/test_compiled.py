@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import PackedSequence
 from bench.offline import registers
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.__main__ import launches
-from fastreg.call.backends import CPP, PLANS
+from fastreg.call.backends import CPP
+from fastreg.call.key import PLANS
 from tests.conftest import more, python, skip_without
 from tests.kernels.stand_in import StandInDriver, active
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
@@ -353,7 +354,7 @@ def test_tickets_are_ready_when_a_launch_is_made(monkeypatch: pytest.MonkeyPatch
     device, filled = torch.device("cuda", 3), []
     monkeypatch.setattr(launch.TICKETS, "fill", filled.append)
     for draws in (True, False):
-        launch.Launch(kernels.ar_tar_kernel, (), {}, launch.Grid(4, device, draws))
+        launch.Launch(kernels.ar_tar_kernel, (), 4, device, draws)
     assert filled == [device]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastreg import fused_ar_tar
-from fastreg.call.backends import PLANS
+from fastreg.call.key import PLANS
 from fastreg.kernels import tiling
 from tests.conftest import gpu
 

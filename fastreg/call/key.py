@@ -1,0 +1,67 @@
+"""The key of a call, and the plans that are kept under keys.
+
+A key is a flat tuple of the metadata of the arguments and of the state of PyTorch. It holds every fact that a check, a
+view or compiled code depends on. It holds no tensor. For a coefficient, it records one of three facts: the coefficient
+is zero, a nonzero number, or a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastreg.call.problem import Options
+from fastreg.call.torch_state import hooks_on_saved, is_deterministic
+
+PLANS: dict[Any, Any] = {}  # the plans of calls, by their keys
+SIZE = 8192  # plans: enough for thousands of pairs of a batch size and a number of time steps; each takes up to 7.5 KB
+
+
+def key_of(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
+    """Return the key of a call, or `None` if its facts do not determine a plan.
+
+    Args:
+        operation: the subclass of `Plan`.
+        inputs: the activations, which may be one tensor, given twice; the coefficients; and lengths, valid and starts,
+            if one of them is given.
+        options: the other arguments.
+    """
+    facts = facts_of(inputs)
+    if facts is None:
+        return None
+    state = torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()
+    return (operation, inputs[0] is inputs[1], *facts, *options, *map(type, options), *state)
+
+
+def keep(key: Any, plan: Any) -> None:
+    """Keep a plan under a key, and drop all others if the memory is full; threads may do this at the same time."""
+    if len(PLANS) >= SIZE:
+        PLANS.clear()
+    one_of: dict[Any, Any] = {}  # equal facts share memory
+    PLANS[tuple([one_of.setdefault((type(x), x), x) for x in key])] = plan
+
+
+def facts_of(values: Iterable[Any]) -> list[Any] | None:
+    """Return, in one list, all facts of some values that a check or a plan may depend on.
+
+    A tensor has six facts. A float has one: whether it differs from 0.
+
+    Returns:
+        The facts; `None` if they do not determine a plan, or if a tensor has no memory, such as a wrapper of vmap.
+    """
+    facts: list[Any] = []
+    try:
+        for x in values:
+            # The values of a negated view have the other sign in memory. Zeros, meta and empty tensors have no address.
+            if type(x) is Tensor and (address := x.data_ptr()) and not x.is_neg():
+                facts += x.shape, x.stride(), x.dtype, x.device, address % 16 == 0, x.requires_grad
+            elif x is None or type(x) is float:
+                facts.append(x if x is None else x != 0)
+            else:
+                return None
+    except RuntimeError:  # PyTorch's: a nested tensor has no strides, and a sparse one has no address
+        return None
+    return facts
