@@ -41,29 +41,21 @@ Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
 @dataclass
 class Case:
-    """The case that was measured last.
+    """The case that was measured last, by the names of its ways."""
 
-    Attributes:
-        name: the test's function and parameters, without the way.
-        seconds: the seconds of a call of each way, turn by turn.
-        figures: the other figures of each way.
-        lost: the errors of the other ways.
-    """
-
-    name: str = ""
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lost: dict[str, Exception] = field(default_factory=dict)
+    name: str = ""  # the test's function and parameters, without the way
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of a call, turn by turn
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)  # all others
+    lost: dict[str, Exception] = field(default_factory=dict)  # the errors of ways without a row
 
 
 @dataclass
 class Session:
-    """The state of a run: its lines, the latest case, the rows, and why others are missing."""
+    """The state of a run."""
 
     lines: Lines | None
     case: Case = field(default_factory=Case)
     rows: list[Any] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
 
     def write(self, **record: Any) -> None:
         if self.lines:
@@ -140,6 +132,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def facts() -> dict[str, Any]:
+    """Describe the machine, also by what has to be measured."""
     own = {"copy_bandwidth": figures.copy_bandwidth()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
     return machine.facts() | own
 
@@ -162,21 +155,21 @@ in_turns = pytest.mark.benchmark(timer=REPLAY)  # the mark of every benchmark
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callable[..., None]:
-    """Measure the selected ways of a case in turns, when its first test runs, and report the way of this test.
-
-    The fixture is a function, `measure(prepare, info, calls=1, seconds=1.0, own=False)`:
-
-    - `prepare(way)` checks a way, and returns a function that calls it, and its other figures.
-    - `info` describes the case.
-    - `calls` make a turn.
-    - `seconds` multiplies `--benchmark-max-time`, the time of all turns of a way.
-    - `own` takes the CPU time of the process instead of wall time.
-    """
+    """Measure the selected ways of a case in turns, when its first test runs, and report the way of this test."""
     session, case = request.config.stash[SESSION], case_of(request.node)
     items: Any = request.session.items
     options: Any = request.config.option
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
+        """Measure a case.
+
+        Args:
+            prepare: checks a way, and returns a function that calls it, and its other figures.
+            info: describes the case.
+            calls: so many make a turn.
+            seconds: multiplies `--benchmark-max-time`, the time of all turns of a way.
+            own: takes the CPU time of the process instead of wall time.
+        """
         benchmark.group, benchmark.name = case, str(way)
         if session.case.name != case:
             ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
@@ -261,9 +254,7 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     session, benchmark = item.config.stash[SESSION], item.funcargs.get("benchmark")
     if report.outcome == "failed" and call.when != "teardown":
         error: Any = call.excinfo
-        why = f"{error.typename}: {error.value}".partition("\n")[0]
-        session.missing[test_of(item)] = why
-        session.write(test=test_of(item), missing=why)
+        session.write(test=test_of(item), missing=f"{error.typename}: {error.value}".partition("\n")[0])
     elif call.when == "call" and benchmark and benchmark.stats:
         session.rows.append(benchmark.stats)
         session.write(test=test_of(item), row=benchmark.stats.as_dict(include_data=False))
@@ -292,9 +283,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"{row.group}: {row.name}: {text}")
     busy = [row.extra_info["waiting"] for row in rows if row.extra_info["waiting"] > timing.MOST_WAITING]
     if busy:
-        text = (
-            f"The machine was busy: in {len(busy)} rows, which no report shows, threads waited for a core during up to"
-        )
+        text = f"The machine was busy: threads of {len(busy)} rows, which no report shows, waited for a core for up to"
         terminalreporter.line(f"{text} {max(busy):.0%} of the time.", yellow=True)
 
 

@@ -49,7 +49,7 @@ sanitized=(-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_kernels.py
 case $what in
   first)
     bench 230 first.jsonl bench -m first
-    bench 90 sweep.jsonl bench/test_sweep.py
+    bench 90 sweep.jsonl bench/test_call.py -k sweep
     tests 40 tests/kernels/test_order.py
     profile
     tests 130 $files ;;

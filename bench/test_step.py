@@ -37,17 +37,11 @@ CPU_NOISE, NOISE = 2e-6, 2e-2  # of all gradients; a GPU's recurrent layers comp
 
 
 class Way(NamedTuple):
-    """A way of adding the penalty to the loss.
+    """A way of adding the penalty to the loss."""
 
-    Attributes:
-        start: returns, for a model, the function that adds the penalty to its loss.
-        in_hand: whether that function takes the activations, which the step then keeps.
-        dropout: makes the dropouts whose outputs are regularized.
-    """
-
-    start: Callable[[Net], Add]
-    in_hand: bool = False
-    dropout: MakeDropout = partial(LockedDropout, nets.P)
+    start: Callable[[Net], Add]  # returns, for a model, the function that adds the penalty to its loss
+    in_hand: bool = False  # whether that function takes the activations, which the step then keeps
+    dropout: MakeDropout = partial(LockedDropout, nets.P)  # makes the dropouts whose outputs are regularized
 
 
 def by(penalty: Callable[..., Tensor]) -> Way:
@@ -96,17 +90,11 @@ WAYS: dict[str, Way] = {
 
 
 class Model(NamedTuple):
-    """A model that is trained.
+    """A model that is trained."""
 
-    Attributes:
-        make: returns the model for a hidden size and a function that makes its dropouts.
-        shapes: the shapes of raw, (batch, time, hidden).
-        seconds: multiplies `--benchmark-max-time`; long steps need more for equal errors.
-    """
-
-    make: Callable[[int, MakeDropout], Net]
-    shapes: list[tuple[int, int, int]]
-    seconds: float = 2.0
+    make: Callable[[int, MakeDropout], Net]  # of a hidden size and a function that makes its dropouts
+    shapes: list[tuple[int, int, int]]  # of raw, (batch, time, hidden)
+    seconds: float = 2.0  # multiplies `--benchmark-max-time`; long steps need more for equal errors
 
 
 TREEBANK = (64, 70, 400) if DEVICE == "cuda" else (20, 70, 400)
@@ -255,10 +243,10 @@ def test_lightning(measure: Measure) -> None:
     """A short `fit` of a small LSTM, which logs AR and TAR; `attach` and `FusedRNNDropout` are fastreg's callback."""
 
     def prepare(way: str) -> Any:
-        without, formula, got = (lightning_weights(of) for of in (WITHOUT, "eager", way))
         if way != WITHOUT:
+            without, formula, got = (weights_of(each) for each in (WITHOUT, "eager", way))
             check(got - without, formula - without, LIGHTNING_ERROR)
-        return lightning_fit(way)[1], {}
+        return lightning_fit(way), {}
 
     about = {"pass": "step", "model": f"{LIGHTNING_STEPS} steps of an LSTM in Lightning", "shape": LIGHTNING_SHAPE}
     with timing.threads(STEP_THREADS):
@@ -266,16 +254,13 @@ def test_lightning(measure: Measure) -> None:
 
 
 @functools.cache
-def lightning_weights(way: str) -> Tensor:
+def weights_of(way: str) -> Tensor:
     """Return the weights after a training, from one seed, as one vector."""
-    net, fit = lightning_fit(way)
-    torch.manual_seed(1)
-    fit()
-    return torch.cat([x.detach().flatten() for x in net.parameters()]).double()
+    return torch.cat([x.detach().flatten() for x in lightning_fit(way)()]).double()
 
 
-def lightning_fit(way: str) -> tuple[nn.Module, Callable[[], None]]:
-    """Return a model, and a function that trains it in Lightning for so many steps, with a new trainer in each call."""
+def lightning_fit(way: str) -> Callable[[], list[Tensor]]:
+    """Return a function that trains a model in Lightning for so many steps, with a new trainer in each call."""
     import lightning.pytorch as pl
 
     from fastreg.lightning import ActivationRegularization
@@ -306,9 +291,10 @@ def lightning_fit(way: str) -> tuple[nn.Module, Callable[[], None]]:
     options = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
     silent: Any = dict.fromkeys(options, False) | {"accelerator": "auto", "devices": 1}
 
-    def fit() -> None:
+    def fit() -> list[Tensor]:
         by_callback = way in ("attach", "FusedRNNDropout")
         callback = ActivationRegularization(ALPHA, BETA, rnn="net.rnn", dropout="net.dropout") if by_callback else None
         pl.Trainer(max_epochs=1, callbacks=callback, **silent).fit(module, data)
+        return [*module.parameters()]
 
-    return module, fit
+    return fit

@@ -33,9 +33,8 @@ PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot by
 }
 
 
-def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
+def print_row(job: Job, epoch: int, loss: float, ar: float, tar: float, valid_loss: float) -> None:
     """Print a row of figures of one epoch, in the columns of HEADER."""
-    loss, ar, tar, valid_loss = figures
     alpha, beta = job.coefficients
     row = f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}"
     print(row, flush=True)
@@ -43,7 +42,7 @@ def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
 
 def train_and_read(job: Job) -> tuple[Run, list[Any]]:
     """Train a model; return also the last layer's output before dropout, `(batch, SHOWN, hidden)`, as lists."""
-    run, trained = train_model(job, commit="", told=print_row)
+    run, trained = train_model(job, told=print_row)
     trained.model.eval()
     trained.model.reset()
     with torch.no_grad():
@@ -94,12 +93,13 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
         study: longer trainings with the same setting.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
-    grid = figure.add_gridspec(3, len(PANELS) - 1, height_ratios=(2, 1, 1.2))
-    places = grid[0, :], *(grid[1, column] for column in range(len(PANELS) - 1)), grid[2, :]
-    first, *others, below = panels = [figure.add_subplot(place) for place in places]
-    for axes, (name, values_of) in zip((first, *others), PANELS.items(), strict=True):
-        plot_epochs(axes, runs, study, values_of)
-        axes.set(title=name, xlabel="epoch")
+    above, *others = PANELS
+    rows = [above] * len(others), others, ["unit"] * len(others)
+    panels = figure.subplot_mosaic([*rows], height_ratios=(2, 1, 1.2))
+    for name, values_of in PANELS.items():
+        plot_epochs(panels[name], runs, study, values_of)
+        panels[name].set(title=name, xlabel="epoch")
+    first, below = panels[above], panels["unit"]
     best = min(min(run.perplexities) for run in (*runs, *study.runs))
     first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
     if values := study.differences(runs[0].coefficients):
@@ -113,7 +113,7 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
         below.plot(raw[0, :, unit], color=f"C{i}", marker=".")
     title = f"unit {unit} of the last layer: without regularization, its changes are the median of all units"
     below.set(title=title, xlabel="word of the validation text")
-    for axes in panels:
+    for axes in panels.values():
         axes.title.set_fontsize("medium")
         axes.grid(alpha=0.3)
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from typing import Any
 import torch
 
 from bench.measure import machine
-from bench.measure.report import with_part
-from bench.study import training
+from bench.study import report, training
 from bench.study.corpus import BATCH, BPTT, build_corpus, read_text
-from bench.study.report import BEGIN, COMMITTED, PAGES, PENALTIES, Run, Study, load, render, summary
+from bench.study.report import COMMITTED, PENALTIES, Run, Study, load, summary
 
 WORDS = 60_000  # few, so that there is something to regularize
 EPOCHS = 80  # at most
@@ -71,46 +69,38 @@ class Job:
     device: str = "cpu"
 
 
-def train(job: Job, commit: str) -> Run:
-    """Train one model; `commit` is the commit to record."""
-    return train_model(job, commit, lambda *_: None)[0]
+def train(job: Job) -> Run:
+    return train_model(job)[0]
 
 
-def train_model(
-    job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object]
-) -> tuple[Run, training.Training]:
+def train_model(job: Job, told: Callable[..., object] = lambda *_: None) -> tuple[Run, training.Training]:
     """Train one model until it stops improving; return it, too, with the weights of its best epoch.
 
-    Args:
-        job: the training.
-        commit: the commit to record.
-        told: called after each epoch with its number, loss, AR, TAR and validation loss.
+    After each epoch `told` gets the job, the epoch's number, and its loss, AR, TAR and validation loss.
     """
     setting, (alpha, beta) = job.setting, job.coefficients
     corpus = build_corpus(read_text(setting.text), setting.words, torch.device(job.device))
     trained = training.Training(corpus, alpha, beta, job.seed)
-    epochs, valid_loss = [], []
+    epochs: list[tuple[float, ...]] = []
     for epoch in range(1, setting.epochs + 1):
-        epochs.append(trained.epoch().mean(0).tolist())
-        valid_loss.append(training.evaluate(trained.model, corpus.valid))
-        told(job, epoch, (*epochs[-1], valid_loss[-1]))
-        if trained.stopping.ends(valid_loss[-1]):
+        epochs.append((*trained.epoch().mean(0).tolist(), training.evaluate(trained.model, corpus.valid)))
+        told(job, epoch, *epochs[-1])
+        if trained.stopping.ends(epochs[-1][-1]):
             break
     trained.stopping.restore()
-    own = {"device": machine.processor_name(), "source": machine.source(), "commit": commit}  # even if there is a GPU
-    train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
+    train_loss, ar, tar, valid_loss = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
     run = Run(
         alpha,
         beta,
         job.seed,
-        train_loss=train_loss,
-        valid_loss=[round(x, 6) for x in valid_loss],
-        ar=ar,
-        tar=tar,
+        train_loss,
+        valid_loss,
+        ar,
+        tar,
         best_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
         test_loss=round(training.evaluate(trained.model, corpus.test), 6),
         settings=setting.facts(),
-        machine=machine.facts() | own,
+        machine=report.machine_facts() | {"commit": machine.commit_name(machine.commit_facts())},
     )
     return run, trained
 
@@ -130,16 +120,15 @@ def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
 
 def train_all(jobs: list[Job], file: Path, workers: int) -> None:
     """Train in processes of one thread each, append each result to `file`, and print how much time is left."""
-    commit, start = machine.commit_name(machine.commit_facts()), time.monotonic()
+    start = time.monotonic()
     # Workers are not forked: GNU OpenMP hangs in the forks of a process that has used it.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
     with pool:
-        futures = [pool.submit(train, job, commit) for job in jobs]
+        futures = [pool.submit(train, job) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 run = future.result()
-                with file.open("a") as lines:
-                    lines.write(json.dumps(asdict(run)) + "\n")
+                report.append(run, file)
                 left = (time.monotonic() - start) / done * (len(jobs) - done)
                 print(
                     f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: best epoch "
@@ -176,11 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench.study.run: interrupted: what is finished is kept, and the same command goes on from there")
         return 130
-    render(file)
+    report.render(file)
     study = load(file)
-    if file == COMMITTED:
-        for page, part in PAGES.items():
-            page.write_text(with_part(page.read_text(), part(study), BEGIN))
     print(f"\n{summary(study)}\nwrote {file.with_suffix('.md')} and {file.with_suffix('.svg')}")
     return 0
 
