@@ -72,14 +72,9 @@ def measure_calls(
     compare: Callable[[str, Inputs], None],
     about: dict[str, Any],
 ) -> None:
-    """Measure each way, each time with another set of inputs.
+    """Measure a call of each way, by its name and each time with another set of inputs that `make` has made.
 
-    Args:
-        measure: the fixture.
-        make: makes a set of inputs.
-        call: calls a way, by its name.
-        compare: compares a way with the formula in float64.
-        about: describes the case.
+    Before that, `compare` gets the way and the first set.
     """
 
     @functools.cache

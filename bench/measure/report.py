@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.measure import picture
 from bench.measure.machine import ROOT, commit_name, file_name
@@ -54,6 +54,7 @@ CALLS = {  # the pass of calls -> its title
 }
 TITLES = STEPS | CALLS
 MOST_NAMES = 5  # that a sentence names of tests
+Part = tuple[Path, str, Callable[[Any], str]]  # a page, the marker before a part, and the renderer of the part
 
 
 def number(x: float) -> str:
@@ -274,29 +275,31 @@ def clock(result: Result) -> str:
     return "wall time" if result.on_gpu else "CPU time of one thread"
 
 
-PARTS = [  # a page, the marker before a part, and the renderer of the part
+PARTS: list[Part] = [
     (ROOT / "README.md", BEGIN, speed_and_memory),
     (ROOT / "docs" / "performance.md", BEGIN, summary),
     (ROOT / "docs" / "performance.md", BEGIN_LOSING, losing),
 ]
 
 
-def pages(results: list[Result]) -> Iterator[tuple[Path, str]]:
-    """Yield each page that shows results, and its text."""
-    for result in results:
-        yield page_of(result), all_rows(result)
-    for page in dict.fromkeys(page for page, _, _ in PARTS):
-        text = page.read_text()
-        for _, begin, part in (known for known in PARTS if known[0] == page):
-            text = with_part(text, part(results), begin)
-        yield page, text
+def pages(results: list[Result]) -> dict[Path, str]:
+    """Return each page that shows results, and its text."""
+    return {page_of(result): all_rows(result) for result in results} | with_parts(PARTS, results)
 
 
-def with_part(page: str, part: str, begin: str = BEGIN) -> str:
-    """Return a page with `part` between the marker `begin` and the next end."""
-    before, rest = page.split(begin)
-    _, after = rest.split(END, 1)
-    return f"{before}{begin}\n{part}\n{END}{after}"
+def with_parts(parts: list[Part], shown: Any) -> dict[Path, str]:
+    """Return pages, each with its parts between their markers and the next end."""
+    texts = {page: page.read_text() for page, _, _ in parts}
+    for page, begin, part in parts:
+        before, rest = texts[page].split(begin)
+        texts[page] = f"{before}{begin}\n{part(shown)}\n{END}{rest.split(END, 1)[1]}"
+    return texts
+
+
+def write(texts: dict[Path, str]) -> None:
+    for page, text in texts.items():
+        page.write_text(text)
+        print(f"wrote {page.relative_to(ROOT)}")
 
 
 def main() -> None:
@@ -310,9 +313,7 @@ def main() -> None:
             print("\n".join(tables(result_of(found))))
             return
         RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(compact(found))
-    for page, text in pages([load(file) for file in sorted(RESULTS.glob("*.json"))]):
-        page.write_text(text)
-        print(f"wrote {page.relative_to(ROOT)}")
+    write(pages([load(file) for file in sorted(RESULTS.glob("*.json"))]))
 
 
 if __name__ == "__main__":

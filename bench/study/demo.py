@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.study.corpus import build_corpus, read_text
 from bench.study.report import COMMITTED, EARLY, Run, Study, judged, load
-from bench.study.run import WORDS, Job, Setting, train_model
+from bench.study.run import WORDS, Job, train_model
 
 SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
 HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR"
@@ -50,9 +50,10 @@ def train_and_read(job: Job) -> tuple[Run, list[Any]]:
     return run, raw.tolist()  # a tensor would reach the other process by memory that this process owns
 
 
-def studied(setting: Setting) -> Study:
-    """Select the trainings of the study that begin as this setting's."""
-    return Study(run for run in load(COMMITTED).runs if setting.begins(run))
+def studied(job: Job) -> Study:
+    """Select the trainings of the study whose first epochs have the settings of a training."""
+    runs = (run for run in load(COMMITTED).runs if job.epochs <= run.settings["epochs"])
+    return Study(run for run in runs if job.settings() | {"epochs": run.settings["epochs"]} == run.settings)
 
 
 def report_outcome(runs: list[Run], study: Study) -> None:
@@ -136,12 +137,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     corpus = build_corpus(read_text(args.text), WORDS, device)
-    setting = Setting(args.text, WORDS, args.epochs)
-    jobs = [Job(setting, pair, args.seed, str(device)) for pair in ((args.alpha, args.beta), (0.0, 0.0))]
+    pairs = (args.alpha, args.beta), (0.0, 0.0)
+    jobs = [Job(pair, args.seed, args.epochs, args.text, str(device)) for pair in pairs]
     print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
     with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         runs, outputs = zip(*pool.map(train_and_read, jobs), strict=True)
-    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(setting)
+    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(jobs[0])
     report_outcome(runs, study)
     plot(runs, raws, study).savefig(args.plot, format="png", dpi=150)
     print(f"\nplot: {args.plot.resolve()}")

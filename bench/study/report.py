@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench.measure import machine
-from bench.measure.report import RESULTS, ROOT, table, with_part
+from bench.measure.report import RESULTS, ROOT, Part, table, with_parts, write
 
 COMMITTED = RESULTS / "study.jsonl"
 PENALTIES = {"none": (0.0, 0.0), "AR": (2.0, 0.0), "TAR": (0.0, 1.0), "AR and TAR": (2.0, 1.0)}  # alpha and beta
@@ -140,11 +140,6 @@ def origin(runs: list[Any]) -> str:
     machines = {tuple(run.machine.items()): None for run in runs}
     places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
     return f"Settings: {settings}.\n\nTrained on:\n\n{places}"
-
-
-def pages_with_parts(study: Any, parts: dict[Path, Callable[[Any], str]], begin: str) -> dict[Path, str]:
-    """Return the text of other pages, each with its part between `begin` and the next end."""
-    return {page: with_part(page.read_text(), part(study), begin) for page, part in parts.items()}
 
 
 def load(file: Path) -> Study:
@@ -293,17 +288,19 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "coefficients.md": findings}  # page -> its part after BEGIN
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "coefficients.md", BEGIN, findings)]
+
+
+def pages(file: Path) -> dict[Path, str]:
+    """Return the page beside the JSON lines, and the pages with parts."""
+    study = load(file)
+    return {file.with_suffix(".md"): page(study, file.stem)} | with_parts(PARTS, study)
 
 
 def render(file: Path) -> None:
-    """Write the page and the plot beside the JSON lines and, for the committed ones, the parts of other pages."""
-    study = load(file)
-    file.with_suffix(".md").write_text(page(study, file.stem))
-    if file == COMMITTED:
-        for other, text in pages_with_parts(study, PAGES, BEGIN).items():
-            other.write_text(text)
+    """Write the pages and the plot."""
+    write(pages(file))
     # With the digest of the lines, as the bytes of an SVG depend on matplotlib, too.
     about = {"Date": None, "Description": f"JSON {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastreg"}):
-        plot(study).savefig(file.with_suffix(".svg"), format="svg", metadata=about)
+        plot(load(file)).savefig(file.with_suffix(".svg"), format="svg", metadata=about)

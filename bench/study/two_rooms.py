@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.measure.report import RESULTS, ROOT, table
+from bench.measure.report import RESULTS, ROOT, Part, table, with_parts, write
 from bench.study import report
 from bench.study.report import CLEAR, average, judged
 from examples import two_rooms
@@ -246,19 +246,17 @@ def page(runs: list[Run]) -> str:
     return "\n".join(parts)
 
 
-PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "recipes.md": summary}  # page -> its part after BEGIN
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "recipes.md", BEGIN, summary)]
 
 
-def render(file: Path) -> None:
-    """Write the page beside the JSON lines, and the parts of other pages."""
+def pages(file: Path) -> dict[Path, str]:
+    """Return the page beside the JSON lines, and the pages with parts."""
     runs = load(file)
-    file.with_suffix(".md").write_text(page(runs))
-    for other, text in report.pages_with_parts(runs, PAGES, BEGIN).items():
-        other.write_text(text)
+    return {file.with_suffix(".md"): page(runs)} | with_parts(PARTS, runs)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="bench.study.two_rooms", description=__doc__).parse_args()
     torch.set_num_threads(1)
     run_all(COMMITTED)
-    render(COMMITTED)
+    write(pages(COMMITTED))
