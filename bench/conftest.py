@@ -224,15 +224,8 @@ def measured(
             continue
         case.seconds = {way: [turn.own if own else turn.wall for turn in turns[way]] for way in calls}
         for way in calls:
-            case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | compared(case.seconds, way)
+            case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | timing.compared(case.seconds, way)
     return case
-
-
-def compared(seconds: dict[str, list[float]], way: str) -> dict[str, Any]:
-    """Compare a way with all others: the ratio of their times, and the time added to a step without the penalty."""
-    ratios = {other: timing.over(seconds[way], seconds[other]) for other in seconds if other != way}
-    without = seconds.get("no penalty")
-    return {"over": ratios} | ({"added": timing.added(seconds[way], without)} if without else {})
 
 
 @pytest.hookimpl(wrapper=True)

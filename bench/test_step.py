@@ -7,7 +7,6 @@ measured. Before a way is timed, its penalty and the gradients of all weights ar
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -232,69 +231,3 @@ def test_step(measure: Measure, way: str, model: str, shape: Any) -> None:
 def test_compiled_step(measure: Measure, shape: Any) -> None:
     """A step whose model, loss and penalty are compiled as one graph."""
     run(measure, "8 elementwise layers", shape, whole=True)
-
-
-LIGHTNING_STEPS, LIGHTNING_SHAPE = 50, (16, 35, 60)
-LIGHTNING_ERROR = 2e-2  # of the weights after them
-
-
-@pytest.mark.parametrize("way", [WITHOUT, "eager", "attach", "FusedRNNDropout"], ids=name)
-def test_lightning(measure: Measure) -> None:
-    """A short `fit` of a small LSTM, which logs AR and TAR; `attach` and `FusedRNNDropout` are fastreg's callback."""
-
-    def prepare(way: str) -> Any:
-        if way != WITHOUT:
-            without, formula, got = (weights_of(each) for each in (WITHOUT, "eager", way))
-            check(got - without, formula - without, LIGHTNING_ERROR)
-        return lightning_fit(way), {}
-
-    about = {"pass": "step", "model": f"{LIGHTNING_STEPS} steps of an LSTM in Lightning", "shape": LIGHTNING_SHAPE}
-    with timing.threads(STEP_THREADS):
-        measure(prepare, about, seconds=2.0, own=DEVICE == "cpu")
-
-
-@functools.cache
-def weights_of(way: str) -> Tensor:
-    """Return the weights after a training, from one seed, as one vector."""
-    return torch.cat([x.detach().flatten() for x in lightning_fit(way)()]).double()
-
-
-def lightning_fit(way: str) -> Callable[[], list[Tensor]]:
-    """Return a function that trains a model in Lightning for so many steps, with a new trainer in each call."""
-    import lightning.pytorch as pl
-
-    from fastreg.lightning import ActivationRegularization
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nets.LSTM(LIGHTNING_SHAPE[2], WAYS[way].dropout)
-
-        def training_step(self, batch: Batch) -> Tensor:
-            layers: Activations = []
-            loss = self.net(batch, lambda *layer: layers.append(layer))
-            if way == "eager":
-                ((raw, dropped),) = layers
-                ar, tar = dropped.pow(2).mean(), (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
-                self.log_dict({"ar": ar, "tar": tar}, on_step=False, on_epoch=True)
-                loss = loss + ALPHA * ar + BETA * tar
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return sgd(self)
-
-    torch.manual_seed(0)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module = Module()
-    batches: Any = [module.net.batch(LIGHTNING_SHAPE)] * LIGHTNING_STEPS
-    data = torch.utils.data.DataLoader(batches, batch_size=None)
-    options = "logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"
-    silent: Any = dict.fromkeys(options, False) | {"accelerator": "auto", "devices": 1}
-
-    def fit() -> list[Tensor]:
-        by_callback = way in ("attach", "FusedRNNDropout")
-        callback = ActivationRegularization(ALPHA, BETA, rnn="net.rnn", dropout="net.dropout") if by_callback else None
-        pl.Trainer(max_epochs=1, callbacks=callback, **silent).fit(module, data)
-        return [*module.parameters()]
-
-    return fit

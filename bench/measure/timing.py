@@ -104,14 +104,20 @@ def share_waiting(turns: list[Turn]) -> float:
     return statistics.median(turn.waiting / turn.wall for turn in turns)
 
 
-def over(seconds: list[float], others: list[float]) -> list[float]:
-    """Return the time of a way over the time of another one, and its standard error, by pairs of turns of a round."""
-    return median_and_error([x / y for x, y in zip(seconds, others, strict=True)])
+def compared(seconds: Mapping[str, list[float]], way: str, without: str = "no penalty") -> dict[str, Any]:
+    """Compare a way with all others by pairs of turns of a round.
 
+    Returns:
+        The ratio of its time to that of each other way and, if there is a way `without`, the seconds that it adds to
+        that; each figure is a median and its standard error.
+    """
 
-def added(seconds: list[float], without: list[float]) -> list[float]:
-    """Return the seconds that a way adds to another one, and their standard error, by pairs of turns of a round."""
-    return median_and_error([x - y for x, y in zip(seconds, without, strict=True)])
+    def pairs(other: str) -> Iterator[tuple[float, float]]:
+        return zip(seconds[way], seconds[other], strict=True)
+
+    ratios = {other: median_and_error([x / y for x, y in pairs(other)]) for other in seconds if other != way}
+    added = {"added": median_and_error([x - y for x, y in pairs(without)])} if without in seconds else {}
+    return {"over": ratios} | added
 
 
 def median_and_error(values: list[float]) -> list[float]:

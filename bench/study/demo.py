@@ -123,9 +123,7 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(
-        prog="bench.study.demo", description="Train a small AWD-LSTM with and without AR and TAR."
-    )
+    parser = argparse.ArgumentParser(prog="bench.study.demo", description=__doc__)
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
     add("--alpha", type=float, default=0.0, help="coefficient of AR (default: %(default)s)")
