@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; transformers for
-# one of the models; nothing installed, this checkout neither), each inside ten minutes:
+# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; nothing installed, this checkout
+# neither), each inside ten minutes:
 #     bash bench/on_gpu.sh first [COMMIT]    nine minutes: the most important benchmarks, constants, races, profile and tests
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, and the report

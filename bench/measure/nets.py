@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class Net(nn.Module):
         words: the vocabulary.
     """
 
-    pairs: Sequence[tuple[nn.Module, nn.Module | None]]
+    pairs: Sequence[tuple[nn.Module, nn.Module]]
     words = 50
 
     def batch(self, shape: tuple[int, ...]) -> Batch:
@@ -130,22 +129,3 @@ class AWDLSTMNet(Net):
         decoded, raw, dropped = self.model(text[:, :-1])
         keep(raw, dropped)
         return F.cross_entropy(decoded.flatten(0, 1), text[:, 1:].flatten())
-
-
-class MambaNet(Net):
-    """Hugging Face's Mamba, without a dropout. The output of its first block is regularized, as raw and as dropped."""
-
-    def __init__(self, hidden: int, _: MakeDropout):
-        super().__init__()
-        from transformers import MambaConfig, MambaForCausalLM
-
-        config = MambaConfig(vocab_size=self.words, hidden_size=hidden, num_hidden_layers=2, state_size=8)
-        self.model: Any = MambaForCausalLM(config)
-        block = self.model.backbone.layers[0]
-        block.register_forward_hook(lambda module, args, output: self.keep(output, output))
-        self.pairs = [(block, None)]
-
-    def forward(self, batch: Batch, keep: Keep) -> Tensor:
-        (text,) = batch
-        self.keep = keep
-        return self.model(text, labels=text, use_cache=False).loss
