@@ -56,6 +56,7 @@ class Session:
     lines: Lines | None
     case: Case = field(default_factory=Case)
     rows: list[Any] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # why other tests have no row
 
     def write(self, **record: Any) -> None:
         if self.lines:
@@ -132,7 +133,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def facts() -> dict[str, Any]:
-    """Describe the machine, also by what has to be measured."""
     own = {"copy_bandwidth": figures.copy_bandwidth()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
     return machine.facts() | own
 
@@ -247,7 +247,8 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     session, benchmark = item.config.stash[SESSION], item.funcargs.get("benchmark")
     if report.outcome == "failed" and call.when != "teardown":
         error: Any = call.excinfo
-        session.write(test=test_of(item), missing=f"{error.typename}: {error.value}".partition("\n")[0])
+        session.missing[test_of(item)] = why = f"{error.typename}: {error.value}".partition("\n")[0]
+        session.write(test=test_of(item), missing=why)
     elif call.when == "call" and benchmark and benchmark.stats:
         session.rows.append(benchmark.stats)
         session.write(test=test_of(item), row=benchmark.stats.as_dict(include_data=False))

@@ -213,10 +213,9 @@ def test_padded(measure: Measure, shape: Any, dtype: Any) -> None:
     run(measure, with_coefficients(PADDED_WAYS), formulas.padded_penalty, make, about)
 
 
-CHANGES = partial(formulas.changes, time_dim=2)
 CHANGES_WAYS: dict[str, Way] = {  # (batch, channels, time, 1, 1) -> the mean of squared changes over time
-    "eager": CHANGES,
-    "compiled": torch.compile(CHANGES),
+    "eager": formulas.changes,
+    "compiled": torch.compile(formulas.changes),
     "fastreg": partial(fused_ar_tar, dropped=None, alpha=0.0, beta=1.0, time_dim=2),
 }
 
@@ -233,7 +232,7 @@ def changes_inputs(dtype: torch.dtype, layout: str) -> Inputs:
 def test_changes(measure: Measure, layout: str, dtype: Any) -> None:
     """TAR of a world model's representations."""
     about = {"pass": "changes", "shape": (128, 17, 512), "dtype": name(dtype), "layout": layout}
-    run(measure, CHANGES_WAYS, CHANGES, partial(changes_inputs, dtype, layout), about)
+    run(measure, CHANGES_WAYS, formulas.changes, partial(changes_inputs, dtype, layout), about)
 
 
 FEW = product((SMALL, (20, 70, 1152)), DTYPES, [1024], [16, 8, 4])  # programs: shorter runs make more of them

@@ -107,14 +107,10 @@ MODELS = {
 
 
 class Training:
-    """A model in training, with a way of adding the penalty.
+    """A model in training, with raw of a shape and with a way of adding the penalty.
 
-    Args:
-        model: the name of the model.
-        shape: the shape of raw.
-        way: the name of the way.
-        compiler: makes one graph of the model's forward, the loss and the penalty.
-        half: whether steps are in bfloat16 autocast, with a scaled loss.
+    A compiler makes one graph of the model's forward, the loss and the penalty. Half precision is autocast to bfloat16,
+    with a scaled loss.
     """
 
     def __init__(

@@ -23,14 +23,10 @@ class Net(nn.Module):
 
     It is made of the hidden size of its regularized layers and of a function that makes their dropouts. It calls `keep`
     with raw and dropped of each of these layers.
-
-    Attributes:
-        pairs: the RNN and the dropout of each regularized layer, for `attach`.
-        words: the vocabulary.
     """
 
-    pairs: Sequence[tuple[nn.Module, nn.Module]]
-    words = 50
+    pairs: Sequence[tuple[nn.Module, nn.Module]]  # the RNN and the dropout of each regularized layer, for `attach`
+    words = 50  # the vocabulary
 
     def batch(self, shape: tuple[int, ...]) -> Batch:
         """Return a random batch for raw of this shape, `(batch, time, hidden)`."""

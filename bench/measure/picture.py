@@ -33,14 +33,10 @@ def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
     return {"time": time, "memory": memory}
 
 
-def digest(cases: list[Case], about: str) -> str:
-    """Name the data of a picture, which the file has as its description."""
-    return hashlib.sha256(json.dumps([about, *map(shares, cases)]).encode()).hexdigest()[:12]
-
-
 def draw(cases: list[Case], about: str, clock: str) -> None:
     """Draw the bars, unless the file has been drawn of the same data."""
-    data = f"data {digest(cases, about)}"
+    shown = json.dumps([about, *map(shares, cases)])
+    data = f"data {hashlib.sha256(shown.encode()).hexdigest()[:12]}"
     if FILE.exists() and data in FILE.read_text():
         return
     import matplotlib

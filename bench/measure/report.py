@@ -13,23 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure import picture
+from bench.measure import picture, results
 from bench.measure.machine import ROOT, commit_name, file_name
-from bench.measure.results import (
-    BOTH,
-    COMPILED,
-    RESULTS,
-    STEP,
-    Case,
-    Figure,
-    Result,
-    compact,
-    geometric_mean,
-    load,
-    merged,
-    read,
-    result_of,
-)
+from bench.measure.results import BOTH, COMPILED, RESULTS, STEP, Case, Figure, Result, geometric_mean
 
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
@@ -70,25 +56,19 @@ def table(rows: list[list[str]]) -> str:
 class Ratio(NamedTuple):
     """The time of a way that calls fastreg over the time of a formula, in one case."""
 
+    kind: str  # of case, the way and the allocator
     case: Case
-    way: str
     formula: str
     figure: Figure
 
-    @property
-    def kind(self) -> str:
-        """Name the kind of case, the way and the allocator."""
-        way, allocator = "" if self.way == "fastreg" else OURS[self.way], self.case.info.get("allocator")
-        return ", ".join(filter(None, [TITLES[self.case.info["pass"]], way, allocator]))
-
 
 def ratios(result: Result) -> list[Ratio]:
-    return [
-        Ratio(case, way, formula, case.over(way, formula))
-        for case in result.cases
-        for way, formula in product(OURS, FORMULAS)
-        if {way, formula} <= {*case.ways}
-    ]
+    found = []
+    for case, way in product(result.cases, OURS):
+        parts = TITLES[case.info["pass"]], "" if way == "fastreg" else OURS[way], case.info.get("allocator")
+        for formula in (formula for formula in FORMULAS if {way, formula} <= {*case.ways}):
+            found.append(Ratio(", ".join(filter(None, parts)), case, formula, case.over(way, formula)))
+    return found
 
 
 def by_formula(found: list[Ratio]) -> dict[str, list[Figure]]:
@@ -308,12 +288,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="JSON or lines: together they replace the machine's result")
     options = parser.parse_args()
     if options.runs:
-        found = merged([read(file) for file in options.runs])
+        found = results.merged([results.read(file) for file in options.runs])
         if options.show:
-            print("\n".join(tables(result_of(found))))
+            print("\n".join(tables(results.result_of(found))))
             return
-        RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(compact(found))
-    write(pages([load(file) for file in sorted(RESULTS.glob("*.json"))]))
+        RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(results.compact(found))
+    write(pages([results.load(file) for file in sorted(RESULTS.glob("*.json"))]))
 
 
 if __name__ == "__main__":

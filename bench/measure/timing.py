@@ -105,12 +105,7 @@ def share_waiting(turns: list[Turn]) -> float:
 
 
 def compared(seconds: Mapping[str, list[float]], way: str, without: str = "no penalty") -> dict[str, Any]:
-    """Compare a way with all others by pairs of turns of a round.
-
-    Returns:
-        The ratio of its time to that of each other way and, if there is a way `without`, the seconds that it adds to
-        that; each figure is a median and its standard error.
-    """
+    """Compare a way with all others, by pairs of turns of a round: ratios of times, and seconds added to `without`."""
 
     def pairs(other: str) -> Iterator[tuple[float, float]]:
         return zip(seconds[way], seconds[other], strict=True)

@@ -2,8 +2,7 @@
 
 For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
 and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
-this prediction beside the measurement, and bench/NOTES.md draws the conclusions. tests/kernels/test_compiled.py
-inspects the compiled code.
+this prediction beside the measurement, and bench/NOTES.md draws the conclusions.
 """
 
 from __future__ import annotations

@@ -271,7 +271,6 @@ def plot(study: Study) -> Figure:
             values, best = run.perplexities, run.best_epoch
             above.plot(range(1, best + 1), values[:best], color=f"C{i}", alpha=0.5, linewidth=0.7)
             above.plot(best, values[best - 1], "o", color=f"C{i}", markersize=5, label=None if j else name)
-    for i, (name, pair) in enumerate(PENALTIES.items()):
         if name in study.penalties:
             values = study.differences(pair)
             below.plot([name] * len(values), values, "o", color=f"C{i}", alpha=0.5, markersize=5)
