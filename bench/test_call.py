@@ -39,7 +39,7 @@ WAYS |= {"before": before.fastreg.fused_ar_tar} if before.fastreg else {}
 BFLOAT16, FLOAT32, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
 DTYPES = BFLOAT16, FLOAT32
 DEMO, SMALL, MIDDLE, LARGE = (20, 70, 96), (64, 70, 400), (32, 512, 1024), (128, 512, 1024)
-SHAPES = [DEMO, SMALL, (64, 70, 1152), (80, 70, 400), MIDDLE, LARGE]
+SHAPES = [SMALL, (64, 70, 1152), MIDDLE, LARGE]
 BATCH_FIRST, TIME_FIRST, SAME = "batch first", "time first", "raw is dropped"
 # The cases, the most important ones of a GPU first.
 CASES: list[Any] = [
@@ -47,11 +47,11 @@ CASES: list[Any] = [
 ]
 if DEVICE == "cuda":
     LONG = (8, 4096, 2048)
-    CASES += product((*SHAPES[2:5], LONG), DTYPES, [BATCH_FIRST])
-    CASES += product((*SHAPES[1:], LONG), DTYPES, [TIME_FIRST])
-    CASES += product(SHAPES[1:], [FLOAT16], [BATCH_FIRST])
+    CASES += product((*SHAPES[1:3], LONG), DTYPES, [BATCH_FIRST])
+    CASES += product((*SHAPES, LONG), DTYPES, [TIME_FIRST])
+    CASES += product(SHAPES, [FLOAT16], [BATCH_FIRST])
 else:
-    CASES += product(SHAPES[2:5], DTYPES, [BATCH_FIRST])
+    CASES += product(SHAPES[1:3], DTYPES, [BATCH_FIRST])
     CASES += [*product([SMALL], DTYPES, [TIME_FIRST]), (SMALL, FLOAT16, BATCH_FIRST)]
 CASES += [*product([SMALL], DTYPES, [SAME]), (DEMO, FLOAT32, BATCH_FIRST)]
 
@@ -282,7 +282,6 @@ DROPOUT_WAYS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {  # raw -> dr
     "fused_ar_tar": dropout_then(fused_ar_tar),
     "compiled dropout alone": torch.compile(dropped_by),
     "compiled": torch.compile(dropout_then(formulas.fastai)),
-    "compiled fused_ar_tar": torch.compile(dropout_then(fused_ar_tar)),
     "compiled fastreg": torch.compile(fused := partial(fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA)),
     "fastreg": fused,
 }

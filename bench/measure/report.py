@@ -27,7 +27,6 @@ OURS = {  # the ways that call fastreg, as tables name them
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
     "compiled fastreg": "compiled fastreg",
-    "compiled fused_ar_tar": "compiled `fused_ar_tar`",
 }
 STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
 CALLS = {  # the pass of calls -> its title

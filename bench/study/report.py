@@ -118,7 +118,7 @@ class Study:
         return {name: pair for name, pair in PENALTIES.items() if any(pair) and self.differences(pair)}
 
 
-def records(file: Path) -> list[dict[str, Any]]:
+def records(file: Path) -> list[Any]:
     """Read the trainings of a file, one a line."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
