@@ -270,7 +270,7 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name in ("fastreg", "kernels"):
         (checkout / name).symlink_to(ROOT / name)
-    written = "mkdir -p bench/results/first && echo tables of first > bench/results/first/first.md"
+    written = "mkdir -p bench/results/first && cd bench/results/first && echo tables of first | tee first.md > sweep.md"
     shell.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{written}\n')
     shell.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -280,4 +280,4 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "self-test passed" in outputs
     assert "tables of first" in outputs
     with zipfile.ZipFile(checkout / "bench" / "gpu-results.zip") as archive:
-        assert archive.namelist() == ["first.md"]
+        assert archive.namelist() == ["first.md", "sweep.md"]
