@@ -29,7 +29,7 @@ pytestmark = pytest.mark.main
 
 
 def test_known_work_takes_its_time(device: str) -> None:
-    short = partial(torch.cuda._sleep, 200_000) if device == "cuda" else partial(time.sleep, 0.02)
+    short = partial(torch.cuda._sleep, 2_000_000) if device == "cuda" else partial(time.sleep, 0.02)
     turns = timing.take_turns({"long": lambda: [short() for _ in range(3)], "short": short}, Rounds(2, 0.0))
     seconds = {way: [turn.wall for turn in turns[way]] for way in turns}
     assert len(seconds["long"]) == Rounds(2, 0.0).least
