@@ -17,7 +17,6 @@ from torch import nn
 from bench.study import demo, report, run, training, two_rooms
 from bench.study.awd_lstm import AWDLSTM, Dropouts
 from bench.study.report import PENALTIES, Run, Study
-from bench.study.two_rooms import CHOICE_SEEDS, FRESH_SEEDS, VICREG_ALONE
 from examples import two_rooms as example
 from examples.two_rooms import Weights
 
@@ -101,9 +100,9 @@ def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
 def test_weights_are_chosen_by_the_mean_over_the_seeds_of_the_choice():
     plain, tar, close = Weights(0.1, 0.3, 0.0), Weights(1.0, 1.0, 3.0), Weights(0.3, 0.3, 10.0)
     means = {plain: 0.5, plain._replace(beta=1.0): 0.3, tar: 0.7, close: 0.65, tar._replace(beta=0.0): 0.4}
-    planned = [(weights, seed, success) for weights, success in means.items() for seed in CHOICE_SEEDS]
-    planned.append((Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0], 0.89))  # with only one seed
-    planned.append((close, FRESH_SEEDS[0], 0.9))  # no seed of the choice
+    planned = [(weights, seed, success) for weights, success in means.items() for seed in two_rooms.CHOICE_SEEDS]
+    planned.append((Weights(1.0, 0.1, 0.0), two_rooms.CHOICE_SEEDS[0], 0.89))  # with only one seed
+    planned.append((close, two_rooms.FRESH_SEEDS[0], 0.9))  # no seed of the choice
     runs = [two_rooms.Run(weights, seed, False, x + 0.1, x - 0.1, {}, {}) for weights, seed, x in planned]
     assert [*two_rooms.chosen(runs).values()] == [tar._replace(beta=0.0), tar, plain]
 
@@ -118,7 +117,7 @@ def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.M
     two_rooms.run_all(file)
     assert file.read_text() == whole
     done = [run.job for run in two_rooms.load(file)]
-    assert len({*done}) == len(done) == 64 + len(VICREG_ALONE) ** 2 + 24 + 8 * 2 + 3 * 10 * 3
+    assert len({*done}) == len(done) == 64 + len(two_rooms.VICREG_ALONE) ** 2 + 24 + 8 * 2 + 3 * 10 * 3
 
 
 def test_the_committed_studies_are_whole_and_their_pages_agree():
@@ -132,6 +131,8 @@ def test_the_committed_studies_are_whole_and_their_pages_agree():
     assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in rooms)
     assert two_rooms.chosen(rooms) == example.SETTINGS, "the example has the weights that were chosen"
     *_, alone = example.SETTINGS.values()
-    assert {*alone[:2]} <= {*VICREG_ALONE[1:-1]}, "the best weights without TAR are not on the edge of the grid"
+    assert {*alone[:2]} <= {*two_rooms.VICREG_ALONE[1:-1]}, (
+        "the best weights without TAR are not on the edge of the grid"
+    )
     for page, text in [*report.pages(file).items(), *two_rooms.pages(two_rooms.COMMITTED).items()]:
         assert page.read_text() == text, "run `python -m bench.study.run` or `python -m bench.study.two_rooms`"
