@@ -131,8 +131,6 @@ def test_the_committed_studies_are_whole_and_their_pages_agree():
     assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in rooms)
     assert two_rooms.chosen(rooms) == example.SETTINGS, "the example has the weights that were chosen"
     *_, alone = example.SETTINGS.values()
-    assert {*alone[:2]} <= {*two_rooms.VICREG_ALONE[1:-1]}, (
-        "the best weights without TAR are not on the edge of the grid"
-    )
+    assert {*alone[:2]} <= {*two_rooms.VICREG_ALONE[1:-1]}, "the best weights without TAR are on the edge of the grid"
     for page, text in [*report.pages(file).items(), *two_rooms.pages(two_rooms.COMMITTED).items()]:
         assert page.read_text() == text, "run `python -m bench.study.run` or `python -m bench.study.two_rooms`"
