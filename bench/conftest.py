@@ -41,29 +41,22 @@ Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
 @dataclass
 class Case:
-    """The case that was measured last.
+    """The case that was measured last, by the names of its ways."""
 
-    Attributes:
-        name: the test's function and parameters, without the way.
-        seconds: the seconds of a call of each way, turn by turn.
-        figures: the other figures of each way.
-        lost: the errors of the other ways.
-    """
-
-    name: str = ""
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
-    lost: dict[str, Exception] = field(default_factory=dict)
+    name: str = ""  # the test's function and parameters, without the way
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of a call, turn by turn
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)  # all others
+    lost: dict[str, Exception] = field(default_factory=dict)  # the errors of ways without a row
 
 
 @dataclass
 class Session:
-    """The state of a run: its lines, the latest case, the rows, and why others are missing."""
+    """The state of a run."""
 
     lines: Lines | None
     case: Case = field(default_factory=Case)
     rows: list[Any] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # why other tests have no row
 
     def write(self, **record: Any) -> None:
         if self.lines:
@@ -162,21 +155,21 @@ in_turns = pytest.mark.benchmark(timer=REPLAY)  # the mark of every benchmark
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callable[..., None]:
-    """Measure the selected ways of a case in turns, when its first test runs, and report the way of this test.
-
-    The fixture is a function, `measure(prepare, info, calls=1, seconds=1.0, own=False)`:
-
-    - `prepare(way)` checks a way, and returns a function that calls it, and its other figures.
-    - `info` describes the case.
-    - `calls` make a turn.
-    - `seconds` multiplies `--benchmark-max-time`, the time of all turns of a way.
-    - `own` takes the CPU time of the process instead of wall time.
-    """
+    """Measure the selected ways of a case in turns, when its first test runs, and report the way of this test."""
     session, case = request.config.stash[SESSION], case_of(request.node)
     items: Any = request.session.items
     options: Any = request.config.option
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
+        """Measure a case.
+
+        Args:
+            prepare: checks a way, and returns a function that calls it, and its other figures.
+            info: describes the case.
+            calls: so many make a turn.
+            seconds: multiplies `--benchmark-max-time`, the time of all turns of a way.
+            own: takes the CPU time of the process instead of wall time.
+        """
         benchmark.group, benchmark.name = case, str(way)
         if session.case.name != case:
             ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
@@ -231,15 +224,8 @@ def measured(
             continue
         case.seconds = {way: [turn.own if own else turn.wall for turn in turns[way]] for way in calls}
         for way in calls:
-            case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | compared(case.seconds, way)
+            case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | timing.compared(case.seconds, way)
     return case
-
-
-def compared(seconds: dict[str, list[float]], way: str) -> dict[str, Any]:
-    """Compare a way with all others: the ratio of their times, and the time added to a step without the penalty."""
-    ratios = {other: timing.over(seconds[way], seconds[other]) for other in seconds if other != way}
-    without = seconds.get("no penalty")
-    return {"over": ratios} | ({"added": timing.added(seconds[way], without)} if without else {})
 
 
 @pytest.hookimpl(wrapper=True)
@@ -261,8 +247,7 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     session, benchmark = item.config.stash[SESSION], item.funcargs.get("benchmark")
     if report.outcome == "failed" and call.when != "teardown":
         error: Any = call.excinfo
-        why = f"{error.typename}: {error.value}".partition("\n")[0]
-        session.missing[test_of(item)] = why
+        session.missing[test_of(item)] = why = f"{error.typename}: {error.value}".partition("\n")[0]
         session.write(test=test_of(item), missing=why)
     elif call.when == "call" and benchmark and benchmark.stats:
         session.rows.append(benchmark.stats)
@@ -292,9 +277,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"{row.group}: {row.name}: {text}")
     busy = [row.extra_info["waiting"] for row in rows if row.extra_info["waiting"] > timing.MOST_WAITING]
     if busy:
-        text = (
-            f"The machine was busy: in {len(busy)} rows, which no report shows, threads waited for a core during up to"
-        )
+        text = f"The machine was busy: threads of {len(busy)} rows, which no report shows, waited for a core for up to"
         terminalreporter.line(f"{text} {max(busy):.0%} of the time.", yellow=True)
 
 

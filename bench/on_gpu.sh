@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; transformers and lightning for their
-# training steps; nothing installed, this checkout neither), each inside ten minutes:
+# On a bare GPU machine (torch, triton, pytest, pytest-benchmark and matplotlib; nothing installed, this checkout
+# neither), each inside ten minutes:
 #     bash bench/on_gpu.sh first [COMMIT]    nine minutes: the most important benchmarks, constants, races, profile and tests
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
 #     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, and the report
@@ -49,10 +49,10 @@ sanitized=(-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_kernels.py
 case $what in
   first)
     bench 230 first.jsonl bench -m first
-    bench 90 sweep.jsonl bench/test_sweep.py
+    bench 90 sweep.jsonl bench/test_call.py -k sweep
     tests 40 tests/kernels/test_order.py
     profile
-    tests 130 $files ;;
+    tests $((540 - SECONDS)) $files ;;  # with the time that the parts before have not used
   test)
     tests 450 tests/kernels/test_order.py $files tests/kernels/test_sizes.py
     for tool in memcheck racecheck; do  # with its caching allocator PyTorch hides an access behind the end of a tensor

@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -40,7 +39,7 @@ WAYS |= {"before": before.fastreg.fused_ar_tar} if before.fastreg else {}
 BFLOAT16, FLOAT32, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
 DTYPES = BFLOAT16, FLOAT32
 DEMO, SMALL, MIDDLE, LARGE = (20, 70, 96), (64, 70, 400), (32, 512, 1024), (128, 512, 1024)
-SHAPES = [DEMO, SMALL, (64, 70, 1152), (80, 70, 400), MIDDLE, LARGE]
+SHAPES = [SMALL, (64, 70, 1152), MIDDLE, LARGE]
 BATCH_FIRST, TIME_FIRST, SAME = "batch first", "time first", "raw is dropped"
 # The cases, the most important ones of a GPU first.
 CASES: list[Any] = [
@@ -48,11 +47,11 @@ CASES: list[Any] = [
 ]
 if DEVICE == "cuda":
     LONG = (8, 4096, 2048)
-    CASES += product((*SHAPES[2:5], LONG), DTYPES, [BATCH_FIRST])
-    CASES += product((*SHAPES[1:], LONG), DTYPES, [TIME_FIRST])
-    CASES += product(SHAPES[1:], [FLOAT16], [BATCH_FIRST])
+    CASES += product((*SHAPES[1:3], LONG), DTYPES, [BATCH_FIRST])
+    CASES += product((*SHAPES, LONG), DTYPES, [TIME_FIRST])
+    CASES += product(SHAPES, [FLOAT16], [BATCH_FIRST])
 else:
-    CASES += product(SHAPES[2:5], DTYPES, [BATCH_FIRST])
+    CASES += product(SHAPES[1:3], DTYPES, [BATCH_FIRST])
     CASES += [*product([SMALL], DTYPES, [TIME_FIRST]), (SMALL, FLOAT16, BATCH_FIRST)]
 CASES += [*product([SMALL], DTYPES, [SAME]), (DEMO, FLOAT32, BATCH_FIRST)]
 
@@ -60,32 +59,72 @@ ERROR = {FLOAT32: 1e-4, BFLOAT16: 2e-2, FLOAT16: 2e-2}  # of penalty and gradien
 MOST_CHECKED = 2**23  # elements: of LARGE the formula in float64 takes 26 s, and of MIDDLE a quarter of that
 CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
 MOST_SETS = 64
+CALLS = 10 if DEVICE == "cuda" else 1  # of a turn
+# How often a way reads or writes each input: compiled code reads the inputs again in the backward.
+PASSES = {"compiled": 3, "fastreg": 2, "before": 2}
+OTHERWISE = ("without lengths",)  # ways that compute something else
 
 
-@dataclass(frozen=True)
-class Case:
-    """Inputs of calls, and the results of the formula in float64.
+def measure_calls(
+    measure: Measure,
+    make: Callable[[], Inputs],
+    call: Callable[[str, Inputs], Inputs],
+    compare: Callable[[str, Inputs], None],
+    about: dict[str, Any],
+) -> None:
+    """Measure a call of each way, by its name and each time with another set of inputs that `make` has made.
 
-    Attributes:
-        sets: so many sets of inputs that none is in the cache when its turn comes again.
-        want: the penalty and its gradients by the first set, or nothing if that would take too long.
+    Before that, `compare` gets the way and the first set.
     """
 
-    sets: list[Inputs]
-    want: list[Tensor]
+    @functools.cache
+    def sets() -> list[Inputs]:
+        """Make so many sets for all ways that none is in the cache when its turn comes again."""
+        torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
+        torch.manual_seed(0)
+        cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE == "cuda" else CPU_CACHE
+        first = make()
+        count = min(max(2, math.ceil(2 * cache / sum(x.nbytes for x in dict.fromkeys(first)))), MOST_SETS)
+        return [first, *(make() for _ in range(count - 1))]
+
+    def prepare(way: str) -> Any:
+        first, *_ = sets()
+        if first[0].numel() <= MOST_CHECKED:
+            compare(way, first)
+        passes = PASSES.get(way) if about["pass"] == "forward + backward" else None
+        moved = passes * sum(x.nbytes for x in leaves_of(first)) if passes else None
+        rotated = itertools.cycle(sets())
+        return lambda: call(way, next(rotated)), figures.of(lambda i: call(way, sets()[i]), len(sets()), moved)
+
+    measure(prepare, about, calls=CALLS)
 
 
-@functools.lru_cache(maxsize=1)
-def case_of(make: Callable[..., Inputs], formula: Way | None, *about: Any) -> Case:
-    """Make the inputs of a case once for all of its ways."""
-    torch.compiler.reset()  # otherwise Inductor compiles the second shape for all shapes, and slower
-    torch.manual_seed(0)
-    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if DEVICE == "cuda" else CPU_CACHE
-    first = make(*about)
-    count = min(max(2, math.ceil(2 * cache / sum(x.nbytes for x in dict.fromkeys(first)))), MOST_SETS)
-    sets = [first, *(make(*about) for _ in range(count - 1))]
-    want = value_and_gradients(formula, doubled(first)) if formula and first[0].numel() <= MOST_CHECKED else []
-    return Case(sets, want)
+def run(
+    measure: Measure,
+    ways: Mapping[Any, Way],
+    formula: Way,
+    make: Callable[[], Inputs],
+    about: dict[str, Any],
+    slopes: tuple[float, ...] = (1.0,),
+) -> None:
+    """Measure penalties, each time with the next upstream gradient, unless it is a forward."""
+    upstream = itertools.cycle([torch.full((), x, device=DEVICE) for x in slopes])
+
+    def call(way: str, inputs: Inputs) -> Inputs:
+        penalty = ways[way](*inputs)
+        if about["pass"] == "forward":
+            return (penalty,)
+        return torch.autograd.grad(penalty, leaves_of(inputs), next(upstream).to(penalty.dtype))
+
+    @functools.cache
+    def want(inputs: Inputs) -> list[Tensor]:
+        return value_and_gradients(formula, doubled(inputs))
+
+    def compare(way: str, inputs: Inputs) -> None:
+        if way not in OTHERWISE:
+            check(value_and_gradients(ways[way], inputs), want(inputs), inputs[0].dtype)
+
+    measure_calls(measure, make, call, compare, about)
 
 
 def doubled(inputs: Inputs) -> Inputs:
@@ -109,38 +148,6 @@ def check(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
     for x, exact in zip((x.cpu() for x in got), (x.cpu() for x in want), strict=True):
         error = ((x.double() - exact).abs().max() / exact.abs().max()).item()
         assert error < ERROR[dtype], f"differs from the formula in float64 by {error:.1e}"
-
-
-def run(measure: Measure, case: Case, ways: Mapping[Any, Way], info: dict[str, Any], slopes: Any = (1.0,)) -> None:
-    """Measure each way, each time with the next inputs and, unless it is a forward, the next upstream gradient."""
-    raw = case.sets[0][0]
-    upstream = itertools.cycle([torch.full((), x, device=DEVICE) for x in slopes])
-
-    def call(way: Way, inputs: Inputs) -> Inputs:
-        penalty = way(*inputs)
-        if info["pass"] == "forward":
-            return (penalty,)
-        return torch.autograd.grad(penalty, leaves_of(inputs), next(upstream).to(penalty.dtype))
-
-    def prepare(way: str) -> Any:
-        if case.want and way not in OTHERWISE:
-            check(value_and_gradients(ways[way], case.sets[0]), case.want, raw.dtype)
-        one, sets = partial(call, ways[way]), itertools.cycle(case.sets)
-        passes = PASSES.get(way) if info["pass"] == "forward + backward" else None
-        moved = passes * sum(x.nbytes for x in leaves_of(case.sets[0])) if passes else None
-        return lambda: one(next(sets)), figures.of(lambda i: one(case.sets[i]), len(case.sets), moved)
-
-    measure(prepare, described(raw) | info, calls=CALLS)
-
-
-# How often a way reads or writes each input: compiled code reads the inputs again in the backward.
-PASSES = {"compiled": 3, "fastreg": 2, "before": 2}
-OTHERWISE = ("without lengths",)  # ways that compute something else
-CALLS = 10 if DEVICE == "cuda" else 1  # of a turn
-
-
-def described(x: Tensor) -> dict[str, Any]:
-    return {"shape": tuple(x.shape), "dtype": name(x.dtype)}
 
 
 def with_coefficients(ways: dict[str, Way]) -> dict[str, Way]:
@@ -167,26 +174,19 @@ def penalty_inputs(shape: Any, dtype: torch.dtype, layout: str = BATCH_FIRST) ->
 @pytest.mark.parametrize(("shape", "dtype", "layout"), CASES, ids=name)
 def test_penalty(measure: Measure, shape: Any, dtype: Any, layout: str) -> None:
     """The penalty, its forward and backward: the cases that the README quotes."""
-    case = case_of(penalty_inputs, formulas.penalty, shape, dtype, layout)
-    run(measure, case, with_coefficients(WAYS), {"pass": "forward + backward", "layout": layout})
+    about = {"pass": "forward + backward", "shape": shape, "dtype": name(dtype), "layout": layout}
+    run(measure, with_coefficients(WAYS), formulas.penalty, partial(penalty_inputs, shape, dtype, layout), about)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
-def test_forward(measure: Measure, shape: Any, dtype: Any) -> None:
-    """A forward without a backward, of inputs that need gradients."""
-    case = case_of(penalty_inputs, formulas.penalty, shape, dtype)
-    run(measure, case, with_coefficients(WAYS), {"pass": "forward"})
-
-
-@pytest.mark.parametrize("way", WAYS, ids=name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
-def test_changing(measure: Measure, shape: Any, dtype: Any) -> None:
-    """An upstream gradient that changes in each step, so that fastreg always predicts a wrong one."""
-    case = case_of(penalty_inputs, formulas.penalty, shape, dtype)
-    run(measure, case, with_coefficients(WAYS), {"pass": "changing upstream gradient"}, slopes=(1.0, 2.0))
+@pytest.mark.parametrize("only", ["forward", "changing upstream gradient"], ids=name)
+def test_unpredicted(measure: Measure, only: str, shape: Any, dtype: Any) -> None:
+    """A forward without a backward, and an upstream gradient that changes in each call, so that fastreg mispredicts."""
+    about = {"pass": only, "shape": shape, "dtype": name(dtype)}
+    make = partial(penalty_inputs, shape, dtype)
+    run(measure, with_coefficients(WAYS), formulas.penalty, make, about, slopes=(1.0, 2.0))
 
 
 PADDED_WAYS: dict[str, Way] = {  # (raw, dropped, lengths, alpha, beta) -> penalty
@@ -208,14 +208,14 @@ def padded_inputs(shape: Any, dtype: torch.dtype) -> Inputs:
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE, LARGE] if DEVICE == "cuda" else [SMALL, MIDDLE], ids=name)
 def test_padded(measure: Measure, shape: Any, dtype: Any) -> None:
     """The penalty of a batch in which half of the time steps are padding."""
-    case = case_of(padded_inputs, formulas.padded_penalty, shape, dtype)
-    run(measure, case, with_coefficients(PADDED_WAYS), {"pass": "padded"})
+    about = {"pass": "padded", "shape": shape, "dtype": name(dtype)}
+    make = partial(padded_inputs, shape, dtype)
+    run(measure, with_coefficients(PADDED_WAYS), formulas.padded_penalty, make, about)
 
 
-CHANGES = partial(formulas.changes, time_dim=2)
 CHANGES_WAYS: dict[str, Way] = {  # (batch, channels, time, 1, 1) -> the mean of squared changes over time
-    "eager": CHANGES,
-    "compiled": torch.compile(CHANGES),
+    "eager": formulas.changes,
+    "compiled": torch.compile(formulas.changes),
     "fastreg": partial(fused_ar_tar, dropped=None, alpha=0.0, beta=1.0, time_dim=2),
 }
 
@@ -231,8 +231,34 @@ def changes_inputs(dtype: torch.dtype, layout: str) -> Inputs:
 @pytest.mark.parametrize("layout", [BATCH_FIRST, "time innermost"], ids=name)
 def test_changes(measure: Measure, layout: str, dtype: Any) -> None:
     """TAR of a world model's representations."""
-    case = case_of(changes_inputs, CHANGES, dtype, layout)
-    run(measure, case, CHANGES_WAYS, {"pass": "changes", "shape": (128, 17, 512), "layout": layout})
+    about = {"pass": "changes", "shape": (128, 17, 512), "dtype": name(dtype), "layout": layout}
+    run(measure, CHANGES_WAYS, formulas.changes, partial(changes_inputs, dtype, layout), about)
+
+
+FEW = product((SMALL, (20, 70, 1152)), DTYPES, [1024], [16, 8, 4])  # programs: shorter runs make more of them
+MANY = product((LARGE, MIDDLE), DTYPES, [1024, 792, 528], [16])  # whole waves of programs
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the constants are those of GPUs")
+@pytest.mark.parametrize(("shape", "dtype", "programs", "way"), [*FEW, *MANY], ids=name)
+def test_sweep(measure: Measure, monkeypatch: pytest.MonkeyPatch, shape: Any, dtype: Any, programs: int) -> None:
+    """Other values of the constants in kernels/tiling.py; a way is a value of `SHORT_RUN`.
+
+    The plans of calls are made anew in each call, so compare `graph_rotated_seconds`.
+    """
+    from fastreg.call.backends import PLANS
+    from fastreg.kernels import tiling
+
+    def penalty(short_run: int, raw: Tensor, dropped: Tensor) -> Tensor:
+        monkeypatch.setattr(tiling, "SHORT_RUN", short_run)
+        monkeypatch.setattr(tiling, "PROGRAMS", programs)
+        PLANS.clear()
+        return fused_ar_tar(raw, dropped, ALPHA, BETA)
+
+    about = {"pass": "sweep", "shape": shape, "dtype": name(dtype), "programs": programs}
+    ways = {way: partial(penalty, way) for way in (16, 8, 4)}
+    run(measure, ways, formulas.penalty, partial(penalty_inputs, shape, dtype), about)
+    PLANS.clear()
 
 
 P = 0.4  # AWD-LSTM's output dropout
@@ -256,7 +282,6 @@ DROPOUT_WAYS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {  # raw -> dr
     "fused_ar_tar": dropout_then(fused_ar_tar),
     "compiled dropout alone": torch.compile(dropped_by),
     "compiled": torch.compile(dropout_then(formulas.fastai)),
-    "compiled fused_ar_tar": torch.compile(dropout_then(fused_ar_tar)),
     "compiled fastreg": torch.compile(fused := partial(fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA)),
     "fastreg": fused,
 }
@@ -272,23 +297,18 @@ def dropout_inputs(shape: Any, dtype: torch.dtype) -> Inputs:
 @pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=name)
 def test_dropout(measure: Measure, shape: Any, dtype: Any) -> None:
     """Variational dropout, forward and backward: by itself, followed by the penalty, and fused with it."""
-    sets = case_of(dropout_inputs, None, shape, dtype).sets
 
-    def prepare(way: str) -> Any:
-        drop = DROPOUT_WAYS[way]
+    def call(way: str, inputs: Inputs) -> Inputs:
+        raw, slope = inputs
+        results = DROPOUT_WAYS[way](raw)
+        ones = [torch.ones_like(penalty) for penalty in results[1:]]
+        return *results, *torch.autograd.grad(results, raw, [slope, *ones])
 
-        def call(inputs: Inputs) -> Inputs:
-            raw, slope = inputs
-            results = drop(raw)
-            ones = [torch.ones_like(penalty) for penalty in results[1:]]
-            return *results, *torch.autograd.grad(results, raw, [slope, *ones])
+    def compare(way: str, inputs: Inputs) -> None:
+        check_dropout(list(call(way, inputs)), *inputs)
 
-        if sets[0][0].numel() <= MOST_CHECKED:
-            check_dropout(list(call(sets[0])), *sets[0])
-        rotated = itertools.cycle(sets)
-        return lambda: call(next(rotated)), figures.of(lambda i: call(sets[i]), len(sets))
-
-    measure(prepare, described(sets[0][0]) | {"pass": "dropout"}, calls=CALLS)
+    about = {"pass": "dropout", "shape": shape, "dtype": name(dtype)}
+    measure_calls(measure, partial(dropout_inputs, shape, dtype), call, compare, about)
 
 
 def check_dropout(got: list[Tensor], raw: Tensor, slope: Tensor) -> None:

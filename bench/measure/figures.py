@@ -24,13 +24,7 @@ COPY_BYTES = 2**30
 
 
 def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
-    """Measure everything except the time of a call.
-
-    Args:
-        call: makes a call with the inputs of one set.
-        sets: the number of sets.
-        moved: the bytes that the call must read and write, if they are known.
-    """
+    """Measure everything except the time of a call, which has so many sets of inputs, and must move so many bytes."""
     figures: dict[str, Any] = {"peak_bytes": peak_bytes(call, DEVICE)}
     if DEVICE == "cpu":
         return figures

@@ -25,9 +25,9 @@ def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: fl
     return alpha * ar + beta * tar
 
 
-def changes(x: Tensor, time_dim: int) -> Tensor:
-    """Compute what `TemporalSimilarityLoss` of facebookresearch/eb_jepa multiplies by `sim_coeff_t`, for any axes."""
-    x = x.movedim(time_dim, 0)
+def changes(x: Tensor) -> Tensor:
+    """Compute what `TemporalSimilarityLoss` of facebookresearch/eb_jepa multiplies by `sim_coeff_t`; time is axis 2."""
+    x = x.movedim(2, 0)
     return (x[1:] - x[:-1]).pow(2).mean()
 
 

@@ -29,11 +29,7 @@ def records(file: Path) -> list[dict[str, Any]]:
 
 
 class Lines:
-    """Write the lines of a run to a file, which may have lines of an earlier run.
-
-    Attributes:
-        done: the tests that have a line.
-    """
+    """Write the lines of a run to a file, which may have lines of an earlier run."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -47,7 +43,7 @@ class Lines:
             self.write(test=died, missing=DIED)
             earlier.append({"test": died})
         self.running("")
-        self.done = {line["test"] for line in earlier if "test" in line}
+        self.done = {line["test"] for line in earlier if "test" in line}  # the tests that have a line
 
     def write(self, **record: Any) -> None:
         """Append a line, and wait until it is on disk."""

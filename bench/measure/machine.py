@@ -15,17 +15,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 # Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
 # that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
-KEPT, DEFAULT = "memory kept", "default allocator"
-ALLOCATORS = {
-    KEPT: {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"},
-    DEFAULT: {},
-}
+ALLOCATORS = KEPT, DEFAULT = "memory kept", "default allocator"
+KEEPING = {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 
 
 def allocator() -> str | None:
     """Name the setting of this process."""
-    kept = ALLOCATORS[KEPT].items() <= os.environ.items()
-    return None if torch.cuda.is_available() else KEPT if kept else DEFAULT
+    return None if torch.cuda.is_available() else KEPT if KEEPING.items() <= os.environ.items() else DEFAULT
 
 
 def device_name() -> str:

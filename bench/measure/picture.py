@@ -27,24 +27,16 @@ OURS = "#1f6feb"
 
 def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
     """Return the added time and peak memory of each way, in percent of the step without the penalty, with its error."""
-    without = case.ways["no penalty"]
-    found: dict[str, dict[str, tuple[float, float]]] = {"time": {}, "memory": {}}
-    for way in (way for way in WAYS if way in case.ways):
-        added = case.added(way)
-        found["time"][way] = 100 * added.median / without["median"], 100 * added.error / without["median"]
-        if "peak_bytes" in case.ways[way]:
-            found["memory"][way] = 100 * (case.ways[way]["peak_bytes"] / without["peak_bytes"] - 1), 0.0
-    return found
-
-
-def digest(cases: list[Case], about: str) -> str:
-    """Name the data of a picture, which the file has as its description."""
-    return hashlib.sha256(json.dumps([about, *map(shares, cases)]).encode()).hexdigest()[:12]
+    without, ways = case.ways["no penalty"], [way for way in WAYS if way in case.ways]
+    time = {way: tuple(100 * x / without["median"] for x in case.added(way)) for way in ways}
+    memory = {way: (100 * (case.ways[way]["peak_bytes"] / without["peak_bytes"] - 1), 0.0) for way in ways}
+    return {"time": time, "memory": memory}
 
 
 def draw(cases: list[Case], about: str, clock: str) -> None:
     """Draw the bars, unless the file has been drawn of the same data."""
-    data = f"data {digest(cases, about)}"
+    shown = json.dumps([about, *map(shares, cases)])
+    data = f"data {hashlib.sha256(shown.encode()).hexdigest()[:12]}"
     if FILE.exists() and data in FILE.read_text():
         return
     import matplotlib
@@ -52,12 +44,7 @@ def draw(cases: list[Case], about: str, clock: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    style: Any = {
-        "svg.hashsalt": "steps",
-        "svg.fonttype": "none",
-        "font.size": 9,
-        "font.family": "sans-serif",
-    }
+    style: Any = {"svg.hashsalt": "steps", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
     with plt.rc_context(style):
         shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
         figure, axes = plt.subplots(2, len(cases), figsize=(8, 4.2), **shared)

@@ -11,25 +11,11 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from bench.measure import picture
+from bench.measure import picture, results
 from bench.measure.machine import ROOT, commit_name, file_name
-from bench.measure.results import (
-    BOTH,
-    COMPILED,
-    RESULTS,
-    STEP,
-    Case,
-    Figure,
-    Result,
-    compact,
-    geometric_mean,
-    load,
-    merged,
-    read,
-    result_of,
-)
+from bench.measure.results import BOTH, COMPILED, RESULTS, STEP, Case, Figure, Result, geometric_mean
 
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
@@ -41,7 +27,6 @@ OURS = {  # the ways that call fastreg, as tables name them
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
     "compiled fastreg": "compiled fastreg",
-    "compiled fused_ar_tar": "compiled `fused_ar_tar`",
 }
 STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
 CALLS = {  # the pass of calls -> its title
@@ -54,6 +39,7 @@ CALLS = {  # the pass of calls -> its title
 }
 TITLES = STEPS | CALLS
 MOST_NAMES = 5  # that a sentence names of tests
+Part = tuple[Path, str, Callable[[Any], str]]  # a page, the marker before a part, and the renderer of the part
 
 
 def number(x: float) -> str:
@@ -69,25 +55,19 @@ def table(rows: list[list[str]]) -> str:
 class Ratio(NamedTuple):
     """The time of a way that calls fastreg over the time of a formula, in one case."""
 
+    kind: str  # of case, the way and the allocator
     case: Case
-    way: str
     formula: str
     figure: Figure
 
-    @property
-    def kind(self) -> str:
-        """Name the kind of case, the way and the allocator."""
-        way, allocator = "" if self.way == "fastreg" else OURS[self.way], self.case.info.get("allocator")
-        return ", ".join(filter(None, [TITLES[self.case.info["pass"]], way, allocator]))
-
 
 def ratios(result: Result) -> list[Ratio]:
-    return [
-        Ratio(case, way, formula, case.over(way, formula))
-        for case in result.cases
-        for way, formula in product(OURS, FORMULAS)
-        if {way, formula} <= {*case.ways}
-    ]
+    found = []
+    for case, way in product(result.cases, OURS):
+        parts = TITLES[case.info["pass"]], "" if way == "fastreg" else OURS[way], case.info.get("allocator")
+        for formula in (formula for formula in FORMULAS if {way, formula} <= {*case.ways}):
+            found.append(Ratio(", ".join(filter(None, parts)), case, formula, case.over(way, formula)))
+    return found
 
 
 def by_formula(found: list[Ratio]) -> dict[str, list[Figure]]:
@@ -274,29 +254,31 @@ def clock(result: Result) -> str:
     return "wall time" if result.on_gpu else "CPU time of one thread"
 
 
-PARTS = [  # a page, the marker before a part, and the renderer of the part
+PARTS: list[Part] = [
     (ROOT / "README.md", BEGIN, speed_and_memory),
     (ROOT / "docs" / "performance.md", BEGIN, summary),
     (ROOT / "docs" / "performance.md", BEGIN_LOSING, losing),
 ]
 
 
-def pages(results: list[Result]) -> Iterator[tuple[Path, str]]:
-    """Yield each page that shows results, and its text."""
-    for result in results:
-        yield page_of(result), all_rows(result)
-    for page in dict.fromkeys(page for page, _, _ in PARTS):
-        text = page.read_text()
-        for _, begin, part in (known for known in PARTS if known[0] == page):
-            text = with_part(text, part(results), begin)
-        yield page, text
+def pages(results: list[Result]) -> dict[Path, str]:
+    """Return each page that shows results, and its text."""
+    return {page_of(result): all_rows(result) for result in results} | with_parts(PARTS, results)
 
 
-def with_part(page: str, part: str, begin: str = BEGIN) -> str:
-    """Return a page with `part` between the marker `begin` and the next end."""
-    before, rest = page.split(begin)
-    _, after = rest.split(END, 1)
-    return f"{before}{begin}\n{part}\n{END}{after}"
+def with_parts(parts: list[Part], shown: Any) -> dict[Path, str]:
+    """Return pages, each with its parts between their markers and the next end."""
+    texts = {page: page.read_text() for page, _, _ in parts}
+    for page, begin, part in parts:
+        before, rest = texts[page].split(begin)
+        texts[page] = f"{before}{begin}\n{part(shown)}\n{END}{rest.split(END, 1)[1]}"
+    return texts
+
+
+def write(texts: dict[Path, str]) -> None:
+    for page, text in texts.items():
+        page.write_text(text)
+        print(f"wrote {page.relative_to(ROOT)}")
 
 
 def main() -> None:
@@ -305,14 +287,12 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="JSON or lines: together they replace the machine's result")
     options = parser.parse_args()
     if options.runs:
-        found = merged([read(file) for file in options.runs])
+        found = results.merged([results.read(file) for file in options.runs])
         if options.show:
-            print("\n".join(tables(result_of(found))))
+            print("\n".join(tables(results.result_of(found))))
             return
-        RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(compact(found))
-    for page, text in pages([load(file) for file in sorted(RESULTS.glob("*.json"))]):
-        page.write_text(text)
-        print(f"wrote {page.relative_to(ROOT)}")
+        RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(results.compact(found))
+    write(pages([results.load(file) for file in sorted(RESULTS.glob("*.json"))]))
 
 
 if __name__ == "__main__":

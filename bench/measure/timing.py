@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -38,32 +37,19 @@ def synchronize() -> None:
 
 
 class Turn(NamedTuple):
-    """The seconds of one call, as a mean over a turn.
+    """The seconds of one call, as a mean over a turn."""
 
-    Attributes:
-        wall: the time that passed.
-        own: the CPU time of all threads of the process, without other programs.
-        waiting: how long threads that were ready to run waited for a core, because other programs had it.
-    """
-
-    wall: float
-    own: float
-    waiting: float
+    wall: float  # the time that passed
+    own: float  # the CPU time of all threads of the process, without other programs
+    waiting: float  # how long threads that were ready to run waited for a core, because other programs had it
 
 
-@dataclass(frozen=True)
-class Rounds:
-    """How long turns are and how many there are.
+class Rounds(NamedTuple):
+    """How long turns are and how many there are."""
 
-    Attributes:
-        calls: the calls of a turn, which waits for the device once, at its end.
-        seconds: the time that the rounds of all ways take together.
-        least: the least number of rounds, whatever they take.
-    """
-
-    calls: int
-    seconds: float
-    least: int = 5
+    calls: int  # of a turn, which waits for the device once, at its end
+    seconds: float  # that the rounds of all ways take together
+    least: int = 5  # rounds, whatever they take
 
 
 def take_turns(ways: Mapping[str, Call], rounds: Rounds, say: Callable[[str], object] = str) -> dict[str, list[Turn]]:
@@ -71,11 +57,7 @@ def take_turns(ways: Mapping[str, Call], rounds: Rounds, say: Callable[[str], ob
 
     In a round each way has one turn. So other load on the machine affects all ways alike, and no way finds the memory
     in the cache that it has just freed itself. Each round begins with another way. The first round is not counted.
-
-    Args:
-        ways: the call of each way, by its name.
-        rounds: the length and the number of turns.
-        say: gets the name of a way before its turn.
+    `say` gets the name of a way before its turn.
     """
 
     def turn(way: str) -> Turn:
@@ -122,14 +104,15 @@ def share_waiting(turns: list[Turn]) -> float:
     return statistics.median(turn.waiting / turn.wall for turn in turns)
 
 
-def over(seconds: list[float], others: list[float]) -> list[float]:
-    """Return the time of a way over the time of another one, and its standard error, by pairs of turns of a round."""
-    return median_and_error([x / y for x, y in zip(seconds, others, strict=True)])
+def compared(seconds: Mapping[str, list[float]], way: str, without: str = "no penalty") -> dict[str, Any]:
+    """Compare a way with all others, by pairs of turns of a round: ratios of times, and seconds added to `without`."""
 
+    def pairs(other: str) -> Iterator[tuple[float, float]]:
+        return zip(seconds[way], seconds[other], strict=True)
 
-def added(seconds: list[float], without: list[float]) -> list[float]:
-    """Return the seconds that a way adds to another one, and their standard error, by pairs of turns of a round."""
-    return median_and_error([x - y for x, y in zip(seconds, without, strict=True)])
+    ratios = {other: median_and_error([x / y for x, y in pairs(other)]) for other in seconds if other != way}
+    added = {"added": median_and_error([x - y for x, y in pairs(without)])} if without in seconds else {}
+    return {"over": ratios} | added
 
 
 def median_and_error(values: list[float]) -> list[float]:

@@ -2,8 +2,7 @@
 
 For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
 and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
-this prediction beside the measurement, and bench/NOTES.md draws the conclusions. tests/kernels/test_compiled.py
-inspects the compiled code.
+this prediction beside the measurement, and bench/NOTES.md draws the conclusions.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
 DTYPES = torch.float32, torch.bfloat16
-SHAPES = [(64, 70, 400), (64, 70, 1152), (80, 70, 400), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
+SHAPES = [(64, 70, 400), (64, 70, 1152), (32, 512, 1024), (128, 512, 1024), (8, 4096, 2048)]
 MULTIPROCESSORS = 132  # an H100 has so many
 COPY = {  # bytes that a copy reads and writes in a second, and the source of the figure
     "T4": (0.29e12, "90% of the datasheet's 320 GB/s, a guess"),

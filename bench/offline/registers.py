@@ -20,7 +20,7 @@ import torch
 import triton
 
 from bench.measure.report import table
-from bench.offline.prediction import DTYPES, MULTIPROCESSORS
+from bench.offline.prediction import DTYPES
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.key import PLANS
 from fastreg.kernels import tiling
@@ -29,7 +29,6 @@ from tests.kernels.stand_in import h100
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS, MOST_THREADS = 65536, 2048  # a multiprocessor has so many
-BANDWIDTH, LATENCY = 3.35e12, 0.7e-6  # bytes a second by the datasheet; seconds of a load from busy memory
 HEAD = ["hidden", "way", "dtype", "registers", "spilled", "wide loads", "instructions a byte", "fit", "in flight"]
 WIDE, NARROW = 400, 1150  # hidden sizes whose loads have 16 bytes, and two elements
 
@@ -64,7 +63,7 @@ def figures(binary: Any) -> list[str]:
     """Describe the code of one kernel, as HEAD says.
 
     The figures are registers, spilled bytes, loads of 16 bytes in the inner loop, its instructions for each byte that a
-    thread moves, the programs that fit on a multiprocessor, and their bytes in flight over the number in Little's law.
+    thread moves, the programs that fit on a multiprocessor, and their bytes in flight.
     """
     text = usage_of(binary, "-sass")
     registers = int(re.findall(r"REG:(\d+)", text)[0])
@@ -73,10 +72,8 @@ def figures(binary: Any) -> list[str]:
     wide = sum("LDG" in line and ".128" in line for line in loop)
     loads, stores = ([width_of(line) for line in loop if name in line] for name in ("LDG", "STG"))
     resident = min(MOST_THREADS // tiling.THREADS, REGISTERS // (-(-registers // 8) * 8 * tiling.THREADS))
-    in_flight = resident * tiling.THREADS * sum(loads)
-    needed = BANDWIDTH * LATENCY / MULTIPROCESSORS
     instructions = f"{len(loop) / sum(loads + stores):.2f}"
-    flight = f"{in_flight / 1024:.0f} KB, {in_flight / needed:.1f}x"
+    flight = f"{resident * tiling.THREADS * sum(loads) / 1024:.0f} KB"
     return [f"{registers}", f"{spilled}", f"{wide} of {len(loads)}", instructions, f"{resident}", flight]
 
 

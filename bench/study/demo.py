@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.study.corpus import build_corpus, read_text
 from bench.study.report import COMMITTED, EARLY, Run, Study, judged, load
-from bench.study.run import WORDS, Job, Setting, train_model
+from bench.study.run import WORDS, Job, train_model
 
 SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
 HEADER = "alpha  beta  epoch  train loss  valid ppl        AR       TAR"
@@ -33,9 +33,8 @@ PANELS: dict[str, Callable[[Run], list[float]]] = {  # the panels of the plot by
 }
 
 
-def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
+def print_row(job: Job, epoch: int, loss: float, ar: float, tar: float, valid_loss: float) -> None:
     """Print a row of figures of one epoch, in the columns of HEADER."""
-    loss, ar, tar, valid_loss = figures
     alpha, beta = job.coefficients
     row = f"{alpha:5g}  {beta:4g}  {epoch:5}  {loss:10.4f}  {exp(valid_loss):9.2f}  {ar:8.5f}  {tar:8.5f}"
     print(row, flush=True)
@@ -43,7 +42,7 @@ def print_row(job: Job, epoch: int, figures: tuple[float, ...]) -> None:
 
 def train_and_read(job: Job) -> tuple[Run, list[Any]]:
     """Train a model; return also the last layer's output before dropout, `(batch, SHOWN, hidden)`, as lists."""
-    run, trained = train_model(job, commit="", told=print_row)
+    run, trained = train_model(job, told=print_row)
     trained.model.eval()
     trained.model.reset()
     with torch.no_grad():
@@ -51,9 +50,10 @@ def train_and_read(job: Job) -> tuple[Run, list[Any]]:
     return run, raw.tolist()  # a tensor would reach the other process by memory that this process owns
 
 
-def studied(setting: Setting) -> Study:
-    """Select the trainings of the study that begin as this setting's."""
-    return Study(run for run in load(COMMITTED).runs if setting.begins(run))
+def studied(job: Job) -> Study:
+    """Select the trainings of the study whose first epochs have the settings of a training."""
+    runs = (run for run in load(COMMITTED).runs if job.epochs <= run.settings["epochs"])
+    return Study(run for run in runs if job.settings() | {"epochs": run.settings["epochs"]} == run.settings)
 
 
 def report_outcome(runs: list[Run], study: Study) -> None:
@@ -94,12 +94,13 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
         study: longer trainings with the same setting.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
-    grid = figure.add_gridspec(3, len(PANELS) - 1, height_ratios=(2, 1, 1.2))
-    places = grid[0, :], *(grid[1, column] for column in range(len(PANELS) - 1)), grid[2, :]
-    first, *others, below = panels = [figure.add_subplot(place) for place in places]
-    for axes, (name, values_of) in zip((first, *others), PANELS.items(), strict=True):
-        plot_epochs(axes, runs, study, values_of)
-        axes.set(title=name, xlabel="epoch")
+    above, *others = PANELS
+    rows: list[Any] = [[above] * len(others), others, ["unit"] * len(others)]
+    panels = figure.subplot_mosaic(rows, height_ratios=(2, 1, 1.2))
+    for name, values_of in PANELS.items():
+        plot_epochs(panels[name], runs, study, values_of)
+        panels[name].set(title=name, xlabel="epoch")
+    first, below = panels[above], panels["unit"]
     best = min(min(run.perplexities) for run in (*runs, *study.runs))
     first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
     if values := study.differences(runs[0].coefficients):
@@ -113,7 +114,7 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
         below.plot(raw[0, :, unit], color=f"C{i}", marker=".")
     title = f"unit {unit} of the last layer: without regularization, its changes are the median of all units"
     below.set(title=title, xlabel="word of the validation text")
-    for axes in panels:
+    for axes in panels.values():
         axes.title.set_fontsize("medium")
         axes.grid(alpha=0.3)
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=2)
@@ -122,9 +123,7 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(
-        prog="bench.study.demo", description="Train a small AWD-LSTM with and without AR and TAR."
-    )
+    parser = argparse.ArgumentParser(prog="bench.study.demo", description=__doc__)
     add = parser.add_argument
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
     add("--alpha", type=float, default=0.0, help="coefficient of AR (default: %(default)s)")
@@ -136,12 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device(args.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     corpus = build_corpus(read_text(args.text), WORDS, device)
-    setting = Setting(args.text, WORDS, args.epochs)
-    jobs = [Job(setting, pair, args.seed, str(device)) for pair in ((args.alpha, args.beta), (0.0, 0.0))]
+    pairs = (args.alpha, args.beta), (0.0, 0.0)
+    jobs = [Job(pair, args.seed, args.epochs, args.text, str(device)) for pair in pairs]
     print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
     with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         runs, outputs = zip(*pool.map(train_and_read, jobs), strict=True)
-    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(setting)
+    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(jobs[0])
     report_outcome(runs, study)
     plot(runs, raws, study).savefig(args.plot, format="png", dpi=150)
     print(f"\nplot: {args.plot.resolve()}")

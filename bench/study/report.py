@@ -1,4 +1,4 @@
-"""The page with tables and a plot of bench.study.run, beside its JSON lines.
+"""The page with tables and a plot of bench.study.run, beside its JSON lines, and functions that both studies call.
 
 No figure is typed: tests/project/test_study.py fails when the page disagrees with the JSON lines.
 """
@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from bench.measure.report import RESULTS, ROOT, table
+from bench.measure import machine
+from bench.measure.report import RESULTS, ROOT, Part, table, with_parts, write
 
 COMMITTED = RESULTS / "study.jsonl"
 PENALTIES = {"none": (0.0, 0.0), "AR": (2.0, 0.0), "TAR": (0.0, 1.0), "AR and TAR": (2.0, 1.0)}  # alpha and beta
@@ -117,9 +118,33 @@ class Study:
         return {name: pair for name, pair in PENALTIES.items() if any(pair) and self.differences(pair)}
 
 
+def records(file: Path) -> list[Any]:
+    """Read the trainings of a file, one a line."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def append(run: Any, file: Path) -> None:
+    """Add a training to a file; an interrupted study goes on behind those that its file has."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(asdict(run)) + "\n")
+
+
+def machine_facts() -> dict[str, Any]:
+    """Describe the machine and the code; trainings are on the processor, even if there is a GPU."""
+    return machine.facts() | {"device": machine.processor_name(), "source": machine.source()}
+
+
+def origin(runs: list[Any]) -> str:
+    """Render the settings of all trainings and their machines."""
+    settings = ", ".join(f"{name} {value}" for name, value in runs[0].settings.items())
+    machines = {tuple(run.machine.items()): None for run in runs}
+    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
+    return f"Settings: {settings}.\n\nTrained on:\n\n{places}"
+
+
 def load(file: Path) -> Study:
     """Read a study's JSON lines."""
-    return Study(Run(**json.loads(line)) for line in (file.read_text().splitlines() if file.exists() else []))
+    return Study(Run(**record) for record in records(file))
 
 
 def standard_error(values: list[float]) -> float:
@@ -219,10 +244,7 @@ def method(study: Study) -> str:
     settings = study.runs[0].settings
     capped = sum(len(run.valid_loss) == settings["epochs"] for run in study.runs)
     how = METHOD.format(**settings, capped=capped or "None", count=len(study.runs), clear=CLEAR)
-    text = ", ".join(f"{name} {value}" for name, value in settings.items())
-    machines = {tuple(run.machine.items()): None for run in study.runs}
-    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
-    return f"{how}\nSettings: {text}.\n\nTrained on:\n\n{places}"
+    return f"{how}\n{origin(study.runs)}"
 
 
 def page(study: Study, name: str) -> str:
@@ -249,7 +271,6 @@ def plot(study: Study) -> Figure:
             values, best = run.perplexities, run.best_epoch
             above.plot(range(1, best + 1), values[:best], color=f"C{i}", alpha=0.5, linewidth=0.7)
             above.plot(best, values[best - 1], "o", color=f"C{i}", markersize=5, label=None if j else name)
-    for i, (name, pair) in enumerate(PENALTIES.items()):
         if name in study.penalties:
             values = study.differences(pair)
             below.plot([name] * len(values), values, "o", color=f"C{i}", alpha=0.5, markersize=5)
@@ -266,14 +287,19 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "coefficients.md": findings}  # page -> its part after BEGIN
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "coefficients.md", BEGIN, findings)]
+
+
+def pages(file: Path) -> dict[Path, str]:
+    """Return the page beside the JSON lines, and the pages with parts."""
+    study = load(file)
+    return {file.with_suffix(".md"): page(study, file.stem)} | with_parts(PARTS, study)
 
 
 def render(file: Path) -> None:
-    """Write the page and the plot beside the JSON lines."""
-    study = load(file)
-    file.with_suffix(".md").write_text(page(study, file.stem))
+    """Write the pages and the plot."""
+    write(pages(file))
     # With the digest of the lines, as the bytes of an SVG depend on matplotlib, too.
     about = {"Date": None, "Description": f"JSON {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"}
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastreg"}):
-        plot(study).savefig(file.with_suffix(".svg"), format="svg", metadata=about)
+        plot(load(file)).savefig(file.with_suffix(".svg"), format="svg", metadata=about)

@@ -1,8 +1,8 @@
 """Find out whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both, over several seeds.
 
 `python -m bench.study.run` adds each finished training as a line to bench/results/study.jsonl. Trainings that the file
-has are not repeated, so an interrupted study continues. Then it renders the page and the plot beside that file. The
-whole study takes less than two hours on two cores.
+has are not repeated, so an interrupted study continues. Then it renders the page and the plot beside that file, and the
+parts in README.md and docs/coefficients.md. The whole study takes less than two hours on two cores.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
-import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,10 +21,9 @@ from typing import Any
 import torch
 
 from bench.measure import machine
-from bench.measure.report import with_part
-from bench.study import training
+from bench.study import report, training
 from bench.study.corpus import BATCH, BPTT, build_corpus, read_text
-from bench.study.report import BEGIN, COMMITTED, PAGES, PENALTIES, Run, Study, load, render, summary
+from bench.study.report import COMMITTED, PENALTIES, Run, load
 
 WORDS = 60_000  # few, so that there is something to regularize
 EPOCHS = 80  # at most
@@ -41,149 +37,79 @@ def digest(text: Path | None) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Settings of all trainings of a study; `text` is a file, or `None` for the King James text."""
+class Job:
+    """A training to come."""
 
-    text: Path | None
-    words: int
-    epochs: int
+    coefficients: tuple[float, float]
+    seed: int
+    epochs: int = EPOCHS
+    text: Path | None = None  # a file, or the King James text
+    device: str = "cpu"
 
-    def facts(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return the facts that determine a training, beside its coefficients and its seed."""
-        facts = {"text": digest(self.text), "words": self.words, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
+        facts = {"text": digest(self.text), "words": WORDS, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
         model = {"layers": training.LAYERS, "embedding": training.EMBEDDING, "hidden": training.HIDDEN}
         optimizer = {"Adam lr": training.LEARNING_RATE, "clip": training.CLIP}
         schedule = {"patience": training.PATIENCE, "divisor": training.DIVISOR, "divisions": training.DIVISIONS}
         return facts | model | training.DROPOUTS._asdict() | optimizer | schedule
 
-    def begins(self, run: Run) -> bool:
-        """Return whether a run's first epochs are a training of this setting."""
-        return self.epochs <= run.settings["epochs"] and self.facts() | {"epochs": 0} == run.settings | {"epochs": 0}
+
+def train(job: Job) -> Run:
+    return train_model(job)[0]
 
 
-@dataclass(frozen=True)
-class Job:
-    """A training to come."""
-
-    setting: Setting
-    coefficients: tuple[float, float]
-    seed: int
-    device: str = "cpu"
-
-
-def train(job: Job, commit: str) -> Run:
-    """Train one model; `commit` is the commit to record."""
-    return train_model(job, commit, lambda *_: None)[0]
-
-
-def train_model(
-    job: Job, commit: str, told: Callable[[Job, int, tuple[float, ...]], object]
-) -> tuple[Run, training.Training]:
+def train_model(job: Job, told: Callable[..., object] = lambda *_: None) -> tuple[Run, training.Training]:
     """Train one model until it stops improving; return it, too, with the weights of its best epoch.
 
-    Args:
-        job: the training.
-        commit: the commit to record.
-        told: called after each epoch with its number, loss, AR, TAR and validation loss.
+    After each epoch `told` gets the job, the epoch's number, and its loss, AR, TAR and validation loss.
     """
-    setting, (alpha, beta) = job.setting, job.coefficients
-    corpus = build_corpus(read_text(setting.text), setting.words, torch.device(job.device))
-    trained = training.Training(corpus, alpha, beta, job.seed)
-    epochs, valid_loss = [], []
-    for epoch in range(1, setting.epochs + 1):
-        epochs.append(trained.epoch().mean(0).tolist())
-        valid_loss.append(training.evaluate(trained.model, corpus.valid))
-        told(job, epoch, (*epochs[-1], valid_loss[-1]))
-        if trained.stopping.ends(valid_loss[-1]):
+    corpus = build_corpus(read_text(job.text), WORDS, torch.device(job.device))
+    trained = training.Training(corpus, *job.coefficients, job.seed)
+    epochs: list[tuple[float, ...]] = []
+    for epoch in range(1, job.epochs + 1):
+        epochs.append((*trained.epoch().mean(0).tolist(), training.evaluate(trained.model, corpus.valid)))
+        told(job, epoch, *epochs[-1])
+        if trained.stopping.ends(epochs[-1][-1]):
             break
     trained.stopping.restore()
-    own = {"device": machine.processor_name(), "source": machine.source(), "commit": commit}  # even if there is a GPU
-    train_loss, ar, tar = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
+    train_loss, ar, tar, valid_loss = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
     run = Run(
-        alpha,
-        beta,
+        *job.coefficients,
         job.seed,
-        train_loss=train_loss,
-        valid_loss=[round(x, 6) for x in valid_loss],
-        ar=ar,
-        tar=tar,
+        train_loss,
+        valid_loss,
+        ar,
+        tar,
         best_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
         test_loss=round(training.evaluate(trained.model, corpus.test), 6),
-        settings=setting.facts(),
-        machine=machine.facts() | own,
+        settings=job.settings(),
+        machine=report.machine_facts() | {"commit": machine.commit_name(machine.commit_facts())},
     )
     return run, trained
 
 
-def missing(study: Study, setting: Setting, seeds: list[int]) -> list[Job]:
-    """List the trainings that are missing, seed by seed; raise `ValueError` if the others had another setting."""
-    facts = setting.facts()
-    for run in study.runs:
-        other = [name for name in facts | run.settings if facts.get(name) != run.settings.get(name)]
-        if other:
-            differ = ", ".join(f"{name} is {run.settings.get(name)} there, {facts.get(name)} now" for name in other)
-            raise ValueError(f"the results hold trainings of other settings ({differ}): name another file by --results")
-    done = {(run.coefficients, run.seed) for run in study.runs}
-    jobs = [Job(setting, coefficients, seed) for seed in seeds for coefficients in PENALTIES.values()]
-    return [job for job in jobs if (job.coefficients, job.seed) not in done]
-
-
-def train_all(jobs: list[Job], file: Path, workers: int) -> None:
-    """Train in processes of one thread each, append each result to `file`, and print how much time is left."""
-    commit, start = machine.commit_name(machine.commit_facts()), time.monotonic()
+def run_all(file: Path) -> None:
+    """Do the trainings that the file lacks, each in a process of one thread, and append each to it."""
+    runs = load(file).runs
+    jobs = [Job(coefficients, seed) for seed in SEEDS for coefficients in PENALTIES.values()]
+    if any(run.settings != jobs[0].settings() for run in runs):
+        raise ValueError(f"{file} has trainings of other settings: remove it, and all are trained anew")
+    done = {(run.coefficients, run.seed) for run in runs}
     # Workers are not forked: GNU OpenMP hangs in the forks of a process that has used it.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
-    with pool:
-        futures = [pool.submit(train, job, commit) for job in jobs]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(train, job) for job in jobs if (job.coefficients, job.seed) not in done]
         try:
-            for done, future in enumerate(as_completed(futures), start=1):
-                run = future.result()
-                with file.open("a") as lines:
-                    lines.write(json.dumps(asdict(run)) + "\n")
-                left = (time.monotonic() - start) / done * (len(jobs) - done)
-                print(
-                    f"{done:3} of {len(jobs)}: alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: best epoch "
-                    f"{run.best_epoch}, test perplexity {run.test:.2f}; about {left / 60:.0f} min left",
-                    flush=True,
-                )
+            for i, run in enumerate((future.result() for future in as_completed(futures)), start=1):
+                report.append(run, file)
+                what = f"alpha {run.alpha:g}, beta {run.beta:g}, seed {run.seed}: test perplexity {run.test:.2f}"
+                print(f"{i} of {len(futures)}: {what}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Train the missing runs, and render the page."""
-    description = "Train with AR, with TAR, with both and without, over seeds."
-    parser = argparse.ArgumentParser(prog="bench.study.run", description=description)
-    add = parser.add_argument
-    add("--seeds", type=int, nargs="+", default=SEEDS, metavar="SEED", help="default: %(default)s")
-    add("--words", type=int, default=WORDS, help="of the text, the first (default: %(default)s)")
-    add("--epochs", type=int, default=EPOCHS, help="passes over the text (default: %(default)s)")
-    add("--text", type=Path, metavar="FILE", help="UTF-8 text to train on (default: the King James text)")
-    cores = os.cpu_count() or 1
-    add("--workers", type=int, default=cores, help="trainings at a time (default: a core each, %(default)s)")
-    add("--results", type=Path, default=COMMITTED, metavar="FILE", help="JSON lines to add to (default: %(default)s)")
-    args = parser.parse_args(arguments)
-    setting = Setting(args.text, args.words, args.epochs)
-    file: Path = args.results.resolve()
-    study = load(file)
-    jobs = missing(study, setting, list(dict.fromkeys(args.seeds)))
-    print(
-        f"{len(study.runs)} trainings are in {file}, {len(jobs)} are to be done, {args.workers} at a time", flush=True
-    )
-    try:
-        train_all(jobs, file, args.workers)
-    except KeyboardInterrupt:
-        print("bench.study.run: interrupted: what is finished is kept, and the same command goes on from there")
-        return 130
-    render(file)
-    study = load(file)
-    if file == COMMITTED:
-        for page, part in PAGES.items():
-            page.write_text(with_part(page.read_text(), part(study), BEGIN))
-    print(f"\n{summary(study)}\nwrote {file.with_suffix('.md')} and {file.with_suffix('.svg')}")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    argparse.ArgumentParser(prog="bench.study.run", description=__doc__).parse_args()
+    run_all(COMMITTED)
+    report.render(COMMITTED)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
 from statistics import mean
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.measure import machine
-from bench.measure.report import RESULTS, ROOT, table, with_part
+from bench.measure.report import RESULTS, ROOT, Part, table, with_parts, write
+from bench.study import report
 from bench.study.report import CLEAR, average, judged
 from examples import two_rooms
 from examples.two_rooms import Weights
@@ -89,8 +89,7 @@ class Run:
 
 def load(file: Path) -> list[Run]:
     """Read the runs of a file."""
-    records = [json.loads(line) for line in (file.read_text().splitlines() if file.exists() else [])]
-    return [Run(**record | {"weights": Weights(*record["weights"])}) for record in records]
+    return [Run(**record | {"weights": Weights(*record["weights"])}) for record in report.records(file)]
 
 
 def facts_of(steps: int) -> dict[str, Any]:
@@ -138,16 +137,14 @@ def jobs(file: Path) -> Iterator[Job]:
 def run_all(file: Path) -> None:
     """Do the runs that the file lacks, and append each to it."""
     done = {run.job for run in load(file)}
-    own = {"device": machine.processor_name(), "source": machine.source()}  # even if there is a GPU
-    facts = machine.facts() | own
+    facts = report.machine_facts()
     for job in jobs(file):
         if job not in done:
             done.add(job)
             model = two_rooms.train(job.weights, job.seed, job.steps, job.distractor)
             same, other = (round(share, 4) for share in two_rooms.success(model, job.distractor))
             run = Run(*job[:3], same, other, facts_of(job.steps), facts)
-            with file.open("a") as lines:
-                lines.write(json.dumps(asdict(run)) + "\n")
+            report.append(run, file)
             print(f"{job}: success {run.success:.3f}", flush=True)
 
 
@@ -231,16 +228,13 @@ def method(runs: list[Run]) -> str:
 
 def page(runs: list[Run]) -> str:
     """Render the page beside the JSON lines."""
-    machines = {tuple(run.machine.items()): None for run in runs}
-    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
-    facts = ", ".join(f"{name} {value}" for name, value in runs[0].settings.items())
     alone, with_tar = grid_tables(runs)
     parts = [
         "# Two rooms: does TAR help a world model to plan?\n",
         "Rendered from two_rooms.jsonl by `python -m bench.study.two_rooms`, which does the missing runs.\n",
         method(runs),
         summary(runs),
-        f"Settings: {facts}.\n\nTrained on:\n\n{places}",
+        report.origin(runs),
         "## The choice\n",
         "Success of the settings without TAR in the first round, with one seed:\n",
         alone,
@@ -252,19 +246,17 @@ def page(runs: list[Run]) -> str:
     return "\n".join(parts)
 
 
-PAGES = {ROOT / "README.md": headline, ROOT / "docs" / "recipes.md": summary}  # page -> its part after BEGIN
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "recipes.md", BEGIN, summary)]
 
 
-def render(file: Path) -> None:
-    """Write the page beside the JSON lines, and the parts of other pages."""
+def pages(file: Path) -> dict[Path, str]:
+    """Return the page beside the JSON lines, and the pages with parts."""
     runs = load(file)
-    file.with_suffix(".md").write_text(page(runs))
-    for page_with_part, part in PAGES.items():
-        page_with_part.write_text(with_part(page_with_part.read_text(), part(runs), BEGIN))
+    return {file.with_suffix(".md"): page(runs)} | with_parts(PARTS, runs)
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(prog="bench.study.two_rooms", description=__doc__).parse_args()
     torch.set_num_threads(1)
     run_all(COMMITTED)
-    render(COMMITTED)
+    write(pages(COMMITTED))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -29,18 +28,15 @@ from tests import fakegpu  # noqa: E402
 pytestmark = pytest.mark.main
 
 
-def test_known_work_takes_its_time() -> None:
-    (turns,) = timing.take_turns({"sleep": lambda: time.sleep(0.03)}, Rounds(2, 0.0)).values()
-    assert len(turns) == Rounds(2, 0.0).least
-    assert min(turn.wall for turn in turns) >= 0.03
-    assert all(turn.own < turn.wall / 2 for turn in turns), "sleeping takes no time of the processor"
-
-
-@gpu
-def test_known_work_takes_its_time_on_a_gpu() -> None:
-    ways = {name: partial(torch.cuda._sleep, cycles) for name, cycles in (("long", 600_000), ("short", 200_000))}
-    turns = timing.take_turns(ways, Rounds(10, 0.5))
-    assert timing.over(*([turn.wall for turn in turns[way]] for way in ways))[0] == pytest.approx(3, rel=0.1)
+def test_known_work_takes_its_time(device: str) -> None:
+    short = partial(torch.cuda._sleep, 2_000_000) if device == "cuda" else partial(time.sleep, 0.02)
+    turns = timing.take_turns({"long": lambda: [short() for _ in range(3)], "short": short}, Rounds(2, 0.0))
+    seconds = {way: [turn.wall for turn in turns[way]] for way in turns}
+    assert len(seconds["long"]) == Rounds(2, 0.0).least
+    assert timing.compared(seconds, "long")["over"]["short"][0] == pytest.approx(3, rel=0.1)
+    if device == "cpu":
+        assert min(seconds["short"]) >= 0.02
+        assert all(turn.own < turn.wall / 2 for turn in turns["long"]), "sleeping takes no time of the processor"
 
 
 def test_ways_take_turns() -> None:
@@ -52,9 +48,8 @@ def test_ways_take_turns() -> None:
 
 def test_ways_are_compared_round_by_round() -> None:
     """A busy round counts for both."""
-    without, formula = [0.1, 0.3, 0.2, 0.2], [0.13, 0.34, 0.24, 0.24]
-    assert timing.added(formula, without)[0] == pytest.approx(0.04)
-    assert timing.over([2.0, 200.0, 2.0], [1.0, 100.0, 1.0]) == [2.0, 0.0]
+    found = timing.compared({"no penalty": [1.0, 100.0, 1.0], "eager": [2.0, 200.0, 2.0]}, "eager")
+    assert found == {"over": {"no penalty": [2.0, 0.0]}, "added": [1.0, pytest.approx(53.1, abs=0.1)]}
     torch.manual_seed(0)
     median, error = timing.median_and_error(torch.randn(10_000).tolist())
     assert error == pytest.approx((torch.pi / 2 / 10_000) ** 0.5, rel=0.05)
@@ -64,8 +59,7 @@ def test_ways_are_compared_round_by_round() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_a_busy_machine_is_noticed() -> None:
     """Another process computes on the core of this thread."""
-    cores = os.sched_getaffinity(0)
-    core = {min(cores)}
+    core = {min(cores := os.sched_getaffinity(0))}
     script = f"import os; os.sched_setaffinity(0, {core})\nwhile True: pass"
     other = subprocess.Popen([sys.executable, "-c", script])
     os.sched_setaffinity(0, core)
@@ -90,14 +84,10 @@ def test_launches() -> None:
     """The formula launches 30 kernels in bfloat16, forward and backward, the compiled formula 6, and fastreg 2."""
     from bench import test_call
 
-    inputs = test_call.penalty_inputs(test_call.SMALL, torch.bfloat16)
-    one = torch.ones((), device="cuda")
-
-    def both(penalty: Any) -> Any:
-        return lambda _: torch.autograd.grad(penalty(*inputs, alpha=2.0, beta=1.0), inputs, one)
-
-    counts = {name: figures.launches(both(penalty)) for name, penalty in test_call.WAYS.items()}
-    assert counts == {"eager": 30, "compiled": 6, "fastreg": 2}
+    inputs, one = test_call.penalty_inputs(test_call.SMALL, torch.bfloat16), torch.ones((), device="cuda")
+    for way, count in {"eager": 30, "compiled": 6, "fastreg": 2}.items():
+        penalty = partial(test_call.WAYS[way], *inputs, 2.0, 1.0)
+        assert figures.launches(lambda _, penalty=penalty: torch.autograd.grad(penalty(), inputs, one)) == count, way
 
 
 def test_the_fastreg_of_another_checkout_is_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +142,7 @@ def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_loses_no_row(tmp_path: Path) -> None:
-    selected = f"({SHAPE} and (eager or fastreg)) or (test_forward and float32 and (interrupts or fastreg))"
+    selected = f"({SHAPE} and (eager or fastreg)) or (forward and float32 and (interrupts or fastreg))"
     file = tmp_path / "lines.jsonl"
     output = bench(tmp_path, *FAILING, "-k", selected, f"--lines={file}")
     assert "KeyboardInterrupt" in output
@@ -187,25 +177,6 @@ def test_options_without_effect_are_refused(option: str) -> None:
     assert f"{option.partition('=')[0]} has no effect here: " in done.stderr
 
 
-MODULES = [
-    name
-    for file in [*sorted(ROOT.glob("bench/*/*.py")), ROOT / "tests" / "fakegpu.py"]
-    for name in re.findall(r'prog="([\w.]+)"', file.read_text())
-]
-
-
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_help_shows_help(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    if "registers" in module:
-        skip_without("triton")
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module(module, run_name="__main__")
-    assert not ended.value.code
-    assert capsys.readouterr().out.startswith("usage: ")
-
-
 def row(group: str, name: str, milliseconds: float, over: dict[str, list[float]], **info: Any) -> dict[str, Any]:
     """Return a row as pytest-benchmark would have it."""
     about = {"pass": results.BOTH, "shape": [2, 3, 4], "dtype": "float32", "layout": "batch first", "waiting": 0.0}
@@ -213,17 +184,11 @@ def row(group: str, name: str, milliseconds: float, over: dict[str, list[float]]
     return {"group": group, "name": name, "stats": stats, "extra_info": about | {"over": over} | info}
 
 
-def run_of(rows: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
-    about = {"device": "A CPU", "torch": "1", "triton": "2", "python_version": "3", "threads": 2} | facts
+def run_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    about = {"device": "A CPU", "torch": "1", "triton": "2", "python_version": "3", "threads": 2}
     commit = {"id": "0123456789abc", "dirty": False, "version": "9", "source": "s"}
-    return {
-        "machine_info": about,
-        "commit_info": commit,
-        "datetime": "2026",
-        "version": "5",
-        "benchmarks": rows,
-        "missing": {},
-    }
+    facts = {"machine_info": about, "commit_info": commit, "datetime": "2026", "version": "5"}
+    return facts | {"benchmarks": rows, "missing": {}}
 
 
 def test_ratios_that_contain_1_are_dashes_and_rows_of_a_busy_machine_are_missing() -> None:
@@ -237,47 +202,33 @@ def test_ratios_that_contain_1_are_dashes_and_rows_of_a_busy_machine_are_missing
     assert "threads waited for a core during more than 10% of the time: two/eager." in page
     assert "| Forward and backward, memory kept | 1 | -, - | 0.25±0.01, 0.25±0.01 |" in report.summary([found])
     assert "0 of 2 ratios are above 1" in report.losing([found])
-
-
-def test_means_are_geometric() -> None:
     mean = results.geometric_mean([results.Figure(0.5, 0.05), results.Figure(2.0, 0.2)])
     assert mean == pytest.approx((1.0, 0.1 / 2**0.5))
 
 
-def committed() -> list[results.Result]:
-    return [results.load(file) for file in sorted(results.RESULTS.glob("*.json"))]
-
-
-def test_every_row_is_on_the_page_of_its_machine_and_every_kind_in_the_summary() -> None:
-    for result in committed():
-        page, short = report.all_rows(result), report.summary([result])
+def test_what_is_committed_is_what_was_measured() -> None:
+    """Every row is on the page of its machine, and every kind in the summary."""
+    found, drawn = [results.load(file) for file in results.RESULTS.glob("*.json")], picture.FILE.read_text()
+    for result in found:
+        assert "Fake" not in result.machine["device"], "kernels that do nothing take no time"
         for case in result.cases:
             title = report.TITLES[case.info["pass"]]
-            below = [part for part in page.split("## ") if part.startswith(title)]
+            below = [part for part in report.all_rows(result).split("## ") if part.startswith(title)]
             assert any(f"| {case.label} |" in part for part in below), f"{case.name} is missing"
-            assert f"| {title}, " in short
-
-
-def test_what_is_committed_is_what_was_measured() -> None:
-    found = committed()
-    assert not any("Fake" in result.machine["device"] for result in found), "kernels that do nothing take no time"
-    drawn = picture.FILE.read_text()
-    for page, text in report.pages(found):
+            assert f"| {title}, " in report.summary([result])
+    for page, text in (report.pages(found) | {picture.FILE: drawn}).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
-    assert picture.FILE.read_text() == drawn, "run `python -m bench.measure.report`"
 
 
 def test_a_rehearsal_has_to_find_the_values_wrong(tmp_path: Path) -> None:
     for name in ("first", "sweep"):
-        own = lines.Lines(tmp_path / f"{name}.jsonl")
-        own.write(
-            run=run_of([]) | {"tests": ["penalty-128x512x1024/eager", "penalty-small/eager", "penalty-small/fastreg"]}
-        )
-        own.write(test="penalty-128x512x1024/eager", row=row("penalty-128x512x1024", "eager", 1.0, {}))
-        own.write(test="penalty-small/eager", missing=WHY["wrong"])
+        own, tests = lines.Lines(tmp_path / f"{name}.jsonl"), ["128x512x1024/eager", "small/eager", "small/fastreg"]
+        own.write(run=run_of([]) | {"tests": tests})
+        own.write(test=tests[0], row=row("128x512x1024", "eager", 1.0, {}))
+        own.write(test=tests[1], missing=WHY["wrong"])
         (tmp_path / f"{name}.md").write_text("")
     (tmp_path / "first.log").write_text("== tests of tests/kernels/a.py\n== tests of tests/call/b.py\n")
-    assert fakegpu.problems(tmp_path) == [f"{name}: penalty-small/fastreg: not reached" for name in ("first", "sweep")]
+    assert fakegpu.problems(tmp_path) == [f"{name}: small/fastreg: not reached" for name in ("first", "sweep")]
 
 
 COLLECT = """import sys, pytest; from tests import conftest; conftest.NEEDS.clear()  # no case is left out
@@ -297,9 +248,8 @@ def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
 
 def test_the_first_minutes_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run(
-        ["bash", "bench/on_gpu.sh", "first"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = ["bash", "bench/on_gpu.sh", "first"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode
     assert "expected a GPU, got none" in done.stderr
     assert not [*tmp_path.iterdir()]
@@ -320,10 +270,8 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name in ("fastreg", "kernels"):
         (checkout / name).symlink_to(ROOT / name)
-    shell.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nmkdir -p bench/results/first\n'
-        'for part in first sweep; do echo "tables of $part" > bench/results/first/$part.md; done\n'
-    )
+    written = "mkdir -p bench/results/first && cd bench/results/first && echo tables of first | tee first.md > sweep.md"
+    shell.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{written}\n')
     shell.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(checkout / "bench")}}).execute()

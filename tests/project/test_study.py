@@ -1,4 +1,4 @@
-"""Demo and study on a small text, their rules, and the agreement of the committed pages with the JSON lines."""
+"""Demo and studies on small data, their rules, and the agreement of the committed pages with the JSON lines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bench.measure.report import with_part
-from bench.study import demo, training, two_rooms
-from bench.study import report as study_report
-from bench.study import run as study
+from bench.study import demo, report, run, training, two_rooms
 from bench.study.awd_lstm import AWDLSTM, Dropouts
 from bench.study.report import PENALTIES, Run, Study
-from bench.study.two_rooms import CHOICE_SEEDS, FRESH_SEEDS, VICREG_ALONE, Job
 from examples import two_rooms as example
 from examples.two_rooms import Weights
-from tests.conftest import more
 
 pytestmark = pytest.mark.main
 
@@ -37,10 +33,9 @@ def test_the_demo_trains_end_to_end(
     output = capsys.readouterr().out
     rows = [[float(x) for x in line.split()] for line in re.findall(r"^ +\d.* +\d+ .*$", output, re.MULTILINE)]
     (*_, regularized), (*_, plain) = ([row for row in rows if row[:2] == pair] for pair in ([2, 1], [0, 0]))
-    unigram = re.search(r"word frequencies alone: ([\d.]+)", output)
-    assert unigram is not None
+    (unigram,) = re.findall(r"word frequencies alone: ([\d.]+)", output)
     assert regularized[2] == plain[2] == 2
-    assert plain[4] < float(unigram[1])
+    assert plain[4] < float(unigram)
     assert all(0 < small < large for small, large in zip(regularized[5:], plain[5:], strict=True)), "AR and TAR"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -49,8 +44,7 @@ def test_the_hidden_state_is_carried_and_reset():
     ids, model = torch.randint(11, (3, 8)), AWDLSTM(11, 4, 6, 2, Dropouts(0.0, 0.0, 0.0, 0.0, 0.0))
     whole, _, _ = model(ids)
     model.reset()
-    first, _, _ = model(ids[:, :5])
-    second, _, _ = model(ids[:, 5:])
+    first, second = (model(part)[0] for part in (ids[:, :5], ids[:, 5:]))
     torch.testing.assert_close(torch.cat([first, second], 1), whole)
     second.sum().backward()  # by itself: the first part's graph is not reached
 
@@ -69,105 +63,74 @@ def test_a_training_ends_when_its_validation_loss_stops_falling():
     assert model.weight.item() == 13, "the weights of the best epoch"
 
 
-@more
-def test_an_interrupted_study_goes_on(text: Path, tmp_path: Path):
-    results = tmp_path / "small.jsonl"
-    options = ["--text", str(text), "--results", str(results), "--seeds", "1", "--workers", "1", "--words", "7000"]
-    study.main([*options, "--epochs", "2"])
-    whole = study_report.load(results).runs
-    assert [run.coefficients for run in whole] == list(PENALTIES.values())
-    first, _, third, _ = results.read_text().splitlines(keepends=True)
-    results.write_text(first + third)
-    study.main([*options, "--epochs", "2"])
-    assert results.read_text().startswith(first + third)
-    assert [run.test_loss for run in study_report.load(results).runs] == [run.test_loss for run in whole]
-    with pytest.raises(ValueError, match=r"other settings \(epochs is 2 there, 3 now\): name another file"):
-        study.main([*options, "--epochs", "3"])
+def made_up(coefficients: tuple[float, float], seed: int, test: float, settings: Any) -> Run:
+    """Return a training whose second epoch is the best of three, with this test perplexity."""
+    epochs = [3.0] * 3, [4.0, 3.0, 3.5], [0.1] * 3, [0.1, 0.2, 0.3]
+    return Run(*coefficients, seed, *epochs, 2.5, math.log(test), settings, {})
 
 
-def made_up(coefficients: tuple[float, float], seed: int, test: float) -> Run:
-    """Return a run whose second epoch is the best of three, with this test perplexity."""
-    figures = {"train_loss": [3.0] * 3, "valid_loss": [4.0, 3.0, 3.5], "ar": [0.1] * 3, "tar": [0.1, 0.2, 0.3]}
-    facts = {"settings": {}, "machine": {}}
-    return Run(*coefficients, seed, **figures, best_train_loss=2.5, test_loss=math.log(test), **facts)
+def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(run, "train", lambda job: made_up(job.coefficients, job.seed, 20.0, job.settings()))
+    file = tmp_path / "study.jsonl"
+    run.run_all(file)
+    whole = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(whole[5:]))
+    run.run_all(file)
+    assert file.read_text().startswith("".join(whole[5:]))
+    assert sorted(file.read_text().splitlines(keepends=True)) == sorted(whole)
+    monkeypatch.setattr(training, "PATIENCE", 4)
+    with pytest.raises(ValueError, match="trainings of other settings"):
+        run.run_all(file)
 
 
 def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     ends = {"none": [30.0, 22.0, 26.0, 99.0], "AR": [29.0, 23.0, 20.0], "TAR": [28.0, 20.5, 24.0]}
-    runs = [made_up(PENALTIES[name], i, test) for name, tests in ends.items() for i, test in enumerate(tests)]
-    summary = study_report.summary(Study(reversed(runs)))
+    runs = [made_up(PENALTIES[name], i, test, {}) for name, tests in ends.items() for i, test in enumerate(tests)]
+    summary = report.summary(Study(reversed(runs)))
     # of -1, 1 and -6: a standard deviation of 3.606, and over the root of three 2.08; the fourth seed has no pair
     assert "| AR | 2 | 0 | -2.00 ± 2.08 | 2 of 3 seeds | not told apart |" in summary
     assert "| TAR | 0 | 1 | -1.83 ± 0.17 | 3 of 3 seeds | lower |" in summary
-    averages = study_report.averages_table(Study(runs))
+    averages = report.averages_table(Study(runs))
     assert "| TAR | 3 | 24.17 ± 2.17 | 20.09 ± 0.00 | 12.18 ± 0.00 | 0.500 ± 0.000 | 2.0 ± 0.0 | 0.1000 ± " in averages
-    verdicts = {
-        (2.3, 4.9): "higher",
-        (-1.0, -2.43): "not told apart",
-        (-1.0, -2.41): "lower",
-        (-5.0,): "not told apart",
-    }
-    assert {values: study_report.verdict([*values]) for values in verdicts} == verdicts
-
-
-def test_the_committed_study_is_whole_and_its_pages_agree():
-    file = study_report.COMMITTED
-    studied = study_report.load(file)
-    assert [(run.coefficients, run.seed) for run in studied.runs] == [*product(PENALTIES.values(), study.SEEDS)]
-    assert all(run.settings == studied.runs[0].settings for run in studied.runs)
-    assert file.with_suffix(".md").read_text() == study_report.page(studied, file.stem)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-    assert f"JSON {digest}" in file.with_suffix(".svg").read_text()
-    for page, part in study_report.PAGES.items():
-        text = page.read_text()
-        assert with_part(text, part(studied), study_report.BEGIN) == text
-
-
-def planned(job: Job, success: float) -> two_rooms.Run:
-    return two_rooms.Run(*job[:3], success + 0.1, success - 0.1, two_rooms.facts_of(job.steps), {})
+    verdicts = [report.verdict(values) for values in ([2.3, 4.9], [-1.0, -2.43], [-1.0, -2.41], [-5.0])]
+    assert verdicts == ["higher", "not told apart", "lower", "not told apart"]
 
 
 def test_weights_are_chosen_by_the_mean_over_the_seeds_of_the_choice():
     plain, tar, close = Weights(0.1, 0.3, 0.0), Weights(1.0, 1.0, 3.0), Weights(0.3, 0.3, 10.0)
     means = {plain: 0.5, plain._replace(beta=1.0): 0.3, tar: 0.7, close: 0.65, tar._replace(beta=0.0): 0.4}
-    runs = [planned(Job(weights, seed), success) for weights, success in means.items() for seed in CHOICE_SEEDS]
-    runs.append(planned(Job(Weights(1.0, 0.1, 0.0), CHOICE_SEEDS[0]), 0.89))  # with only one seed
-    runs.append(planned(Job(close, FRESH_SEEDS[0]), 0.9))  # no seed of the choice
+    planned = [(weights, seed, success) for weights, success in means.items() for seed in two_rooms.CHOICE_SEEDS]
+    planned.append((Weights(1.0, 0.1, 0.0), two_rooms.CHOICE_SEEDS[0], 0.89))  # with only one seed
+    planned.append((close, two_rooms.FRESH_SEEDS[0], 0.9))  # no seed of the choice
+    runs = [two_rooms.Run(weights, seed, False, x + 0.1, x - 0.1, {}, {}) for weights, seed, x in planned]
     assert [*two_rooms.chosen(runs).values()] == [tar._replace(beta=0.0), tar, plain]
 
 
 def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    trained: list[Job] = []
-
-    def train(weights: Weights, seed: int, steps: int, distractor: bool) -> Weights:
-        if len(trained) == 100 and not before:
-            raise KeyboardInterrupt
-        trained.append(Job(weights, seed, distractor, steps))
-        return weights
-
-    monkeypatch.setattr(example, "train", train)
+    monkeypatch.setattr(example, "train", lambda weights, *_: weights)
     monkeypatch.setattr(example, "success", lambda model, _: (0.5, model.variance / 10 if model.beta == 0 else 0.5))
-    file, before = tmp_path / "rooms.jsonl", ""
-    with pytest.raises(KeyboardInterrupt):
-        two_rooms.run_all(file)
-    before = file.read_text()
+    file = tmp_path / "rooms.jsonl"
     two_rooms.run_all(file)
-    assert file.read_text().startswith(before)
-    assert [run.job for run in two_rooms.load(file)] == trained
-    assert len({*trained}) == len(trained) == 64 + len(VICREG_ALONE) ** 2 + 24 + 8 * 2 + 3 * 10 * 3
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:100]))
+    two_rooms.run_all(file)
+    assert file.read_text() == whole
+    done = [run.job for run in two_rooms.load(file)]
+    assert len({*done}) == len(done) == 64 + len(two_rooms.VICREG_ALONE) ** 2 + 24 + 8 * 2 + 3 * 10 * 3
 
 
-def test_the_committed_experiment_is_whole_and_its_pages_agree():
-    file = two_rooms.COMMITTED
-    runs = two_rooms.load(file)
-    done = [run.job for run in runs]
-    assert sorted(done) == sorted({*two_rooms.jobs(file)}), "run `python -m bench.study.two_rooms`"
-    assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in runs)
-    settings = two_rooms.chosen(runs)
-    assert settings == example.SETTINGS, "the example has the weights that were chosen"
-    *_, alone = settings.values()
-    assert {*alone[:2]} <= {*VICREG_ALONE[1:-1]}, "the best weights without TAR are not on the edge of the grid"
-    assert file.with_suffix(".md").read_text() == two_rooms.page(runs)
-    for page, part in two_rooms.PAGES.items():
-        text = page.read_text()
-        assert with_part(text, part(runs), two_rooms.BEGIN) == text
+def test_the_committed_studies_are_whole_and_their_pages_agree():
+    file, rooms = report.COMMITTED, two_rooms.load(two_rooms.COMMITTED)
+    studied = report.load(file).runs
+    assert [(run.coefficients, run.seed) for run in studied] == [*product(PENALTIES.values(), run.SEEDS)]
+    assert all(run.settings == studied[0].settings for run in studied)
+    assert hashlib.sha256(file.read_bytes()).hexdigest()[:16] in file.with_suffix(".svg").read_text()
+    done = [run.job for run in rooms]
+    assert sorted(done) == sorted({*two_rooms.jobs(two_rooms.COMMITTED)}), "run `python -m bench.study.two_rooms`"
+    assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in rooms)
+    assert two_rooms.chosen(rooms) == example.SETTINGS, "the example has the weights that were chosen"
+    *_, alone = example.SETTINGS.values()
+    assert {*alone[:2]} <= {*two_rooms.VICREG_ALONE[1:-1]}, "the best weights without TAR are on the edge of the grid"
+    for page, text in [*report.pages(file).items(), *two_rooms.pages(two_rooms.COMMITTED).items()]:
+        assert page.read_text() == text, "run `python -m bench.study.run` or `python -m bench.study.two_rooms`"
