@@ -22,6 +22,8 @@ PARALLEL ?= --numprocesses logical --maxprocesses 4
 MOST ?= -m "not more"
 INTERPRETED ?= --sample=5
 EXECUTED ?= --sample=40
+# What executes them is compiled by gcc, and Triton has no other platform.
+EXECUTES = $(and $(filter Linux,$(shell uname)),$(shell command -v gcc 2>/dev/null))
 
 .PHONY: help demo test test-more test-fast pytest test-interpreted test-ptx bench lint docs clean
 help:
@@ -42,7 +44,7 @@ demo: $(VENV)/demo
 	$(VENV)/bin/python -m bench.study.demo $(ARGS)
 
 test: $(VENV)/test $(VENV)/frameworks
-	@$(MAKE) --no-print-directory --keep-going pytest test-interpreted test-ptx ARGS='$(MOST)'
+	@$(MAKE) --no-print-directory --keep-going pytest test-interpreted $(if $(EXECUTES),test-ptx) ARGS='$(MOST)'
 
 test-more: $(VENV)/test $(VENV)/frameworks
 	@echo "== what make test leaves out, and all samples through the interpreter"

@@ -94,7 +94,13 @@ class Executor(StandInDriver):
         )
         fault = Fault(other_program=-1)
         if library().launch(ctypes.byref(machine), ctypes.byref(fault)) < 0:
-            raise PTXError(explain(decoded, fault))
+            statement, source = decoded.lines[fault.instruction]
+            message = f"{decoded.name}: {fault.what.decode()}: `{statement}` ({source}), "
+            message += f"program {fault.program}, thread {fault.thread}"
+            if fault.other_program >= 0:
+                its = f"thread {fault.other_thread}" if fault.other_thread >= 0 else "several threads"
+                message += f"; the other: program {fault.other_program}, {its}"
+            raise PTXError(message)
 
 
 def flat(kinds: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
@@ -127,17 +133,6 @@ def regions(tensors: list[torch.Tensor]) -> Any:
         else:
             merged.append(Region(begin=begin, end=end, granule=x.itemsize))
     return (Region * len(merged))(*merged)
-
-
-def explain(decoded: Decoder, fault: Any) -> str:
-    """Describe a fault: its kind, its place in the code, and the thread."""
-    statement, source = decoded.lines[fault.instruction]
-    message = f"{decoded.name}: {fault.what.decode()}: `{statement}` ({source}), "
-    message += f"program {fault.program}, thread {fault.thread}"
-    if fault.other_program >= 0:
-        its = f"thread {fault.other_thread}" if fault.other_thread >= 0 else "several threads"
-        message += f"; the other: program {fault.other_program}, {its}"
-    return message
 
 
 @contextmanager

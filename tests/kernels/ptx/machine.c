@@ -57,8 +57,8 @@ typedef struct { char what[120]; s32 instruction, program, thread, other_program
 
 typedef struct {
     const Instruction *code;
-    const u8 *constants;  // constants: the register file from `registers` bytes on
-    s32 registers, file;    // bytes of registers; the same with what follows them: special registers and constants
+    const u8 *constants;  // what follows the registers: the special ones, parameters and constants
+    s32 registers, file;  // bytes of the registers alone, and with what follows them
     s32 warps, shared, grid, resident;
     Region *regions;
     s32 region_count;
