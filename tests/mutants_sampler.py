@@ -39,9 +39,11 @@ ROOMS = {
     "fastreg": ["tests/adapters"],
 }
 ELSEWHERE = ("__init__.py", "__main__.py", "installation.py")  # tests/project tests these
-OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not repeats_bitwise"]
+OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # which would hide mutants of the kernels
-MARKS = {False: ("not slow", "slow"), True: ("numbers and not slow",)}  # without Triton's interpreter, and with it
+# Without Triton's interpreter, and with it: the marks of the tests that run in turn, and names of those that take long.
+MARKS = {False: ("not slow", "slow"), True: ("numbers and not slow",)}
+LONG = {False: "repeats_bitwise", True: "repeats_bitwise or forwards"}
 TIME, MEMORY = ["timeout", "--signal=KILL", "600"], ["prlimit", f"--data={2**32}"]  # seconds, also of a hang, and bytes
 BUILD = ["g++", "-std=c++17", "-O1", "-w", "-march=native", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue, ast.Break, ast.If)
@@ -155,7 +157,8 @@ def verdict(mutant: Mutant) -> str:
         for interpreted, marks, tests in every:
             # A search without end would fill the memory. The interpreter reserves more than it uses.
             command = [*TIME, *MEMORY * (not interpreted), sys.executable, "-m", "pytest", *OPTIONS]
-            command += [*["--sample=4"] * interpreted, "-m", f"{marks} and not (gpu or more or triton)", tests]
+            command += ["-m", f"{marks} and not (gpu or more or triton)", "-k", f"not ({LONG[interpreted]})"]
+            command += [*["--sample=4"] * interpreted, tests]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": f"{interpreted:d}"}
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
             if done.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
