@@ -3,8 +3,8 @@
     python -m tests.mutants_sampler [--seed N] [--count N] [PATH...]    # in all code, or in some files and folders
 
 A mutant lacks one operand of an `and` or `or`, one statement, one element of a tuple, such as a key, or one `+ 1` or
-`- 1`. The tests of the code's folder must fail on it, and pass on the unchanged code. A survivor lacks a test, or its
-results are those of the code. The same seed draws the same places from the same code.
+`- 1`. The tests of the code's folder must fail on it, and pass on the unchanged code. A survivor lacks a test, or has
+the same results. The same seed draws the same places from the same code.
 
 Triton's interpreter runs one program after the other, so faults that only a GPU shows (barriers, streams) survive.
 """
@@ -41,7 +41,7 @@ ROOMS = {
 ELSEWHERE = ("__init__.py", "__main__.py", "installation.py")  # tests/project tests these
 OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # which would hide mutants of the kernels
-# Without Triton's interpreter, and with it: the marks of the tests that run in turn, and names of those that take long.
+# The marks of the tests that run in turn, and the names of slow tests, without Triton's interpreter and with it.
 MARKS = {False: ("not slow", "slow"), True: ("numbers and not slow",)}
 LONG = {False: "repeats_bitwise", True: "repeats_bitwise or forwards"}
 TIME, MEMORY = ["timeout", "--signal=KILL", "600"], ["prlimit", f"--data={2**32}"]  # seconds, also of a hang, and bytes
@@ -49,13 +49,13 @@ BUILD = ["g++", "-std=c++17", "-O1", "-w", "-march=native", "-fopenmp", "-ffp-co
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue, ast.Break, ast.If)
 # In C++ an operand ends at a separator, or at a bracket that does not begin in it.
 OPERAND = r"(?:[^&|;?:,(){}=]|::|[<>!=]=|(?<!&)&(?!&)|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))+"
-CPP = [  # what the first group finds goes
-    rf"(?:(?<=[({{])|(?<=[,;{{] )|(?<=[^=!<>]= )|(?<=return ))(?!\s|return )({OPERAND}(?:&&|\|\|) )",  # the first one
+CPP = [  # the first group of a match is left out
+    rf"(?:(?<=[({{])|(?<=[,;{{] )|(?<=[^=!<>]= )|(?<=return ))(?!\s|return )({OPERAND}(?:&&|\|\|) )",
     rf"( (?:&&|\|\|){OPERAND})",
     r"( [+-] 1\b)(?![.\w])",
     r"^ +((?:if \(.*\) )?(?:[\w.>\[\]*-]+ [-+|&*]?= .*|[\w:]+\(.*\)|continue|break));",
 ]
-Version = tuple[int, Callable[[], str]]  # the line of a fault, and what writes the whole file with the fault
+Version = tuple[int, Callable[[], str]]  # the line of a fault, and a function that writes the whole file
 
 
 class Mutant(NamedTuple):
@@ -92,14 +92,14 @@ def versions_of_python(tree: ast.Module) -> Iterator[Version]:
                 continue
             nodes = value if isinstance(value, list) else [value]
             for i, node in enumerate(nodes):
-                for new in without_a_part(node):
+                for new in shortened(node):
                     setattr(parent, field, [*nodes[:i], new, *nodes[i + 1 :]] if nodes is value else new)
                     yield node.lineno, write
             setattr(parent, field, value)
 
 
-def without_a_part(node: object) -> Iterator[ast.AST]:
-    """Return what is left of a node without one of the parts that it may lack; a statement may be missing."""
+def shortened(node: object) -> Iterator[ast.AST]:
+    """List the forms of a node that lack one operand, one element or `+ 1`; a statement may be missing."""
     if isinstance(node, ast.BoolOp):
         yield from (ast.BoolOp(node.op, [x for x in node.values if x is not out]) for out in node.values)
     elif isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and len(node.elts) > 1:
@@ -124,7 +124,7 @@ def versions_of_cpp(lines: list[str]) -> Iterator[Version]:
 
 
 def build(kernels: Path) -> None:
-    """Build the C++ kernels of a copy, for this processor alone."""
+    """Build the C++ kernels of a copy, only for this processor."""
     for library in kernels.glob("*.so"):
         library.unlink()
     sources = b"".join(file.read_bytes() for file in (kernels / "cpu.cpp", *sorted(kernels.glob("cpu_*.h"))))
@@ -137,7 +137,7 @@ def runs(file: str) -> tuple[tuple[bool, str, str], ...]:
     """List how the tests of a file run: interpreted or not, with which marks, and where they are."""
     room = max((room for room in ROOMS if file.startswith(room)), key=len)
     ways = [False]
-    if room == "kernels" and file.endswith(".py"):  # what Triton and C++ share is tested both ways
+    if room == "kernels" and file.endswith(".py"):  # code that Triton and C++ share is tested both ways
         ways = [True] if "import triton" in Path(file).read_text() else [False, True]
     return tuple((way, *run) for way in ways for run in product(MARKS[way], ROOMS[room]))
 

@@ -66,7 +66,7 @@ class Decoder:
         return self.constants[value, size]
 
     def image(self, arguments: Sequence[bytes]) -> bytes:
-        """Return what stands behind the registers, given the values of the parameters."""
+        """Return the bytes behind the registers, given the values of the parameters."""
         image = bytearray(self.file - self.registers)
         for (value, size), offset in self.constants.items():
             if isinstance(value, tuple):
