@@ -17,17 +17,19 @@ PYTEST = $(VENV)/bin/python -m pytest
 CPP = $(wildcard kernels/*.cpp kernels/*.h)
 # Processes of pytest: one for each core, at most four, as each loads PyTorch and the frameworks.
 PARALLEL ?= --numprocesses logical --maxprocesses 4
-# What make test runs: cases that are not marked as more, and each fifth case of a test in the slow interpreter. make
-# test-more runs the others, and .ci/run more than make test does. Of compiled kernels each fortieth case is executed.
+# What make test runs: cases that are not marked as more, each fifth case of a test in the slow interpreter, and each
+# fortieth of compiled kernels, which are executed more slowly still. make test-more and .ci/run PART run others.
 MOST ?= -m "not more"
 INTERPRETED ?= --sample=5
 EXECUTED ?= --sample=40
+# What executes them is compiled by gcc, and Triton has no other platform.
+EXECUTES = $(and $(filter Linux,$(shell uname)),$(shell command -v gcc 2>/dev/null))
 
 .PHONY: help demo test test-more test-fast pytest test-interpreted test-ptx bench lint docs clean
 help:
 	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options)"
 	@echo "make test    run the tests that most changes need, in five minutes: CPU, interpreted kernels, kernels compiled"
-	@echo "             offline, kernels on a GPU if there is one, one release of each framework"
+	@echo "             for an H100 and run on the CPU, kernels on a GPU if there is one, one release of each framework"
 	@echo "make test-more   run the others: more releases of fastai, the study, the notebook, installations, longer sequences"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
@@ -42,7 +44,7 @@ demo: $(VENV)/demo
 	$(VENV)/bin/python -m bench.study.demo $(ARGS)
 
 test: $(VENV)/test $(VENV)/frameworks
-	@$(MAKE) --no-print-directory --keep-going pytest test-interpreted ARGS='$(MOST)'
+	@$(MAKE) --no-print-directory --keep-going pytest test-interpreted $(if $(EXECUTES),test-ptx) ARGS='$(MOST)'
 
 test-more: $(VENV)/test $(VENV)/frameworks
 	@echo "== what make test leaves out, and all samples through the interpreter"
@@ -59,11 +61,12 @@ pytest: $(VENV)/test $(VENV)/frameworks
 
 test-interpreted: $(VENV)/test
 	@echo "== the same samples through the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise" $(INTERPRETED) tests/kernels tests/call
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise and not forwards" \
+	    $(INTERPRETED) tests/kernels tests/call
 
 test-ptx: $(VENV)/test
 	@echo "== the kernels as compiled for an H100, run on the CPU instruction by instruction"
-	$(PYTEST) $(PARALLEL) -p tests.kernels.ptx -m numbers $(EXECUTED) tests/kernels tests/call
+	$(PYTEST) $(PARALLEL) -p tests.kernels.ptx -m numbers -k "not forwards" $(EXECUTED) tests/kernels tests/call
 
 # glibc's allocator reads these variables when a process starts. Without them it returns large blocks to the system.
 KEPT = MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824

@@ -2,9 +2,9 @@
 
     python -m tests.mutants_sampler [--seed N] [--count N] [PATH...]    # in all code, or in some files and folders
 
-A mutant drops one operand of an `and` or `or`, one statement of a function, one element of a tuple, such as a key, or
-one `+ 1` or `- 1`. The tests of the code's folder must fail on it, and pass on the unchanged code. A survivor lacks a
-test, or its results are those of the code. The same seed draws the same places from the same code.
+A mutant lacks one operand of an `and` or `or`, one statement, one element of a tuple, such as a key, or one `+ 1` or
+`- 1`. The tests of the code's folder must fail on it, and pass on the unchanged code. A survivor lacks a test, or has
+the same results. The same seed draws the same places from the same code.
 
 Triton's interpreter runs one program after the other, so faults that only a GPU shows (barriers, streams) survive.
 """
@@ -16,226 +16,177 @@ import ast
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from difflib import unified_diff
-from functools import cache
+from functools import partial
 from hashlib import sha256
-from itertools import accumulate
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 COPIED = ["fastreg", "kernels", "tests", "bench", "pyproject.toml"]
-# The folder of the code -> the folders of its tests
+# The folder of the code -> its tests, in the order in which they run after the file of tests of the same name
 ROOMS = {
-    "kernels": ["tests/kernels", "tests/call"],
+    "kernels": ["tests/call/test_penalty.py", "tests/kernels", "tests/call"],
     "fastreg/call": ["tests/call"],
     "fastreg/attach": ["tests/attach"],
     "fastreg": ["tests/adapters"],
 }
-UNREAD = re.compile(r"fastreg/(__init__|__main__|installation)\.py")  # tests/project tests these
-LIMIT = 900  # seconds for the tests of a mutant; tests/conftest.py ends a test that hangs earlier
-OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not repeats_bitwise"]
+ELSEWHERE = ("__init__.py", "__main__.py", "installation.py")  # tests/project tests these
+OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # which would hide mutants of the kernels
-STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue, ast.Break)
-CPP_STATEMENT = re.compile(r"(?m)^ +((?:if \(.*\) )?(?:[\w.>\[\]*-]+ [-+|&*]?= .*|[\w:]+\(.*\)|continue|break));")
+# The marks of the tests that run in turn, and the names of slow tests, without Triton's interpreter and with it.
+MARKS = {False: ("not slow", "slow"), True: ("numbers and not slow",)}
+LONG = {False: "repeats_bitwise", True: "repeats_bitwise or forwards"}
+TIME, MEMORY = ["timeout", "--signal=KILL", "600"], ["prlimit", f"--data={2**32}"]  # seconds, also of a hang, and bytes
+BUILD = ["g++", "-std=c++17", "-O1", "-w", "-march=native", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
+STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue, ast.Break, ast.If)
+# In C++ an operand ends at a separator, or at a bracket that does not begin in it.
+OPERAND = r"(?:[^&|;?:,(){}=]|::|[<>!=]=|(?<!&)&(?!&)|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))+"
+CPP = [  # the first group of a match is left out
+    rf"(?:(?<=[({{])|(?<=[,;{{] )|(?<=[^=!<>]= )|(?<=return ))(?!\s|return )({OPERAND}(?:&&|\|\|) )",
+    rf"( (?:&&|\|\|){OPERAND})",
+    r"( [+-] 1\b)(?![.\w])",
+    r"^ +((?:if \(.*\) )?(?:[\w.>\[\]*-]+ [-+|&*]?= .*|[\w:]+\(.*\)|continue|break));",
+]
+Version = tuple[int, Callable[[], str]]  # the line of a fault, and a function that writes the whole file
 
 
 class Mutant(NamedTuple):
-    """A part of a file, by the bytes where it begins and ends, and the text that takes its place."""
+    """A version of a file by its number; number 0 has no fault."""
 
     file: str
-    start: int
-    stop: int
-    new: bytes = b""
+    number: int = 0
 
-    def source(self) -> bytes:
-        """Return the whole file with the wrong place in it."""
-        text = (ROOT / self.file).read_bytes()
-        return text[: self.start] + self.new + text[self.stop :]
+    def source(self) -> tuple[int, str]:
+        """Return the line of the fault, and the whole file."""
+        line, write = next(islice(versions(self.file), self.number, None))
+        return line, write()
 
     def __str__(self) -> str:
-        text = (ROOT / self.file).read_bytes()
-        _, _, hunk, *changes = unified_diff(text.decode().split("\n"), self.source().decode().split("\n"), n=0)
-        return "\n    ".join([f"{self.file}:{re.findall('[0-9]+', hunk)[0]}", *changes])
+        line, text = self.source()
+        _, _, _, *changes = unified_diff(Mutant(self.file).source()[1].split("\n"), text.split("\n"), n=0)
+        return "\n    ".join([f"{self.file}:{line}", *changes])
 
 
-class Function:
-    """A function in Python, or a kernel in Triton's language, in which each node has mutants."""
+def versions(file: str) -> Iterator[Version]:
+    """Find a file without a fault, and with each of its faults. Each can be written until the next one is found."""
+    text = Path(file).read_text()
+    return versions_of_python(ast.parse(text)) if file.endswith(".py") else versions_of_cpp(text.split("\n"))
 
-    def __init__(self, file: str, text: bytes, function: ast.FunctionDef) -> None:
-        self.file, self.text = file, text
-        self.lines = [0, *accumulate(map(len, text.splitlines(keepends=True)))]
-        names = [x for x in ast.walk(function) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
-        self.bound = {x.id: x.lineno for x in sorted(names, key=lambda x: -x.lineno)}  # where each name is bound first
-        self.bound |= {x.arg: 0 for x in function.args.args}
 
-    def mutant(self, node: Any, new: bytes) -> Mutant:
-        start = self.lines[node.lineno - 1] + node.col_offset
-        stop = self.lines[node.end_lineno - 1] + node.end_col_offset
-        return Mutant(self.file, start, stop, new)
-
-    def part(self, node: Any) -> bytes:
-        """Return the text of an expression in parentheses, which may stand around it."""
-        _, start, stop, _ = self.mutant(node, b"")
-        return self.text[start:stop] if isinstance(node, ast.Starred) else b"(" + self.text[start:stop] + b")"
-
-    def can_go(self, node: Any) -> bool:
-        """Return whether a statement is worth dropping: it is no docstring, and binds no name for the first time."""
-        if isinstance(node, ast.If):
-            return not node.orelse and self.part(node).startswith(b"(if ")
-        names = [x for target in getattr(node, "targets", []) for x in ast.walk(target) if isinstance(x, ast.Name)]
-        is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        is_first = any(isinstance(x.ctx, ast.Store) and self.bound[x.id] == node.lineno for x in names)
-        return isinstance(node, STATEMENTS) and not is_text and not is_first
-
-    def mutants(self, node: Any) -> Iterator[Mutant]:
-        """Find the mutants of a statement or an expression, but leave out messages, indices and types."""
-        if self.can_go(node):
-            yield self.mutant(node, b"pass")
-        is_tuple = isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and len(node.elts) > 1
-        parts = node.values if isinstance(node, ast.BoolOp) else node.elts if is_tuple else []
-        glue = b", " if is_tuple else b" and " if isinstance(getattr(node, "op", None), ast.And) else b" or "
-        for left_out in parts:
-            kept = glue.join(self.part(x) for x in parts if x is not left_out)
-            yield self.mutant(node, b"(" + kept + b"," * is_tuple + b")")
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and self.part(node.right) == b"(1)":
-            yield self.mutant(node, self.part(node.left))
-        is_paired = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple)  # as many values as names
-        for child in [] if isinstance(node, (ast.Raise, ast.JoinedStr)) else ast.iter_child_nodes(node):
-            if isinstance(child, ast.Tuple) and (is_paired or isinstance(node, ast.Subscript)):
+def versions_of_python(tree: ast.Module) -> Iterator[Version]:
+    """Change one node of the tree at a time, in Python or in Triton's language, and change it back."""
+    write = partial(ast.unparse, tree)
+    yield 0, write
+    for parent in ast.walk(tree):
+        is_paired = isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Tuple)
+        for field, value in ast.iter_fields(parent):
+            if isinstance(value, ast.Tuple) and (field == "slice" or is_paired):  # of types, or as many as names
                 continue
-            if not isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                yield from self.mutants(child)
+            nodes = value if isinstance(value, list) else [value]
+            for i, node in enumerate(nodes):
+                for new in shortened(node):
+                    setattr(parent, field, [*nodes[:i], new, *nodes[i + 1 :]] if nodes is value else new)
+                    yield node.lineno, write
+            setattr(parent, field, value)
 
 
-def mutants_of_python(file: str) -> Iterator[Mutant]:
-    """Find the mutants of the functions of a file that compute something."""
-    text = (ROOT / file).read_bytes()
-    for function in ast.walk(ast.parse(text)):
-        if isinstance(function, ast.FunctionDef) and function.name not in ("__repr__", "__str__"):
-            own = Function(file, text, function)
-            if b"raise NotImplementedError" not in own.part(function):
-                for statement in function.body:
-                    yield from own.mutants(statement)
+def shortened(node: object) -> Iterator[ast.AST]:
+    """List the forms of a node that lack one operand, one element or `+ 1`; a statement may be missing."""
+    if isinstance(node, ast.BoolOp):
+        yield from (ast.BoolOp(node.op, [x for x in node.values if x is not out]) for out in node.values)
+    elif isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and len(node.elts) > 1:
+        yield from (ast.Tuple([x for x in node.elts if x is not out], node.ctx) for out in node.elts)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and ast.unparse(node.right) == "1":
+        yield node.left
+    elif isinstance(node, STATEMENTS) and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        names = [x for x in ast.walk(node) if isinstance(x, ast.Name)] if isinstance(node, ast.Assign) else []
+        bound, read = ({x.id for x in names if isinstance(x.ctx, kind)} for kind in (ast.Store, ast.Load))
+        if bound <= read:  # otherwise a name may never be bound
+            yield ast.Pass()
 
 
-def mutants_of_cpp(file: str) -> Iterator[Mutant]:
-    """Find the mutants of a file by its text: operands end at brackets, commas and the like."""
-    text = (ROOT / file).read_text(encoding="latin-1")  # one character for each byte
-    code = re.sub(r'//[^\n]*|"[^"\n]*"|#[^\n]*', lambda found: "_" * len(found[0]), text)
-    stops = re.compile(r"[;,?]| = |&&|\|\||return ")
-
-    def end(at: int, step: int) -> int:
-        """Return where an operand ends that begins at a place, or the place before it if it ends there."""
-        depth, (opens, closes) = 0, ("([{", ")]}")[::step]
-        while depth or not (code[at] in closes + "\n" or stops.match(code, at)):
-            depth += (code[at] in opens) - (code[at] in closes)
-            at += step
-        return at
-
-    for operator in re.finditer(r" (?:&&|\|\|) ", code):
-        yield Mutant(file, operator.start(), end(operator.end(), 1))
-        before = end(operator.start(), -1)
-        skipped = re.compile(r"return |&& |\|\| | = |[^\w!]\s*").match(code, before)
-        yield Mutant(file, skipped.end() if skipped else before, operator.end())
-    for found in re.finditer(r" [+-] 1\b(?![.\w])", code):
-        yield Mutant(file, *found.span())
-    for found in CPP_STATEMENT.finditer(code):
-        yield Mutant(file, *found.span(1))
+def versions_of_cpp(lines: list[str]) -> Iterator[Version]:
+    """Change one line at a time, by its text."""
+    yield 0, lambda: "\n".join(lines)
+    for i, line in enumerate(lines):
+        code = re.sub("//.*|^#.*", "", line)
+        for found in (x for pattern in CPP for x in re.finditer(pattern, code)):
+            changed = line[: found.start(1)] + line[found.end(1) :]
+            yield i + 1, lambda i=i, changed=changed: "\n".join([*lines[:i], changed, *lines[i + 1 :]])
 
 
-def build(kernels: Path) -> bytes:
-    """Build the C++ kernels of a copy for this processor, and return the library without the hash of its sources."""
+def build(kernels: Path) -> None:
+    """Build the C++ kernels of a copy, only for this processor."""
     for library in kernels.glob("*.so"):
         library.unlink()
     sources = b"".join(file.read_bytes() for file in (kernels / "cpu.cpp", *sorted(kernels.glob("cpu_*.h"))))
-    key = sha256(sources).hexdigest()[:16]  # as in setup.py
-    options = ["-std=c++17", "-O1", "-w", "-march=native", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
-    command = ["g++", *options, "-shared", "-fPIC", f"-DSOURCES=0x{key}", "cpu.cpp", "-o", "_cpu.abi3.so"]
+    key = f"-DSOURCES=0x{sha256(sources).hexdigest()[:16]}"  # as in setup.py
+    command = [*BUILD, key, "-shared", "-fPIC", "cpu.cpp", "-o", "_cpu.abi3.so"]
     subprocess.run(command, cwd=kernels, check=True, capture_output=True)
-    return (kernels / "_cpu.abi3.so").read_bytes().replace(int(key, 16).to_bytes(8, sys.byteorder), b"")
 
 
-@cache
-def library() -> bytes:
-    """Build the unchanged C++ kernels."""
-    with TemporaryDirectory() as folder:
-        subprocess.run(["cp", "-r", ROOT / "kernels", folder], check=True)
-        return build(Path(folder, "kernels"))
-
-
-def failure(folder: Path, tests: list[str], interpreted: bool) -> str:
-    """Run some folders of tests in a copy of the checkout, the slow ones last; return the first failure, or ""."""
-    for marks in ["numbers and not slow"] if interpreted else ["not slow", "slow"]:
-        command = [sys.executable, "-m", "pytest", *OPTIONS, "-m", f"{marks} and not (gpu or more or triton)", *tests]
-        # A search without end would fill the memory; interpreted tests reserve more than they use.
-        command = [*command, "--sample=4"] if interpreted else ["prlimit", f"--data={2**32}", *command]
-        own: Any = {"cwd": folder, "env": os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": f"{interpreted:d}"}}
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        with subprocess.Popen(command, **own, **pipes) as process:
-            try:
-                said, _ = process.communicate(timeout=LIMIT)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # also the processes that the tests have started
-                return "tests that hang"
-        if process.returncode < 0:
-            return signal.Signals(-process.returncode).name
-        if process.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
-            return [*said.split("\n"), *re.findall(r"(?m)^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said)][-1]
-    return ""
-
-
-def verdict(task: tuple[str, Mutant | None]) -> str:
-    """Say whether a test fails on a mutant of a file, or on the unchanged code."""
-    file, mutant = task
+def runs(file: str) -> tuple[tuple[bool, str, str], ...]:
+    """List how the tests of a file run: interpreted or not, with which marks, and where they are."""
     room = max((room for room in ROOMS if file.startswith(room)), key=len)
+    ways = [False]
+    if room == "kernels" and file.endswith(".py"):  # code that Triton and C++ share is tested both ways
+        ways = [True] if "import triton" in Path(file).read_text() else [False, True]
+    return tuple((way, *run) for way in ways for run in product(MARKS[way], ROOMS[room]))
+
+
+def verdict(mutant: Mutant) -> str:
+    """Run the tests on a mutant in a copy of the checkout until one fails."""
+    (own, marks, _), *_ = every = runs(mutant.file)
+    every = [*((own, marks, str(x)) for x in Path().glob(f"tests/*/test_{Path(mutant.file).stem}.py")), *every]
     with TemporaryDirectory() as folder:
-        subprocess.run(["cp", "-a", *(ROOT / name for name in COPIED), folder], check=True)
-        if mutant is not None:
-            Path(folder, file).write_bytes(mutant.source())
-        if mutant is not None and not file.endswith(".py"):
+        subprocess.run(["cp", "-a", *COPIED, folder], check=True)
+        Path(folder, mutant.file).write_text(mutant.source()[1])
+        if not mutant.file.endswith(".py"):
             try:
-                if build(Path(folder, "kernels")) == library():
-                    return "the same machine code"
+                build(Path(folder, "kernels"))
             except subprocess.CalledProcessError:
                 return "not compiled"
-        failed = failure(Path(folder), ROOMS[room], room == "kernels" and "cpu" not in file)
-        return f"killed by {failed}" if failed else "SURVIVED"
+        for interpreted, marks, tests in every:
+            # A search without end would fill the memory. The interpreter reserves more than it uses.
+            command = [*TIME, *MEMORY * (not interpreted), sys.executable, "-m", "pytest", *OPTIONS]
+            command += ["-m", f"{marks} and not (gpu or more or triton)", "-k", f"not ({LONG[interpreted]})"]
+            command += [*["--sample=4"] * interpreted, tests]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": f"{interpreted:d}"}
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            if done.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+                return f"killed by {[tests, *re.findall('(?m)^(?:FAILED|ERROR) (.+?)(?: - .*)?$', done.stdout)][-1]}"
+    return "SURVIVED"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.mutants_sampler", description="Break a copy of the code, and test it.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("paths", nargs="*", type=Path, default=[ROOT / "kernels", ROOT / "fastreg"])
+    parser.add_argument("paths", nargs="*", default=["kernels", "fastreg"])
     options = parser.parse_args()
-    listed = {
-        x.resolve() for path in options.paths for x in (path, *path.rglob("*")) if x.suffix in (".py", ".cpp", ".h")
-    }
-    files = [file for file in sorted(str(x.relative_to(ROOT)) for x in listed) if not UNREAD.match(file)]
-    found = dict.fromkeys(x for file in files for x in (mutants_of_python if file[-1] == "y" else mutants_of_cpp)(file))
-    drawn = random.Random(options.seed).sample([*found], min(options.count, len(found)))
+    tracked = subprocess.run(["git", "ls-files", *options.paths], stdout=-1, text=True, check=True).stdout.split()
+    files = [x for x in tracked if x.endswith((".py", ".cpp", ".h")) and not x.endswith(ELSEWHERE)]
+    found = [Mutant(file, number) for file in files for number, _ in enumerate(versions(file)) if number]
+    drawn = random.Random(options.seed).sample(found, min(options.count, len(found)))
     print(f"{len(drawn)} of {len(found)} mutants, seed {options.seed}", flush=True)
-    whole = {(os.path.dirname(x.file), "cpu" in x.file): (x.file, None) for x in drawn}  # one file for each kind of run
-    tasks: list[tuple[str, Mutant | None]] = [*whole.values(), *((x.file, x) for x in drawn)]
+    whole = [*{runs(x.file): Mutant(x.file) for x in drawn}.values()]
     survivors = 0
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for (file, mutant), said in zip(tasks, pool.map(verdict, tasks), strict=True):
-            if mutant is None and said != "SURVIVED":
-                pool.shutdown(cancel_futures=True)
-                parser.error(f"the tests of {file} fail on the unchanged code: {said}")
-            if mutant is not None:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, said in zip([*whole, *drawn], pool.map(verdict, [*whole, *drawn]), strict=True):
+            if mutant.number:
                 print(f"{mutant}\n    {said}", flush=True)
                 survivors += said == "SURVIVED"
+            elif said != "SURVIVED":
+                pool.shutdown(cancel_futures=True)
+                parser.error(f"on the unchanged code of {mutant.file}: {said}")
     parser.exit(survivors > 0, f"{survivors} of {len(drawn)} survived\n")
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import compiled, gpu, interpreted
-from tests.exact import assert_gradient, truth
+from tests.exact import truth
 from tests.samples import HALF
 
 pytestmark = pytest.mark.main
@@ -19,7 +19,6 @@ ALL = slice(None)
 
 
 @gpu
-@pytest.mark.parametrize("dropout", [False, True], ids=["penalty", "dropout"])
 @pytest.mark.parametrize(
     ("shape", "batch_first", "end"),
     [
@@ -29,25 +28,17 @@ ALL = slice(None)
         pytest.param((2**20 + 1, 1, 2**11), True, (slice(-1, None), ALL, slice(-512, None)), id="one_step"),
     ],
 )
-def test_more_elements_than_32_bits_count(
-    shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...], dropout: bool
-) -> None:
+def test_more_elements_than_32_bits_count(shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...]) -> None:
     """Everything but the end is 0, so the end has the gradient of a short tensor."""
     time = 1 if batch_first else 0
-    one_row = [1 if axis == time else size for axis, size in enumerate(shape)]
-    raw, mask = (torch.zeros(*sizes, dtype=HALF, device="cuda") for sizes in (shape, one_row))
-    last, last_mask = raw[end], mask[tuple(ALL if i == time else s for i, s in enumerate(end))]
-    last.normal_()
-    last_mask.bernoulli_(0.5).mul_(2)
+    raw = torch.zeros(shape, dtype=HALF, device="cuda")
+    last = raw[end].normal_()
     if last.shape[time] < shape[time]:
         last.select(time, 0).zero_()  # like the row before it, so no change leads there
     alone = last.double().requires_grad_()
     options: Any = {"batch_first": batch_first, "reduction": "sum"}
-    want = truth(alone, alone * last_mask if dropout else alone, 2.0, 1.0, **options).penalty
-    if dropout:
-        got = fused_dropout_ar_tar(raw.requires_grad_(), 0.5, 2.0, 1.0, mask=mask, **options)[1]
-    else:
-        got = fused_ar_tar(raw.requires_grad_(), raw, 2.0, 1.0, **options)
+    want = truth(alone, alone, 2.0, 1.0, **options).penalty
+    got = fused_ar_tar(raw.requires_grad_(), raw, 2.0, 1.0, **options)
     assert_close(got.double(), want, rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(got, raw)
     assert_close(gradient[end].double(), *torch.autograd.grad(want, alone), rtol=2e-3, atol=1e-3)
@@ -83,13 +74,3 @@ def test_more_elements_than_32_bits_count_in_blocks() -> None:
     x = torch.randn(1, 64, 256)
     many = x.expand(2**17 + 1, 64, 256)
     assert_close(fused_ar_tar(many, many, 2.0, 1.0), fused_ar_tar(x, x, 2.0, 1.0), rtol=2e-6, atol=0)
-
-
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=compiled), pytest.param("cuda", marks=gpu)])
-def test_ten_million_time_steps(device: str) -> None:
-    xs = torch.randn(2, 1, 10_000_000, 1, device=device).unbind()
-    xs, exactly = [x.requires_grad_() for x in xs], [x.double().requires_grad_() for x in xs]
-    got, want = fused_ar_tar(*xs, 2.0, 1.0), truth(*exactly, 2.0, 1.0).penalty
-    assert_close(got.double(), want, rtol=2e-6, atol=0)
-    for x, y in zip(torch.autograd.grad(got, xs), torch.autograd.grad(want, exactly), strict=True):
-        assert_gradient(x, [y])

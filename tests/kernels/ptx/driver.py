@@ -7,8 +7,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 from tests.kernels.ptx.decoder import LANES, Decoder
-from tests.kernels.ptx.machine import PTR, Fault, Instruction, Machine, Region, library
+from tests.kernels.ptx.machine import Fault, Machine, Region, library
 from tests.kernels.stand_in import StandInDriver, active
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -43,35 +42,13 @@ class H100Backend(CUDABackend):
         return f"ptx-{super().hash()}"  # the cache on disk must separate code without a cubin
 
 
-class Argument(NamedTuple):
-    """A tensor that a kernel was given, and the addresses where its elements begin and end."""
-
-    name: str
-    begin: int
-    end: int
-    itemsize: int
-
-
-@dataclass
-class Kernel:
-    """A kernel that was loaded: its decoded PTX, and the threads and the shared memory of a program."""
-
-    decoded: Decoder
-    shared: int
-
-    def __post_init__(self) -> None:
-        self.code = (Instruction * len(self.decoded.code))(*self.decoded.code)
-        self.constants = self.decoded.image()
-
-
 class Executor(StandInDriver):
     """A driver of Triton whose launches run PTX on CPU tensors."""
 
     def __init__(self) -> None:
         super().__init__(H100)
         self.random = random.Random(0)
-        self.kernels: list[Kernel] = []
-        self.launches = self.programs = 0
+        self.kernels: list[tuple[Decoder, int]] = []  # that were loaded, and bytes of shared memory of a program
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -80,7 +57,7 @@ class Executor(StandInDriver):
         return {"max_shared_mem": 232448, "warpSize": LANES}
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        self.kernels.append(Kernel(Decoder(ptx.decode()), shared))
+        self.kernels.append((Decoder(ptx.decode()), shared))
         return len(self.kernels) - 1, len(self.kernels) - 1, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -92,61 +69,51 @@ class Executor(StandInDriver):
             _, _, _, *arguments = rest  # metadata and hooks of the launch
             if (y, z) != (1, 1):
                 raise NotImplementedError("a grid of more than one axis")
-            given = list(flat(source.signature.items(), arguments))
-            self.launch(self.kernels[function], x, metadata.num_warps, given)
+            given = list(flat(source.signature.values(), arguments))
+            self.launch(*self.kernels[function], x, metadata.num_warps, given)
 
         return launch
 
-    def launch(self, kernel: Kernel, grid: int, warps: int, given: list[tuple[str, str, Any]]) -> None:
-        """Run `grid` programs. `given` has the names, types and values of the arguments that are not constants."""
-        decoded = kernel.decoded
-        tensors = [argument(name, x) for name, kind, x in given if kind[0] == "*" and x is not None]
-        values = [packed(kind, x) for _, kind, x in given]
+    def launch(self, decoded: Decoder, shared: int, grid: int, warps: int, given: list[tuple[str, Any]]) -> None:
+        """Run `grid` programs. `given` has the types and values of the arguments that are not constants."""
+        memory = regions([x for kind, x in given if kind[0] == "*" and x is not None])
+        values = [packed(kind, x) for kind, x in given]
         values += [bytes(8)] * (len(decoded.parameters) - len(values))  # of scratch memory that there is none of
-        block = bytearray(decoded.parameter_bytes)
-        for (offset, size), value in zip(decoded.parameters.values(), values, strict=True):
-            block[offset : offset + size] = value
-        merged = regions(tensors)
-        memory, parameters = (Region * len(merged))(*merged), (ctypes.c_char * len(block)).from_buffer(block)
         machine = Machine(
-            code=ctypes.addressof(kernel.code),
-            parameters=ctypes.addressof(parameters),
-            constants=ctypes.cast(kernel.constants, PTR),
+            code=ctypes.addressof(decoded.code),
+            constants=decoded.image(values),
             registers=decoded.registers,
             file=decoded.file,
-            lane_ids=decoded.places["%tid.x"][0],
-            program_ids=decoded.places["%ctaid.x"][0],
-            grid_sizes=decoded.places["%nctaid.x"][0],
             warps=warps,
-            shared=kernel.shared,
+            shared=shared,
             grid=grid,
             resident=min(grid, RESIDENT),
             regions=ctypes.addressof(memory),
-            region_count=len(merged),
+            region_count=len(memory),
             seed=self.random.getrandbits(32),
         )
         fault = Fault(other_program=-1)
         if library().launch(ctypes.byref(machine), ctypes.byref(fault)) < 0:
-            raise PTXError(explain(decoded, fault, tensors))
-        self.launches, self.programs = self.launches + 1, self.programs + grid
+            statement, source = decoded.lines[fault.instruction]
+            message = f"{decoded.name}: {fault.what.decode()}: `{statement}` ({source}), "
+            message += f"program {fault.program}, thread {fault.thread}"
+            if fault.other_program >= 0:
+                its = f"thread {fault.other_thread}" if fault.other_thread >= 0 else "several threads"
+                message += f"; the other: program {fault.other_program}, {its}"
+            raise PTXError(message)
 
 
-def flat(signature: Any, arguments: Any) -> Iterator[tuple[str, str, Any]]:
-    """Return names, types and values of the arguments that are not constant, tuples flattened."""
-    for (name, kind), value in zip(signature, arguments, strict=True):
+def flat(kinds: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Return types and values of the arguments that are not constant, tuples flattened."""
+    for kind, value in zip(kinds, arguments, strict=True):
         if isinstance(kind, tuple):
-            yield from flat([(f"{name}[{i}]", k) for i, k in enumerate(kind)], value)
+            yield from flat(kind, value)
         elif kind != "constexpr":
-            yield name, kind, value
-
-
-def argument(name: str, x: torch.Tensor) -> Argument:
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else -1
-    return Argument(name, x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size(), x.element_size())
+            yield kind, value
 
 
 def packed(kind: str, value: Any) -> bytes:
-    """Return the bytes of an argument in the memory of parameters."""
+    """Return the bytes of an argument."""
     if kind[0] == "*":
         return struct.pack("<Q", 0 if value is None else value.data_ptr())
     formats = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
@@ -154,30 +121,18 @@ def packed(kind: str, value: Any) -> bytes:
     return struct.pack(f"<{formats[kind]}", value)
 
 
-def regions(tensors: list[Argument]) -> list[Any]:
-    """Return the memory of the tensors; tensors that overlap have one region."""
+def regions(tensors: list[torch.Tensor]) -> Any:
+    """Return the memory where the tensors' elements are; tensors that overlap have one region."""
     merged: list[Any] = []
-    for x in sorted(tensors, key=lambda x: x.begin):
-        if merged and x.begin < merged[-1].end:
-            merged[-1].end = max(merged[-1].end, x.end)
+    for x in sorted((x for x in tensors if x.numel()), key=torch.Tensor.data_ptr):
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        begin, end = x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize
+        if merged and begin < merged[-1].end:
+            merged[-1].end = max(merged[-1].end, end)
             merged[-1].granule = min(merged[-1].granule, x.itemsize)
         else:
-            merged.append(Region(begin=x.begin, end=x.end, granule=x.itemsize))
-    return merged
-
-
-def explain(decoded: Decoder, fault: Any, tensors: list[Argument]) -> str:
-    """Describe a fault: its kind, its place in the code, the thread, and the address."""
-    message = f"{decoded.name}: {fault.what.decode()}: {decoded.lines[fault.instruction]}, "
-    message += f"program {fault.program}, thread {fault.thread}"
-    if fault.address and tensors:
-        nearest = min(tensors, key=lambda x: max(x.begin - fault.address, fault.address - x.end))
-        message += f", address {fault.address:#x}, {fault.address - nearest.begin} bytes from the start of "
-        message += f"{nearest.name}, which has {nearest.end - nearest.begin}"
-    if fault.other_program >= 0:
-        its = f"thread {fault.other_thread}" if fault.other_thread >= 0 else "several threads"
-        message += f"; the other: program {fault.other_program}, {its}"
-    return message
+            merged.append(Region(begin=begin, end=end, granule=x.itemsize))
+    return (Region * len(merged))(*merged)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-// The machine that runs PTX after decoder.py has decoded it. HANDLERS is a file that machine.py writes: a function for
+// The machine that runs PTX after decoder.py has decoded it. In the place of HANDLERS, machine.py writes a function for
 // each instruction that works on registers alone, over the 32 lanes of a warp.
 //
 // A warp runs in lockstep until it waits at a barrier or ends; which warp runs next, of all programs that are resident,
@@ -26,7 +26,7 @@ typedef float f32;
 typedef double f64;
 
 enum { LANES = 32, MANY = 0x7ff };  // MANY stands for several threads of one program
-enum { PURE, BRANCH, BARRIER, RETURN, PARAMETER, LOAD, STORE, ATOMIC_ADD };  // as in machine.py
+enum { PURE, BRANCH, BARRIER, RETURN, LOAD, STORE, ATOMIC_ADD };  // as in machine.py
 enum { READ, WRITE, REPEAT, ATOMIC };  // REPEAT writes what is there already
 enum { ACQUIRE = 1, RELEASE = 2 };
 
@@ -53,12 +53,12 @@ typedef void Handler(u8 *registers, const s32 *operands);
 typedef struct { u64 write, read; } Shadow;  // who last wrote and read a granule of memory: stamps, 0 for nobody
 typedef struct { u64 begin, end, granule; Shadow *shadow; } Region;  // memory of tensors
 typedef struct { s32 program, thread, previous; u32 barrier, now; } Release;  // `previous` of the same program, or -1
-typedef struct { char what[120]; s32 instruction, program, thread, other_program, other_thread; u64 address; } Fault;  // address: or 0
+typedef struct { char what[120]; s32 instruction, program, thread, other_program, other_thread; } Fault;
 
 typedef struct {
     const Instruction *code;
-    const u8 *parameters, *constants;  // constants: the register file from `registers` bytes on
-    s32 registers, file, lane_ids, program_ids, grid_sizes;  // bytes, bytes, and places in the register file
+    const u8 *constants;  // what follows the registers: the special ones, parameters and constants
+    s32 registers, file;  // bytes of the registers alone, and with what follows them
     s32 warps, shared, grid, resident;
     Region *regions;
     s32 region_count;
@@ -87,12 +87,11 @@ typedef struct {
     jmp_buf stop;
 } Launch;
 
-static _Noreturn void refuse(Launch *l, const Warp *w, s32 lane, u64 address, const char *what) {
+static _Noreturn void refuse(Launch *l, const Warp *w, s32 lane, const char *what) {
     strncpy(l->fault->what, what, sizeof l->fault->what - 1);
     l->fault->instruction = w->at;
     l->fault->program = w->program->id;
     l->fault->thread = w->index * LANES + lane;
-    l->fault->address = l->machine->code[w->at].shared ? 0 : address;
     longjmp(l->stop, 1);
 }
 
@@ -110,10 +109,10 @@ static u64 stamp(const Program *p, s32 thread, s32 atomic) {
 static s32 program_of(u64 stamp) { return (s32)(stamp >> 43 & 0xfffff) - 1; }
 static s32 thread_of(u64 stamp) { return stamp >> 32 & MANY; }
 
-static _Noreturn void race(Launch *l, const Warp *w, s32 lane, u64 address, u64 other, const char *what) {
+static _Noreturn void race(Launch *l, const Warp *w, s32 lane, u64 other, const char *what) {
     l->fault->other_program = program_of(other);
     l->fault->other_thread = thread_of(other) == MANY ? -1 : thread_of(other);
-    refuse(l, w, lane, address, what);
+    refuse(l, w, lane, what);
 }
 
 // Whether what left the stamp happened before what the thread does now.
@@ -129,24 +128,24 @@ static s32 ordered(const Launch *l, const Program *p, s32 thread, u64 stamp) {
     return 0;
 }
 
-typedef struct { u8 *at; u64 address; Shadow *shadow; s32 granules; } Place;
+typedef struct { u8 *at; Shadow *shadow; s32 granules; } Place;
 
 // Where an access to `bytes` at an address of shared or of global memory goes.
 static Place locate(Launch *l, const Warp *w, const Instruction *i, s32 lane, u64 address, s32 bytes) {
     const Machine *m = l->machine;
     Program *p = w->program;
-    if (address % bytes) refuse(l, w, lane, address, "a misaligned access");
+    if (address % bytes) refuse(l, w, lane, "a misaligned access");
     if (i->shared) {
         if (address >= (u64)m->shared || (u64)bytes > m->shared - address)
-            refuse(l, w, lane, address, "an access outside of shared memory");
-        return (Place){p->memory + address, address, p->shadow + address, bytes};
+            refuse(l, w, lane, "an access outside of shared memory");
+        return (Place){p->memory + address, p->shadow + address, bytes};
     }
     for (const Region *r = m->regions; r < m->regions + m->region_count; r++)
         if (address >= r->begin && address < r->end && (u64)bytes <= r->end - address) {
             u64 first = (address - r->begin) / r->granule, last = (address - r->begin + bytes - 1) / r->granule;
-            return (Place){(u8 *)address, address, r->shadow + first, last - first + 1};
+            return (Place){(u8 *)address, r->shadow + first, last - first + 1};
         }
-    refuse(l, w, lane, address, "an access outside of the tensors that the kernel was given");
+    refuse(l, w, lane, "an access outside of the tensors that the kernel was given");
 }
 
 // Check that an access is ordered after what others did there, and remember it.
@@ -158,10 +157,10 @@ static void touch(Launch *l, const Warp *w, s32 lane, const Place *place, s32 ac
         s32 of_warp = program_of(s->write) == p->id && thread_of(s->write) / LANES == w->index;
         s32 fine = (access == ATOMIC && s->write >> 63) || (access == REPEAT && of_warp);
         if (!fine && s->write && !ordered(l, p, thread, s->write))
-            race(l, w, lane, place->address, s->write, access == READ ? "a race: reads what another thread wrote"
-                                                                      : "a race: overwrites what another thread wrote");
+            race(l, w, lane, s->write, access == READ ? "a race: reads what another thread wrote"
+                                                      : "a race: overwrites what another thread wrote");
         if (access != READ && s->read && !ordered(l, p, thread, s->read))
-            race(l, w, lane, place->address, s->read, "a race: overwrites what another thread read");
+            race(l, w, lane, s->read, "a race: overwrites what another thread read");
         if (access != READ) s->write = mine;
         else if (s->read >> 43 == mine >> 43 && (u32)s->read == (u32)mine && s->read != mine)
             s->read = mine | (u64)MANY << 32;
@@ -246,18 +245,15 @@ static s32 run(Launch *l, Warp *w) {
                     memcpy(registers + i->operands[0] + lane * i->width, kept + lane * i->width, i->width);
             break;
         case BRANCH:
-            if (active && ~active) refuse(l, w, 0, 0, "a divergent branch: lanes of one warp differ");
+            if (active && ~active) refuse(l, w, 0, "a divergent branch: lanes of one warp differ");
             if (active) w->at = i->target - 1;
             break;
         case BARRIER:
-            if (~active) refuse(l, w, 0, 0, "a divergent barrier: lanes of one warp differ");
+            if (~active) refuse(l, w, 0, "a divergent barrier: lanes of one warp differ");
             return WAITS;
         case RETURN:
-            if (active && ~active) refuse(l, w, 0, 0, "a divergent return: lanes of one warp differ");
+            if (active && ~active) refuse(l, w, 0, "a divergent return: lanes of one warp differ");
             if (active) return ENDED;
-            break;
-        case PARAMETER:
-            EACH put(registers, i, lane, m->parameters + i->offset);
             break;
         case LOAD:
             EACH load(l, w, i, lane);
@@ -286,10 +282,11 @@ static void start(const Launch *l, Program *p, Warp *warps, s32 id) {
         w->at = 0;
         memset(w->registers, 0xff, m->registers);
         memcpy(w->registers + m->registers, m->constants, m->file - m->registers);
+        u32 *special = (u32 *)(w->registers + m->registers);  // %tid.x, %ctaid.x and %nctaid.x
         for (s32 lane = 0; lane < LANES; lane++) {
-            ((u32 *)(w->registers + m->lane_ids))[lane] = x * LANES + lane;
-            ((u32 *)(w->registers + m->program_ids))[lane] = id;
-            ((u32 *)(w->registers + m->grid_sizes))[lane] = m->grid;
+            special[lane] = x * LANES + lane;
+            special[LANES + lane] = id;
+            special[2 * LANES + lane] = m->grid;
         }
     }
 }
@@ -299,12 +296,12 @@ static s32 arrive(Launch *l, Warp *w, s32 waits, Warp **ready, s32 ready_count, 
     Program *p = w->program;
     s32 all = l->machine->warps;
     if (waits && p->waiting && p->barrier_at != w->at)
-        refuse(l, w, 0, 0, "a divergent barrier: other warps wait at another one");
+        refuse(l, w, 0, "a divergent barrier: other warps wait at another one");
     p->waiting += waits;
     p->ended += !waits;
     if (waits) p->barrier_at = w->at;
     if (p->waiting + p->ended < all || p->ended == all) return ready_count;
-    if (p->ended) refuse(l, w, 0, 0, "a divergent barrier: part of the warps ended, others wait");
+    if (p->ended) refuse(l, w, 0, "a divergent barrier: part of the warps ended, others wait");
     p->waiting = 0;
     p->barrier = ++p->now;
     for (s32 t = 0; t < all * LANES; t++)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.kernels.ptx.instructions import FORMS, HALVES
 
-KINDS = ("pure", "branch", "barrier", "return", "parameter", "load", "store", "atomic_add")
+KINDS = ("pure", "branch", "barrier", "return", "load", "store", "atomic_add")
 NUMBERS = {name: number for number, name in enumerate(FORMS)}
 
 
@@ -35,13 +35,12 @@ Fault = structure(
     "Fault",
     what=ctypes.c_char * 120,
     **dict.fromkeys(("instruction", "program", "thread", "other_program", "other_thread"), I32),
-    address=U64,
 )
 Machine = structure(
     "Machine",
-    **dict.fromkeys(("code", "parameters", "constants"), PTR),
-    **dict.fromkeys(("registers", "file", "lane_ids", "program_ids", "grid_sizes"), I32),
-    **dict.fromkeys(("warps", "shared", "grid", "resident"), I32),
+    code=PTR,
+    constants=ctypes.c_char_p,
+    **dict.fromkeys(("registers", "file", "warps", "shared", "grid", "resident"), I32),
     regions=PTR,
     region_count=I32,
     seed=U32,
@@ -81,19 +80,17 @@ def library() -> ctypes.CDLL:
         f"static Handler *const HANDLER[] = {{ {', '.join(f'h{i}' for i in range(len(FORMS)))} }};",
         "#undef EACH",
     ]
-    source = Path(__file__).with_name("machine.c")
-    flags = ["-O2", "-ftree-vectorize", "-march=native", "-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-w"]
-    key = hashlib.sha256("\n".join([*handlers, *flags, source.read_text()]).encode()).hexdigest()[:20]
+    source = Path(__file__).with_name("machine.c").read_text().replace("#include HANDLERS", "\n".join(handlers))
+    command = (
+        "gcc -O2 -ftree-vectorize -march=native -ffp-contract=off -fwrapv -fno-strict-aliasing -w -shared -fPIC -xc -"
+    )
     folder = Path(tempfile.gettempdir()) / f"ptx-machine-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    built = folder / f"{key}.so"
+    built = folder / f"{hashlib.sha256((command + source).encode()).hexdigest()[:20]}.so"
     if not built.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            header, fresh = Path(scratch) / "handlers.h", Path(scratch) / "machine.so"
-            header.write_text("\n".join(handlers))
-            command = ["gcc", *flags, f'-DHANDLERS="{header}"', "-shared", "-fPIC", source, "-o", fresh, "-lm"]
-            subprocess.run(command, check=True)
-            fresh.rename(built)
+        fresh = built.with_suffix(f".{os.getpid()}")  # other processes may build it at the same time
+        subprocess.run([*command.split(), "-o", fresh, "-lm"], input=source.encode(), check=True)
+        fresh.rename(built)
     loaded = ctypes.CDLL(str(built))
     loaded.launch.restype = ctypes.c_int64
     return loaded
