@@ -52,86 +52,73 @@ class Net(nn.Module):
     It returns tensors by their names: its output, that of the GRU, and raw and dropped of all layers; and the states.
     """
 
-    def __init__(self, dropouts: Sequence[str], play: Play) -> None:
+    def __init__(self, play: Play, dropouts: Sequence[str]) -> None:
         super().__init__()
-        first, last = play.batch_first, len(play.kinds) - 1
-        layers = [KINDS[kind](HIDDEN, HIDDEN, batch_first=first) for kind in play.kinds]
-        after = [DROPOUTS[name](first) for name in dropouts]
-        layers[last] = layers[0 if play.shared == "module" else last]
-        after[last] = after[0 if play.shared else last]
-        self.layers, self.dropouts = nn.ModuleList(layers), nn.ModuleList(after)
+        layers = [KINDS[kind](HIDDEN, HIDDEN, batch_first=play.batch_first) for kind in play.kinds]
+        after = [DROPOUTS[name](play.batch_first) for name in dropouts]
+        layers[-1] = layers[0] if play.shared == "module" else layers[-1]
+        after[-1] = after[0] if play.shared else after[-1]
+        beside = nn.GRU(HIDDEN, HIDDEN, batch_first=play.batch_first)
+        self.layers, self.dropouts = nn.ModuleList([beside, *layers]), nn.ModuleList([nn.Identity(), *after])
         self.decoder = nn.Linear(HIDDEN, 3)
-        self.beside = nn.GRU(HIDDEN, HIDDEN, batch_first=first) if play.has_beside else None
 
     def forward(self, x: Any, states: Any, region: str, at: int) -> Any:
-        tensors, after = {} if self.beside is None else {"beside": self.beside(x)[0]}, []
-        for i in range(len(self.layers)):
-            layer = partial(self.layer, i, i == at and region == "the RNN")
+        tensors, after = {"beside": self.layer(0, "", x)[2]}, []
+        for i in range(1, len(self.layers)):
+            layer = partial(self.layer, i, region if i == at else "")
             if i == at and region == "the RNN and its dropout":
                 layer = partial(cp, layer)
-            raw, state, x = layer(*((x,) if states is None else (x, states[i])))
+            raw, state, x = layer(*((x,) if states is None else (x, states[i - 1])))
             after.append(state)
             tensors |= {f"raw of {i}": raw, f"dropped of {i}": x}
         return tensors | {"out": self.decoder(x)}, after
 
-    def layer(self, i: int, checkpoints: bool, *given: Any) -> Any:
+    def layer(self, i: int, region: str, *given: Any) -> Any:
         rnn = self.layers[i]
-        raw, state = cp(rnn, *given) if checkpoints else rnn(*given)
+        raw, state = cp(rnn, *given) if region == "the RNN" else rnn(*given)
         return raw, state, self.dropouts[i](raw)
 
 
-class Run:
-    """A run of an attached module, with AR and TAR by the formula, and the tensors by which a loss may find it."""
+class Plain(Net):
+    """The same net in plain PyTorch, which follows the documentation of `attach` by hand."""
 
-    def __init__(self, dropout: str, raw: Tensor) -> None:
-        self.dropout, self.raw, self.terms, self.copies = dropout, raw, list[Tensor](), list[Tensor]()
+    def __init__(self, play: Play) -> None:
+        super().__init__(play, ["locked" if "fused" in name else name for name in play.dropouts])
+        self.play = play
+        self.runs = list[tuple[list[Tensor], list[Tensor]]]()  # AR and TAR, and the tensors that are marked for the run
 
-    def mark(self, x: Tensor) -> Tensor:
-        """Return a copy of a tensor: a loss that depends on it depends on the run."""
-        self.copies.append(x.clone())
-        return self.copies[-1]
+    def layer(self, i: int, region: str, *given: Any) -> Any:
+        """Run a layer and its dropout, and mark tensors by copies: a loss that depends on a copy depends on the run."""
+        marked, name = list[Tensor](), ["none", *self.play.dropouts][i]
 
+        def mark(x: Tensor) -> Tensor:
+            marked.append(x.clone())
+            return marked[-1]
 
-class ByHand:
-    """Follow the documentation of `attach` by hooks in plain PyTorch."""
+        raw, state = self.layers[i](*given)
+        if name in NOT_ATTACHED:
+            terms, raw = self.terms(raw, raw), mark(raw)
+            dropped = self.dropouts[i](raw)
+        else:
+            dropped = self.dropouts[i](raw)
+            terms, dropped = self.terms(raw, raw if "AR of raw" in name else dropped), mark(dropped)
+        self.runs.append((terms, marked))
+        return raw, tree_map(mark, state), dropped
 
-    def __init__(self, play: Play, net: Net) -> None:
-        self.play, self.runs = play, list[Run]()
-        self.dropouts = dict(zip(net.layers, play.dropouts, strict=True))
-        if net.beside is not None:
-            self.dropouts[net.beside] = "none"
-        for module in self.dropouts:
-            module.register_forward_hook(self.after_module)
-        for dropout in {*net.dropouts}:
-            dropout.register_forward_hook(self.after_dropout)
-
-    def after_module(self, module: nn.Module, args: Any, result: Any) -> Any:
-        if module not in self.dropouts:
-            return None
-        raw, state = result
-        run = Run(self.dropouts[module], raw)
-        self.runs.append(run)
-        return self.measured(run, raw) if run.dropout in NOT_ATTACHED else raw, tree_map(run.mark, state)
-
-    def after_dropout(self, _: nn.Module, args: Any, dropped: Tensor) -> Any:
-        run = next((run for run in self.runs if run.raw is args[0]), None)
-        return None if run is None or run.dropout in NOT_ATTACHED else self.measured(run, dropped)
-
-    def measured(self, run: Run, dropped: Tensor) -> Tensor:
-        """Form AR and TAR of a run by the formula, and return dropped, marked."""
-        squared = run.raw if "AR of raw" in run.dropout else dropped
-        squared, raw = (x if self.play.batch_first else x.transpose(0, 1) for x in (squared, run.raw))
+    def terms(self, *tensors: Tensor) -> list[Tensor]:
+        """Return AR and TAR of raw, and of raw or dropped, by the formula."""
+        raw, squared = tensors if self.play.batch_first else [x.transpose(0, 1) for x in tensors]
         masks = {name: mask[:, : raw.shape[1]] for name, mask in self.play.masks.items()}
         valid = masks.get("valid", torch.ones(raw.shape[:2], dtype=torch.bool))
         pairs = valid[:, 1:] & valid[:, :-1] & ~masks.get("starts", torch.zeros_like(valid))[:, 1:]
-        run.terms = [mean(squared, valid), mean(raw.diff(dim=1), pairs)]
-        return run.mark(dropped)
+        return [mean(squared, valid), mean(raw.diff(dim=1), pairs)]
 
-    def counted(self, loss: Tensor) -> list[Run]:
-        """Return the runs on which a loss depends."""
-        copies = [(run, x) for run in self.runs for x in run.copies if x.requires_grad]
-        found = torch.autograd.grad(loss, [x for _, x in copies], retain_graph=True, allow_unused=True)
-        return [*dict.fromkeys(run for (run, _), gradient in zip(copies, found, strict=True) if gradient is not None)]
+    def counted(self, loss: Tensor) -> list[list[Tensor]]:
+        """Return AR and TAR of the runs on which a loss depends."""
+        options: Any = {"retain_graph": True, "allow_unused": True}
+        xs = [[x for x in marked if x.requires_grad] for _, marked in self.runs]  # a state may have been detached
+        is_found = [any(x is not None for x in torch.autograd.grad(loss, of_run, **options)) for of_run in xs]
+        return [terms for (terms, _), found in zip(self.runs, is_found, strict=True) if found]
 
 
 class Call(NamedTuple):
@@ -150,36 +137,29 @@ class Play:
         torch.manual_seed(seed)
         count = draw.randint(1, 3)
         self.compiled = draw.random() < compiles
-        self.batch_first, self.has_beside, self.carries = (draw.random() < 0.7 for _ in range(3))
+        self.batch_first, self.carries = draw.random() < 0.7, draw.random() < 0.7
         self.regions = ["", "", "", "", *REGIONS]
         if self.compiled:  # code that is compiled for states may be taken for a recomputation, which PyTorch refuses
             self.regions = [""] if self.carries else ["", "the net"]
         self.shared = draw.choice(["", "", "", "module", "dropout"]) if count > 1 else ""
         self.kinds, self.dropouts = ([draw.choice([*names]) for _ in range(count)] for names in (KINDS, DROPOUTS))
-        if self.shared:
-            self.dropouts[-1] = self.dropouts[0]
-        if self.shared == "module":
-            self.kinds[-1] = self.kinds[0]
+        self.dropouts[-1] = self.dropouts[0 if self.shared else -1]
+        self.kinds[-1] = self.kinds[0 if self.shared == "module" else -1]
         self.masks = {name: MASKS[name] for name in draw.choice([(), (), (), ("valid",), ("starts",), (*MASKS,)])}
-        self.net = Net(self.dropouts, self).double()
-        self.plain = Net(["locked" if "fused" in name else name for name in self.dropouts], self).double()
+        self.net, self.plain = Net(self, self.dropouts).double(), Plain(self).double()
         self.plain.load_state_dict(self.net.state_dict())
-        self.nets = self.net, self.plain
-        self.sides: list[Any] = [*self.nets]
+        self.sides: list[Any] = [self.net, self.plain]
         if self.compiled:
             torch._dynamo.reset()
             self.sides[0] = torch.compile(self.net, backend="eager")
         self.last: Call | None = None  # whose states the next call may get
         self.events, self.counts = list[str](), Counter[str]()
         self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers", f"shared {self.shared}"])
-        self.reg, self.by_hand = RNNRegularizer(0, 0), ByHand(self, self.plain)
-        time = int(self.batch_first)
+        self.reg, time = RNNRegularizer(0, 0), int(self.batch_first)
         options: Any = {name: lambda x, *_, m=mask: m[:, : x.shape[time]] for name, mask in self.masks.items()}
-        for layer, at in {layer: i for i, layer in enumerate(self.net.layers)}.items():
-            dropout = None if self.dropouts[at] in NOT_ATTACHED else self.net.dropouts[at]
-            self.reg.attach(layer, dropout, **options)
-        if self.net.beside is not None:
-            self.reg.attach(self.net.beside, **options)
+        for rnn, i in {rnn: i for i, rnn in enumerate(self.net.layers)}.items():
+            is_attached = i > 0 and self.dropouts[i - 1] not in NOT_ATTACHED
+            self.reg.attach(rnn, self.net.dropouts[i] if is_attached else None, **options)
 
     def note(self, kind: str, more: str = "") -> None:
         """Note an event, and count its kind."""
@@ -206,7 +186,7 @@ class Play:
         """Call the net of each side with the same input and the same masks of dropout."""
         draw, states = self.draw, self.carried()
         steps = 3 if self.compiled else draw.randint(2, 6)
-        region, at, seed = draw.choice(self.regions), draw.randrange(len(self.kinds)), draw.randrange(1000)
+        region, at, seed = draw.choice(self.regions), draw.randint(1, len(self.kinds)), draw.randrange(1000)
         self.note(f"call: {region and region + ' checkpointed'}", f"layer {at}")
         x = torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN).double()
         tensors, after = [], []
@@ -249,14 +229,14 @@ class Play:
 
     def step(self) -> None:
         """Call the nets, regularize a loss, and compare it and its gradients; then change the parameters."""
-        self.by_hand.runs.clear()
+        self.plain.runs.clear()
         self.change_coefficients()
         calls = [self.call() for _ in range(self.draw.randint(1, 3))]
         losses = self.loss(calls)
-        counted, how = self.by_hand.counted(losses[1]), self.draw.choice(GRADIENTS)
+        counted, how = self.plain.counted(losses[1]), self.draw.choice(GRADIENTS)
         if counted:  # a loss of raw alone is an error
             self.note(f"gradients {how}", f"of {len(counted)} runs")
-            ar, tar = (torch.stack(terms).sum() for terms in zip(*[run.terms for run in counted], strict=True))
+            ar, tar = (torch.stack(terms).sum() for terms in zip(*counted, strict=True))
             penalty = self.coefficients[0] * ar + self.coefficients[1] * tar
             if how == "of the penalty alone":
                 taken: Any = self.reg.take(losses[0])
@@ -274,7 +254,7 @@ class Play:
 
     def gradients(self, side: int, calls: Sequence[Call], total: Tensor, how: str) -> Sequence[Tensor]:
         """Return the gradients of one side, after a backward of a kind."""
-        xs: list[Tensor] = [*self.nets[side].parameters()]
+        xs: list[Tensor] = [*(self.net, self.plain)[side].parameters()]
         options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         total = total + 0 * torch.stack([x.sum() for x in xs]).sum()  # the penalty may need no gradient
         if how == "of the gradients":

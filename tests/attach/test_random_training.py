@@ -10,8 +10,8 @@ from tests.conftest import more
 from tests.random_training import Play
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
-CASES: list[Any] = [0, 17, 20, 24, 26, 110]  # have all dropouts and masks, shared or not; from 100 on they are compiled
-CASES += [pytest.param(116, marks=pytest.mark.main), *(pytest.param(x, marks=more) for x in (*range(1, 7), 100, 106))]
+CASES: list[Any] = [0, 6, 12, 30, 34, 103]  # have all dropouts and masks, shared or not; from 100 on they are compiled
+CASES += [pytest.param(116, marks=pytest.mark.main), *(pytest.param(x, marks=more) for x in (*range(1, 6), 100, 115))]
 
 
 @pytest.mark.parametrize("seed", CASES)
@@ -24,7 +24,7 @@ def test_random_steps_get_the_gradients_of_plain_pytorch(seed: int) -> None:
     assert play.counts["compared"] > 0
 
 
-@pytest.mark.parametrize("what", ["alpha", "beta", "valid", "starts", "layer"])
+@pytest.mark.parametrize("what", ["alpha", "beta", "valid", "starts", "dropout"])
 def test_steps_whose_reference_is_wrong_fail(what: str) -> None:
     class Wrong(Play):
         def change_coefficients(self) -> None:
@@ -32,8 +32,8 @@ def test_steps_whose_reference_is_wrong_fail(what: str) -> None:
             alpha, beta = self.coefficients
             self.coefficients = alpha * (1.001 if what == "alpha" else 1), beta * (1.001 if what == "beta" else 1)
             self.masks.pop(what, None)
-            if what == "layer":
-                self.by_hand.dropouts.pop(self.plain.layers[0], None)
+            if what == "dropout":
+                self.dropouts[-1] = "none"
 
     with pytest.raises(AssertionError, match="not close"):
-        Wrong(9, compiles=False).play()
+        Wrong(35, compiles=False).play()
