@@ -13,10 +13,9 @@ from torch import nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastreg import FusedRNNDropout
 from tests import language_model as lm
 from tests.conftest import more
-from tests.language_model import ALPHA, HIDDEN, Attached
+from tests.language_model import ALPHA, FUSED, HIDDEN, PLAIN, Attached
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
 
@@ -24,20 +23,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
 @pytest.mark.parametrize(
     ("kind", "dropout"),
     [
-        (nn.LSTM, nn.Dropout),
-        (nn.LSTM, None),
-        (nn.GRU, FusedRNNDropout),
-        (lm.Elementwise, None),
-        pytest.param(lm.Loop, nn.Dropout, marks=more),
-        pytest.param(lm.Elementwise, FusedRNNDropout, marks=more),
+        *((nn.LSTM, PLAIN), (nn.LSTM, None), (nn.GRU, FUSED), (lm.Elementwise, None)),
+        *(pytest.param(kind, dropout, marks=more) for kind, dropout in ((lm.Loop, PLAIN), (lm.Elementwise, FUSED))),
     ],
 )
 @pytest.mark.parametrize("before", ["attached", "validated", "trained"])
 def test_ten_models_of_a_class_that_was_compiled_before(before: str, kind: Any, dropout: Any) -> None:
     """Adapters attach when a fit starts, and a model may have been compiled and run before, and may be again."""
-    first = Attached(kind, dropout).double()
+    x, first = lm.inputs().double(), Attached(kind, dropout).double()
     first.handle.remove()  # or its code has the hooks already
-    torch.compile(first, backend="eager")(lm.inputs().double())
+    torch.compile(first, backend="eager")(x)
     for _ in range(10):
         model = Attached(kind, dropout).double()
         run: Any = torch.compile(model, backend="eager")
@@ -45,11 +40,11 @@ def test_ten_models_of_a_class_that_was_compiled_before(before: str, kind: Any, 
             if before != "attached":
                 model.handle.remove()
                 with torch.set_grad_enabled(before == "trained"):
-                    run.train(before == "trained")(lm.inputs().double())
+                    run.train(before == "trained")(x)
                 run.train()
                 model.handle = model.attach()
             for _ in range(2):
-                model.check(run(lm.inputs().double()))
+                model.check(run(x))
 
 
 @lm.either
@@ -60,21 +55,20 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
         reg.alpha = ALPHA + step
         reg.on_backward_begin(lm.criterion(run(lm.tokens()), lm.tokens())).backward()
         compilations.append(counter.frame_count)
-    assert compilations[1:] == compilations[1:2] * 2
+    assert 0 < compilations[0] <= compilations[1] == compilations[2]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_autograd(backend: str) -> None:  # which fails on PyTorch's own RNNs
-    modules, reg = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(3)), lm.regularizer()
+def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
+    modules, reg = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2)), lm.regularizer()
     loss = want = torch.zeros(())
-    for module, dropout in zip(modules, (None, nn.Dropout(0.3), FusedRNNDropout(0.3)), strict=True):
+    for module, dropout in zip(modules, (None, FUSED(0.3)), strict=True):
         reg.attach(module, dropout, batch_first=True)
         raw = module(lm.inputs())
         dropped = raw if dropout is None else dropout(raw)
         loss, want = loss + dropped.sin().mean(), want + lm.formula(raw, dropped, 1)
     gradients = torch.autograd.grad(loss + want, [*modules.parameters()], retain_graph=True)
     total = reg.on_backward_begin(loss)
-    with compiled_autograd._enable(torch.compile(backend=backend)):
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
         total.backward()
     torch.testing.assert_close([x.grad for x in modules.parameters()], [*gradients])

@@ -116,9 +116,13 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
         raw, dropped = (split(x).requires_grad_() for x in tensors)
         penalty = fused_ar_tar(raw, dropped, 2.0, 1.0, **options)
         by_mask, terms = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, mask=split(mask), **options)
-        one = of_one(raw)
-        total = penalty.penalty + by_mask.sum() + 2 * terms.penalty + 3 * one
-        results.append([*penalty, by_mask, *terms, one, *torch.autograd.grad(total, (raw, dropped))])
+        one, reg, module = of_one(raw), regularizer(), nn.Identity()
+        reg.attach(module, batch_first=batch_first)
+        output, state = module((2 * raw, raw.sum(1)))
+        loss = reg.on_backward_begin(output.sin().sum() + state.sum())
+        views = [with_penalty(dropped + 0, same(dropped), scale) for scale in (0.5, torch.tensor(0.25))]
+        total = penalty.penalty + by_mask.sum() + 2 * terms.penalty + 3 * one + loss + sum(x.sum() for x in views)
+        results.append([*penalty, by_mask, *terms, one, loss, *torch.autograd.grad(total, (raw, dropped))])
     assert_close([x.full_tensor() for x in results[1]], results[0])
 
     # A mask that is drawn is one mask, in whatever pieces.
@@ -136,27 +140,6 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
 )
 def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, in_both: Callable[..., None]) -> None:
     in_both(check_dtensors, placement, batch_first)
-
-
-def check_attached_dtensors() -> None:
-    """Compare `attach` and `with_penalty` with one process."""
-    torch.manual_seed(0)
-    whole, results = torch.randn(5, 7, 3), []
-    for split in (torch.clone, partial(distribute_tensor, device_mesh=mesh(), placements=[Shard(0)])):
-        reg, module, x = regularizer(), nn.Identity(), split(whole).requires_grad_()
-        reg.attach(module, batch_first=True)
-        raw, state = module((2 * x, x.sum(1)))
-        total: Any = reg.on_backward_begin(raw.sum() + state.sum())
-        gradients = [torch.autograd.grad(total, x)[0]]
-        for scale in (0.5, torch.tensor(0.5)):
-            penalty = fused_ar_tar(2 * x, 2 * x, 2.0, 1.0)
-            gradients += torch.autograd.grad(with_penalty(x + 0, penalty, scale).sum(), x)
-        results.append([total, *gradients])
-    assert_close([x.full_tensor() for x in results[1]], results[0])
-
-
-def test_attached_dtensors_and_with_penalty_of_a_dtensor(in_both: Callable[..., None]) -> None:
-    in_both(check_attached_dtensors)
 
 
 @gpu

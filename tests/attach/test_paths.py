@@ -10,31 +10,12 @@ import torch
 from torch import nn
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from fastreg.attach.paths import (
-    Paths,
-    Swap,
-    check_options_of_fuse,
-    coefficients_of_learner,
-    pairs_of,
-    paths_of_learner,
-)
+from fastreg.attach.paths import Paths, Swap, check_options_of_fuse, coefficients_of_learner, pairs_of, paths_of_learner
 from fastreg.attach.source import Masks
-from tests.language_model import (
-    ALPHA,
-    BATCH,
-    BETA,
-    HIDDEN,
-    TIME,
-    VALID,
-    Model,
-    formula,
-    gru,
-    inputs,
-    penalty_of,
-    regularizer,
-)
+from tests import language_model as lm
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, VALID
 
-NO_MODULE = "ModuleDict has no such module at "
+NO_MODULE, PATH = "ModuleDict has no such module at ", "expected the attribute path of a module, .* got"
 
 
 @pytest.mark.parametrize(
@@ -52,36 +33,31 @@ NO_MODULE = "ModuleDict has no such module at "
 )
 def test_attaches_to_all_modules_until_the_stack_is_closed_or_to_none(rnn: Any, dropout: Any, message: str) -> None:
     stack, scan = nn.Sequential(nn.LSTM(HIDDEN, HIDDEN)), nn.Linear(HIDDEN, HIDDEN)
-    model: Any = nn.ModuleDict({"encoder": Model(), "stack": stack, "scan": scan})
-    reg = regularizer()
+    model: Any = nn.ModuleDict({"encoder": lm.Model(), "stack": stack, "scan": scan})
+    reg = lm.regularizer()
     with pytest.raises(ValueError, match=message):
         Paths(pairs_of(rnn, dropout)).attach(reg, model, list, layout=True)
     assert not any(module._forward_hooks for module in model.modules())
     with Paths(pairs_of(["encoder.rnn", "scan"], ["encoder.dropout", None])).attach(reg, model, list, layout=True):
-        raw, _ = model["encoder"].rnn(inputs())
+        raw, _ = model["encoder"].rnn(lm.inputs())
         last = model["scan"](dropped := model["encoder"].dropout(raw))
-        torch.testing.assert_close(penalty_of(reg, last), formula(raw, dropped, 1) + formula(last, last, 1))
+        torch.testing.assert_close(lm.penalty_of(reg, last), lm.formula(raw, dropped, 1) + lm.formula(last, last, 1))
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pairs_of(None, None), "rnn: expected the attribute path of a module, .* got NoneType"),
-        (lambda: pairs_of("", None), "rnn: expected the attribute path of a module, .* got an empty one"),
-        (lambda: pairs_of(nn.LSTM(2, 2), None), "rnn: expected the attribute path .* got LSTM"),
-        (lambda: pairs_of(["rnn", nn.GRU(2, 2)], None), "rnn: expected the attribute path .* got GRU"),
-        (lambda: pairs_of("rnn", True), "dropout: expected the attribute path of .*, or a list of paths, got bool"),
-        (lambda: pairs_of(None, 1), "dropout: expected the attribute path .* got int"),
-        (lambda: pairs_of(["rnn"], [nn.Dropout()]), "dropout: expected the attribute path .* got Dropout"),
-        (lambda: paths_of_learner("rnn", "", {}, Masks()), "dropout: expected the attribute path .* got an empty one"),
-        (lambda: Paths(output=len), "rnn: expected a path, as output picks raw from what its module returns, got None"),
-        (
-            lambda: paths_of_learner(None, True, {}, Masks(), time_dim=1),
-            "dropout: expected False beside batch_first or",
-        ),
+        (lambda: pairs_of(None, None), f"rnn: {PATH} NoneType"),
+        (lambda: pairs_of("", None), f"rnn: {PATH} an empty one"),
+        (lambda: pairs_of(["rnn", nn.GRU(2, 2)], None), f"rnn: {PATH} GRU"),
+        (lambda: pairs_of("rnn", True), f"dropout: {PATH} bool"),
+        (lambda: pairs_of(["rnn"], [nn.Dropout()]), f"dropout: {PATH} Dropout"),
+        (lambda: paths_of_learner("rnn", "", {}, Masks()), f"dropout: {PATH} an empty one"),
+        (lambda: paths_of_learner(None, True, {}, Masks(), time_dim=1), "dropout: expected False beside batch_first"),
         (lambda: coefficients_of_learner("rnn", None, None), "alpha and beta: expected coefficients beside rnn"),
         (lambda: check_options_of_fuse(["lengths"]), "lengths: expected valid instead"),
+        (lambda: Paths(output=len), "rnn: expected a path, as output picks raw from what its module returns, got None"),
         (lambda: Paths([("rnn", None)], time_dim=1.0), "time_dim: expected an int"),  # pyright: ignore
         (lambda: Paths([("rnn", None)], output=1), "output: expected a callable or None, got int"),  # pyright: ignore
         (lambda: Masks(starts=1), "starts: expected a callable or None, got int"),  # pyright: ignore
@@ -93,33 +69,31 @@ def test_what_is_no_path_and_no_function_is_an_error(make: Any, message: str) ->
 
 
 def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
-    model, reg = nn.ModuleDict({"scan": nn.Linear(HIDDEN, HIDDEN)}), regularizer()
+    model, reg = nn.ModuleDict({"scan": nn.Linear(HIDDEN, HIDDEN)}), lm.regularizer()
     for given in ({"batch_first": False}, {"time_dim": 0}):
         with Paths([("scan", None)], **given).attach(reg, model, list, layout=True):
-            raw = model["scan"](inputs())
-            torch.testing.assert_close(penalty_of(reg, raw), formula(raw, raw, 0))
+            raw = model["scan"](lm.inputs())
+            torch.testing.assert_close(lm.penalty_of(reg, raw), lm.formula(raw, raw, 0))
 
 
 @pytest.mark.parametrize("layout", [{"batch_first": False}, {"time_dim": 0}])
 def test_captures_have_the_layout_and_the_masks_of_the_paths(layout: dict[str, Any]) -> None:
-    """The mask has two steps more than raw."""
-    reg, raw, said = regularizer(), torch.randn(TIME, BATCH, HIDDEN), list[str]()
+    reg, raw, said = lm.regularizer(), torch.randn(TIME, BATCH, HIDDEN), list[str]()
+    mask = torch.cat([torch.ones(BATCH, 2), VALID], 1)  # of two steps more than raw
     paths = Paths((), Masks(valid=lambda x: x > 0), **layout)
     for _ in range(2):
-        paths.capture(
-            reg.on_loss_begin, (raw, [raw], [raw]), [torch.cat([torch.ones(BATCH, 2), VALID], 1)], said.append
-        )
-        torch.testing.assert_close(penalty_of(reg), fused_ar_tar(raw, raw, ALPHA, BETA, valid=VALID, **layout))
+        paths.capture(reg.on_loss_begin, (raw, [raw], [raw]), [mask], said.append)
+        torch.testing.assert_close(lm.penalty_of(reg), fused_ar_tar(raw, raw, ALPHA, BETA, valid=VALID, **layout))
     words = "raw (7, 3, 6) as time 7, batch 3, hidden 6; valid (3, 7): only valid steps count"
     assert said == [f"the model's output: {words}"]
 
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
-    model = nn.Sequential(gru(), nn.Module())
+    model = nn.Sequential(lm.gru(), nn.Module())
     model[1].output_dp = own = nn.Dropout(0.1).eval()
     fused = {"pairs": [("0", Swap("1.output_dp", nn.Dropout, FusedRNNDropout))]}
     paths = paths_of_learner(None, True, fused, Masks())
-    with paths.attach(regularizer(), model, list):
+    with paths.attach(lm.regularizer(), model, list):
         fused_dropout = model[1].output_dp
         assert (type(fused_dropout), fused_dropout.training) == (FusedRNNDropout, False)
         model.train()
@@ -142,10 +116,10 @@ def test_a_note_on_an_error_in_a_function_names_it_and_its_arguments(name: str, 
     def fail(*_: Any) -> Any:
         raise KeyError("mask")
 
-    model, reg, batch = nn.ModuleDict({"rnn": gru()}), regularizer(), [torch.ones(2, 5), {"mask": 1}]
+    model, reg, batch = nn.ModuleDict({"rnn": lm.gru()}), lm.regularizer(), [torch.ones(2, 5), {"mask": 1}]
     paths = Paths([("rnn", None)], **({"output": fail} if name == "output" else {"masks": Masks(valid=fail)}))
     with pytest.raises(KeyError, match="mask") as raised, paths.attach(reg, model, lambda: batch):
-        model["rnn"](inputs())
+        model["rnn"](lm.inputs())
     if hasattr(raised.value, "add_note"):  # from Python 3.11 on
         (note,) = raised.value.__notes__  # pyright: ignore[reportAttributeAccessIssue]
         assert re.fullmatch(rf"{name}: fastreg called this function with \({got}\)", note)
@@ -155,4 +129,4 @@ def test_a_note_on_an_error_in_a_function_names_it_and_its_arguments(name: str, 
 def test_a_function_of_masks_that_returns_no_mask_is_a_type_error(mask: Any, got: str) -> None:
     masks = Masks(starts=lambda *_: mask).of_batch(lambda: [torch.ones(2, 5)])
     with pytest.raises(TypeError, match=rf"^starts: expected the callable to return a mask, .* or None, got {got}$"):
-        masks.of(inputs())
+        masks.of(lm.inputs())
