@@ -64,8 +64,8 @@ class Kind:
         layers = 0 if self.operation == "dropout" else self.choose("layers", [0, 0, 0, 1, 2, 3])
         self.is_list, tensors = layers > 0, 2 * max(layers, 1)
         one = self.operation in ("dropout", "same") or self.chance(0.5)
-        self.dtypes = self.choose_each("dtypes", [self.draw.choice(DTYPES)] if one else DTYPES, tensors)
-        self.needs = self.choose_each("need gradients", [True] * 5 + [False], tensors)
+        self.dtypes = self.choose("dtypes", [self.draw.choice(DTYPES)] if one else DTYPES, tensors)
+        self.needs = self.choose("need gradients", [True] * 5 + [False], tensors)
         self.options = {
             **self.layout,
             "reduction": self.choose("reduction", ["mean", "mean", "sum"]),
@@ -74,6 +74,7 @@ class Kind:
         self.are_tensors = self.choose("tensors", [(False, False), (False, False), (True, True), (True, False)])
         self.zero = self.choose("coefficient of 0", [None, None, None, "alpha", "beta"])
         self.marks = ("lengths",) if self.operation == "packed" else self.choose("steps", STEPS)
+        self.sizes = self.choose("dtype of batch sizes", INTEGERS)
         self.spoils = self.choose("NaN in padding", [False, True])
         self.full_mask = self.choose("a full mask, or rows with gaps", [False, True])
         self.decorates = self.choose("a subclass", [False, False, False, True])
@@ -90,12 +91,10 @@ class Kind:
     def chance(self, p: float) -> bool:
         return self.draw.random() < p
 
-    def choose(self, name: str, choices: Sequence[Any]) -> Any:
-        self.chosen[name] = chosen = self.draw.choice(choices)
-        return chosen
-
-    def choose_each(self, name: str, choices: Sequence[Any], count: int) -> list[Any]:
-        self.chosen[name] = chosen = [self.draw.choice(choices) for _ in range(count)]
+    def choose(self, name: str, choices: Sequence[Any], count: int = 0) -> Any:
+        """Choose one, or some."""
+        draws = [self.draw.choice(choices) for _ in range(count or 1)]
+        self.chosen[name] = chosen = draws if count else draws[0]
         return chosen
 
     def choose_shape(self) -> None:
@@ -130,9 +129,8 @@ class Kind:
 
     def steps(self) -> dict[str, Tensor]:
         """Draw lengths, valid steps and starts."""
-        batch = 0 if self.axis else 1
+        batch, time = 0 if self.axis else 1, self.shape[self.axis]
         sequences = self.shape[batch] if self.axis or len(self.shape) > 2 else 1
-        time = self.shape[self.axis]
         given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
@@ -174,6 +172,15 @@ class Kind:
     def truth(self, raw: Tensor, dropped: Tensor, coefficients: Sequence[float], steps: dict[str, Tensor]) -> ARTAR:
         return truth(raw, dropped, *coefficients, self.options["reduction"], **steps, **self.layout)
 
+    def packed(self, side: list[Any], lengths: Tensor) -> list[Any]:
+        """Pack the layers of raw or of dropped."""
+        given = []
+        for x in side:
+            x = pack_padded_sequence(x, lengths.long(), batch_first=True, enforce_sorted=False)
+            data = torch.stack([x.data] * 2, 2).flatten(1)[:, ::2] if self.full_mask else x.data  # every other element
+            given.append(x._replace(data=data, batch_sizes=x.batch_sizes.to(self.sizes)))
+        return given
+
     def penalty(self, steps: dict[str, Tensor]) -> None:
         """Compare a call of `fused_ar_tar`."""
         raws, kept = ([self.leaf(i, steps) for i in range(side, len(self.dtypes), 2)] for side in range(2))
@@ -181,20 +188,13 @@ class Kind:
         given, (alpha, beta) = self.coefficients()
         self.chosen |= {"alpha": alpha, "beta": beta, **steps}
         exactly = {id(x): exact(x) for x in (*raws, *kept)}
-        layers = [
-            self.truth(exactly[id(x)], exactly[id(y)], (alpha, beta), steps) for x, y in zip(raws, kept, strict=True)
-        ]
+        pairs = [(exactly[id(x)], exactly[id(y)]) for x, y in zip(raws, kept, strict=True)]
+        layers = [self.truth(x, y, (alpha, beta), steps) for x, y in pairs]
         want = ARTAR(*(torch.stack(x).sum() for x in zip(*layers, strict=True)))
         arguments: list[Any] = [[self.seen(x) for x in side] for side in (raws, kept)]
+        marks = steps
         if self.operation == "packed":
-            options: Any = {"batch_first": True, "enforce_sorted": False}
-            lengths = steps["lengths"].long()
-            arguments = [[pack_padded_sequence(x, lengths, **options) for x in side] for side in arguments]
-            integer = self.choose("dtype of batch sizes", INTEGERS)
-            for side in arguments:
-                side[:] = [x._replace(batch_sizes=x.batch_sizes.to(integer)) for x in side]
-                if self.full_mask:  # every other element
-                    side[:] = [x._replace(data=torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]) for x in side]
+            arguments, marks = [self.packed(side, steps["lengths"]) for side in arguments], {}
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
         is_read = [
@@ -202,7 +202,6 @@ class Kind:
             for x, is_tensor in ((beta, self.are_tensors[1]), (alpha, self.are_tensors[0]))
         ]
         arguments = [x if reads or self.chance(0.5) else None for x, reads in zip(arguments, is_read, strict=True)]
-        marks = {} if self.operation == "packed" else steps
         got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
         penalty = assert_terms(got, want, *dtypes, count=raws[0].numel())
@@ -231,10 +230,8 @@ class Kind:
         want = self.truth(values, assert_dropped(dropped, raw, mask, values), (alpha, beta), steps)
         penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
         assert type(dropped) is type(penalty) is Tensor
-        if not raw.requires_grad:
-            return
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)
-        for retain in (True, False):
+        for retain in (True, False) if raw.requires_grad else ():
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
             outputs, upstream = [dropped], [arriving]
             if penalty.requires_grad:

@@ -1,23 +1,18 @@
-"""Several threads at once, and worker processes that are forked or spawned."""
+"""Several threads at once, and a capture by a CUDA graph."""
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
-from torch.utils.data import DataLoader
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.arguments import check_not_captured
-from fastreg.call.backends import PLANS
-from tests.conftest import compiled, gpu
+from tests.conftest import PLANS, compiled, gpu
 
 THREADS, TIMEOUT = 8, 60
 pytestmark = [pytest.mark.slow, compiled]  # Triton's interpreter is for one thread
@@ -69,17 +64,3 @@ def test_host_tensors_are_refused_during_a_capture(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="lengths: expected a tensor on the GPU during CUDA-graph capture"):
         check_not_captured("lengths", torch.device("cuda"))
-
-
-def numbered_step(i: int) -> list[Tensor]:
-    return step(*torch.randn(2, 16, 70, 200, generator=torch.Generator().manual_seed(i)).unbind())
-
-
-@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.no_gpu), "spawn"])
-def test_workers_of_a_data_loader(method: str) -> None:
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} on this platform")
-    want = [numbered_step(i) for i in range(3)]  # so the parent has used each kernel before the fork
-    options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
-    for got, expected in zip(DataLoader(range(3), collate_fn=numbered_step, **options), want, strict=True):
-        assert_close(got, expected)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,21 +40,20 @@ def tensors(*shape: int) -> tuple[Tensor, Tensor]:
     return raw.requires_grad_(), dropped.requires_grad_()
 
 
-STEPS: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "all": lambda: {},
-    "lengths": lambda: {"lengths": torch.randint(0, 10, (6,), device="cuda")},
-    "valid": lambda: {"valid": torch.rand(6, 9, device="cuda") < 0.7},
-    "starts": lambda: {"starts": torch.randint(0, 2, (6, 9), device="cuda")},
-}
+def steps_of(name: str) -> dict[str, Tensor]:
+    """Draw lengths for a batch of 6 and 9 time steps, or a mask; or nothing."""
+    if name == "lengths":
+        return {"lengths": torch.randint(0, 10, (6,), device="cuda")}
+    return {} if name == "all" else {name: torch.rand(6, 9, device="cuda") < 0.7}
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", ["all", "lengths", "valid", "starts"])
 def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
     raw, dropped = tensors(6, 9, 12)
     mask = (dropped.detach()[:, :1] > 0).float() * 2
     alpha, beta, scale = torch.ones(3, device="cuda").unbind()
-    options: Any = STEPS[name]()
+    options: Any = steps_of(name)
 
     def step() -> list[Tensor]:
         if dropout:
@@ -67,32 +68,28 @@ def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
             for x, value in zip((alpha, beta, scale), values, strict=True):
                 x.fill_(value)
             raw.normal_()
-            for given, x in STEPS[name]().items():
+            for given, x in steps_of(name).items():
                 options[given].copy_(x)
         graph.replay()
         assert all(torch.equal(x, y) for x, y in zip([x.clone() for x in got], step(), strict=True))
 
 
 def test_graphs_replay_at_once() -> None:
-    replays = []
-    for _ in range(2):
-        raw, dropped = tensors(64, 128, 512)
-        grad = torch.ones((), device="cuda")
+    pairs, grad = [tensors(64, 128, 512) for _ in range(2)], torch.ones((), device="cuda")
 
-        def step(raw: Tensor = raw, dropped: Tensor = dropped, grad: Tensor = grad) -> list[Tensor]:
-            got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-            return [got.detach(), *torch.autograd.grad(got, (raw, dropped), grad)]
+    def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        return [got.detach(), *torch.autograd.grad(got, (raw, dropped), grad)]
 
-        replays.append((*captured(step), raw, dropped, step, torch.cuda.Stream()))
+    replays = [(*captured(partial(step, *pair)), torch.cuda.Stream()) for pair in pairs]
     for _ in range(20):
-        for *_, raw, dropped, _, _ in replays:
-            with torch.no_grad():
-                raw.normal_()
-                dropped.normal_()
+        with torch.no_grad():
+            for x in itertools.chain(*pairs):
+                x.normal_()
         torch.cuda.synchronize()
-        for graph, *_, stream in replays:
+        for graph, _, stream in replays:
             with torch.cuda.stream(stream):
                 graph.replay()
         torch.cuda.synchronize()
-        for _, results, *_, step, _ in replays:
-            assert all(torch.equal(x, y) for x, y in zip(results, step(), strict=True))
+        for (_, results, _), pair in zip(replays, pairs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(results, step(*pair), strict=True))
