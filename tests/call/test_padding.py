@@ -1,4 +1,4 @@
-"""Lengths and masks of valid steps: against the formula in float64, and how they are encoded."""
+"""Lengths, masks of valid steps and packed sequences: against the formula in float64, and how they are encoded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
@@ -96,6 +97,19 @@ def test_an_infinite_mask_is_no_part_of_tar(device: str) -> None:
         _, got = fused_dropout_ar_tar(raw, 0.5, 0, BETA, mask=mask, lengths=lengths)
         (want,) = torch.autograd.grad(fused_ar_tar(raw, None, 0, BETA, lengths=lengths), raw)
         torch.testing.assert_close(*torch.autograd.grad(got, raw), want)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_packed_rows_give_what_padded_ones_give(same: bool, device: str, poison: None) -> None:
+    steps = "lengths, several runs"
+    lengths, padded = given(steps, device)["lengths"], leaves(marks(steps, device))[: 1 if same else 2]
+    packed: list[Any] = [pack_padded_sequence(x, lengths.cpu(), True, enforce_sorted=False) for x in padded]
+    got = fused_ar_tar(packed[0], packed[-1], ALPHA, BETA, return_terms=True)
+    want = fused_ar_tar(padded[0], padded[-1], ALPHA, BETA, return_terms=True, lengths=lengths)
+    torch.testing.assert_close(got, want)
+    for scale in (1, 100):
+        gradients = (torch.autograd.grad(x.penalty * scale, padded, retain_graph=True) for x in (got, want))
+        torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("byte", [2, 255])

@@ -206,6 +206,7 @@ def test_a_full_memory_drops_all_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @compiled
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("backend", ["cpu", "stand-in for a GPU"])
 @pytest.mark.parametrize("name", ["pair", "lengths", "drawn"])
 def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None:
