@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.overrides import TorchFunctionMode
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
@@ -124,31 +123,24 @@ def test_marks_of_any_bytes(byte: int, device: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-class Queue(TorchFunctionMode):
-    """Stand in for a GPU: all tensors are pinned, and copies to a device are read only at the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waiting: list[Tensor] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        if function is Tensor.is_pinned:
-            return True
-        options.pop("pin_memory", None)
-        if function is Tensor.to and options.get("non_blocking"):
-            self.waiting.append(args[0])
-        return function(*args, **options)
-
-
 @by_both
-def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone_by_a_stand_in_for_a_gpu(steps: str) -> None:
+def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone(steps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of a GPU all tensors are pinned, and copies to a device are read only at the end."""
+    queue, to, empty_like = [], Tensor.to, torch.empty_like
+
+    def queued(x: Tensor, *args: Any, non_blocking: bool = False, **options: Any) -> Tensor:
+        if non_blocking:
+            queue.append(x)
+        return to(x, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", queued)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
+    monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory: empty_like(x))
     ((name, argument),) = given(steps).items()
     before, x = argument.tolist(), torch.empty(*marks(steps).shape, 8, device="meta")
-    with Queue() as queue:
-        fused_ar_tar(x, x, ALPHA, BETA, **{name: argument})
-        argument.zero_()
-    assert [x.tolist() for x in queue.waiting] == [before]
+    fused_ar_tar(x, x, ALPHA, BETA, **{name: argument})
+    argument.zero_()
+    assert [x.tolist() for x in queue] == [before]
 
 
 @pytest.mark.parametrize("given", ["lengths valid starts", "lengths", "valid", "starts", "valid starts"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.kernels.prediction import PATIENCE
+from fastreg.kernels import prediction
 from tests.calls import CALLS, leaves
 from tests.conftest import INTERPRETED, memory_of, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
@@ -137,7 +137,7 @@ def test_the_formula_takes_saved_tensors_that_hooks_have_changed(change: Any, de
 def large(device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
     """Return tensors whose gradients take most of the memory of a call, and the call."""
     skip_on_formula(device)
-    inputs = [torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2)]
+    inputs = [torch.randn(2, 4, 500, device=device, requires_grad=True) for _ in range(2)]
     return inputs, functools.partial(fused_ar_tar, *inputs, 2.0, 1.0)
 
 
@@ -156,18 +156,20 @@ def test_hooks_and_checkpoints_keep_no_gradients(device: str) -> None:
         assert not forms_gradients(call, inputs, device)
 
 
-def test_forwards_alone_form_no_gradients_until_a_backward_comes(device: str) -> None:
+def test_forwards_alone_form_no_gradients_until_a_backward_comes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "PATIENCE", 4)
     inputs, call = large(device)
-    for count in (0, PATIENCE - 1, PATIENCE, 0):
+    for count in (0, 3, 4, 0):
         for _ in range(count):
             call()
-        assert forms_gradients(call, inputs, device) == (count < PATIENCE)  # and a backward comes
+        assert forms_gradients(call, inputs, device) == (count < 4)  # and a backward comes
 
 
-def test_many_forwards_before_one_backward_form_all_gradients(device: str) -> None:
+def test_many_forwards_before_one_backward_form_all_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, runs and accumulated batches keep their graphs until the backward."""
+    monkeypatch.setattr(prediction, "PATIENCE", 4)
     inputs, call = large(device)
     for _ in range(2):
-        graphs = [call() for _ in range(PATIENCE + 4)]
+        graphs = [call() for _ in range(6)]
         assert forms_gradients(call, inputs, device)
         torch.stack(graphs).sum().backward()

@@ -216,15 +216,6 @@ class TestCheckpointing:
 
 
 class TestModes:
-    @by_call
-    def test_without_gradients(self, call: Call) -> None:
-        want = [x.detach() for x in flat(from_seed(call, leaves()))]
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                got = flat(from_seed(call, leaves()))
-                assert not any(x.requires_grad for x in got)
-            assert_close(got, want, rtol=0, atol=0)
-
     def test_a_dispatch_mode_sees_the_operators_of_the_formula(self) -> None:
         with Nothing() as mode:
             fused_ar_tar(*leaves(), 2.0, 1.0)
