@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ from torch import Tensor, nn, tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call import backends
 from tests import language_model as lm
-from tests.conftest import skip_without
+from tests.conftest import ROOT, python, skip_without
 from tests.language_model import ALPHA, BETA, HIDDEN
 from tests.samples import Decorated
 
@@ -124,6 +128,25 @@ def test_numbers_of_numpy_are_coefficients_and_axes() -> None:
 
     assert torch.equal(fused_ar_tar(X, X, numpy.float32(2), 1), fused_ar_tar(X, X, 2.0, 1.0))
     assert torch.equal(fused_ar_tar(X, X, 2, 1, time_dim=numpy.int64(-1)), fused_ar_tar(X, X, 2, 1, time_dim=-1))
+
+
+@pytest.mark.slow
+def test_a_broken_triton_is_named(tmp_path: Path) -> None:
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise OSError('libtriton.so: undefined symbol')\n")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    ask = "from fastreg import __main__\nimport torch\nfrom fastreg.call.backends import backend_for\n"
+    ask += "backend_for(torch.device('cuda'))\n" * 2 + "__main__.main()"
+    done = python("-c", ask, folder=tmp_path, PYTHONPATH=path, TRITON_INTERPRET="0")
+    why = "Triton cannot be used (OSError: libtriton.so: undefined symbol); in a clone: pip install '.[gpu]'\n"
+    assert why in done.stdout
+    assert "self-test passed" in done.stdout
+    assert done.stderr.count(f"UserWarning: fastreg runs the plain formula on GPUs: {why.strip()}") == 1
+
+
+def test_a_triton_that_is_installed_is_used() -> None:
+    """Otherwise an error in the kernels would leave their tests out."""
+    assert backends.TRITON is not None or find_spec("triton") is None
 
 
 # Mistakes of newcomers: a dropout without coefficients
