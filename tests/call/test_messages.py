@@ -128,6 +128,8 @@ def test_numbers_of_numpy_are_coefficients_and_axes() -> None:
 
     assert torch.equal(fused_ar_tar(X, X, numpy.float32(2), 1), fused_ar_tar(X, X, 2.0, 1.0))
     assert torch.equal(fused_ar_tar(X, X, 2, 1, time_dim=numpy.int64(-1)), fused_ar_tar(X, X, 2, 1, time_dim=-1))
+    with pytest.raises(TypeError, match=r"^alpha: "):  # before a list asks whether its term is on
+        fused_ar_tar([X], [X], numpy.ones(2), 1.0)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 @pytest.mark.slow
