@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,6 +46,10 @@ def mask_for(x: Tensor) -> Tensor:
     return (1.5 * kept).to(x.dtype).expand(x.shape[0], 1, x.shape[2])
 
 
+def full_mask_for(x: Tensor) -> Tensor:
+    return mask_for(x) * marks_for(x).unsqueeze(-1).to(x.dtype)
+
+
 def lengths_for(x: Tensor) -> Tensor:
     """Return the lengths for all steps, all but one, all but two, and so on."""
     return (x.shape[1] - torch.arange(x.shape[0], device=x.device)).clamp(min=0)
@@ -55,11 +59,8 @@ def marks_for(x: Tensor) -> Tensor:
     return (torch.arange(x.shape[0] * x.shape[1], device=x.device) % 5 > 0).view(x.shape[:2])
 
 
-def module_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **options: Any) -> tuple[Tensor, ...]:
-    module = FusedRNNDropout(0.4, alpha, beta, **options)
-    out, taken = module(raw * dropped), module.take()
-    assert taken is not None
-    return out, *taken
+def starts_for(x: Tensor) -> Tensor:
+    return ~marks_for(x).roll(2)
 
 
 def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
@@ -67,51 +68,82 @@ def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
     return PackedSequence(x.flatten(0, -2)[: sum(sizes)], torch.tensor(sizes))
 
 
-def packed_call(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> Tensor:
+# Each call takes raw and dropped, (3, time, 8), and coefficients, and gives tensors, those without a gradient last. An
+# option that is a function makes its value from raw.
+
+
+def made(options: dict[str, Any], raw: Tensor) -> dict[str, Any]:
+    return {name: x(raw) if callable(x) else x for name, x in options.items()}
+
+
+def pair(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, axes: Any = None, **options: Any) -> Any:
+    """Exchange two axes before the call, if they are given."""
+    xs = (raw, dropped) if axes is None else (raw.transpose(*axes), dropped.transpose(*axes))
+    return fused_ar_tar(*xs, alpha, beta, **made(options, raw))
+
+
+def dropout(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **options: Any) -> Any:
+    return fused_dropout_ar_tar(raw * dropped, 0.4, alpha, beta, **made(options, raw))
+
+
+def module(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **options: Any) -> tuple[Tensor, ...]:
+    one = FusedRNNDropout(0.4, alpha, beta, **options)
+    out, taken = one(raw * dropped), one.take()
+    assert taken is not None
+    return out, *taken
+
+
+def same(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> Tensor:
+    x = raw + dropped
+    return fused_ar_tar(x, x, alpha, beta)
+
+
+def layers(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> tuple[Tensor, ...]:
+    return fused_ar_tar([raw, raw * dropped], (dropped, dropped), alpha, beta, return_terms=True)
+
+
+def terms_apart(raw: Tensor, dropped: Tensor) -> Tensor:
+    return fused_ar_tar(raw, None, 0, 1.0) + fused_ar_tar(None, dropped, 2.0, 0, reduction="sum")
+
+
+def of_packed(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0) -> Tensor:
     """Take the first 7 rows for sequences of 3, 2 and 2 time steps."""
     return fused_ar_tar(packed(raw, [3, 3, 1]), packed(dropped, [3, 3, 1]), alpha, beta)
 
 
-# Each takes raw and dropped, (3, time, 8), and coefficients, and gives tensors, those without a gradient last.
+def of_tensors(call: Call, raw: Tensor, dropped: Tensor) -> Any:
+    """Make a call with coefficients that are tensors."""
+    return call(raw, dropped, *torch.tensor([2.0, 0.75], device=raw.device).unbind())
+
+
 CALLS: dict[str, Call] = {
-    "pair": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r, d, a, b),
-    "same": lambda r, d, a=2.0, b=1.0: fused_ar_tar(x := r + d, x, a, b),
-    "layers": lambda r, d, a=2.0, b=1.0: fused_ar_tar([r, r * d], (d, d), a, b, return_terms=True),
-    "alpha0": lambda r, d: fused_ar_tar(r, None, 0, 1.0) + fused_ar_tar(None, d, 2.0, 0, reduction="sum"),
-    "time_first": lambda r, d, a=2.0, b=1.0: fused_ar_tar(
-        r.transpose(0, 1), d.transpose(0, 1), a, b, batch_first=False
-    ),
-    "channels": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r.transpose(1, 2), d.transpose(1, 2), a, b, time_dim=-1),
-    "one_sequence": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r[0], d[1], a, b, time_dim=0),
-    "lengths": lambda r, d, a=2.0, b=1.0: fused_ar_tar(r, d, a, b, lengths=lengths_for(r)),
-    "mask": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, mask=mask_for(r)),
-    "drawn": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, return_terms=True),
-    "evaluation": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, training=False),
-    "drawn_lengths": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(r * d, 0.4, a, b, lengths=lengths_for(r)),
-    "module": module_call,
-    "module_of_raw": functools.partial(module_call, ar_of="raw"),
+    "pair": pair,
+    "same": same,
+    "layers": layers,
+    "alpha0": terms_apart,
+    "time_first": partial(pair, axes=(0, 1), batch_first=False),
+    "channels": partial(pair, axes=(1, 2), time_dim=-1),
+    "lengths": partial(pair, lengths=lengths_for),
+    "mask": partial(dropout, mask=mask_for),
+    "drawn": partial(dropout, return_terms=True),
+    "evaluation": partial(dropout, training=False),
+    "drawn_lengths": partial(dropout, lengths=lengths_for),
+    "module": module,
+    "module_of_raw": partial(module, ar_of="raw"),
 }
 # Further ones, for derivatives.
 MORE_CALLS: dict[str, Call] = {
-    "valid": lambda r, d: fused_ar_tar(r, d, 2.0, 1.0, valid=marks_for(r)),
-    "marks_time_first": lambda r, d: fused_ar_tar(
-        r.transpose(0, 1), d.transpose(0, 1), 2.0, 1.0, time_dim=0, valid=marks_for(r), starts=~marks_for(r).roll(2)
-    ),
-    "packed": packed_call,
-    "tensors": lambda r, d: fused_ar_tar(r, d, *torch.tensor([2.0, 0.75], device=r.device).unbind()),
-    "full_mask": lambda r, d: fused_dropout_ar_tar(
-        r * d, 0.4, 2.0, 1.0, mask=mask_for(r) * marks_for(r).unsqueeze(-1).to(r.dtype)
-    ),
-    "mask_lengths": lambda r, d, a=2.0, b=1.0: fused_dropout_ar_tar(
-        r * d, 0.4, a, b, mask=mask_for(r), lengths=lengths_for(r)
-    ),
-    "mask_tensors": lambda r, d: fused_dropout_ar_tar(
-        r * d, 0.4, *torch.tensor([2.0, 0.75], device=r.device).unbind(), mask=mask_for(r)
-    ),
-    "module_of_ar": functools.partial(module_call, beta=0.0),
-    "module_of_tar": functools.partial(module_call, alpha=0.0),
-    "module_of_ar_of_raw": functools.partial(module_call, beta=0.0, ar_of="raw"),
-    "module_of_nothing": functools.partial(module_call, alpha=0.0, beta=0.0),
+    "valid": partial(pair, valid=marks_for),
+    "marks_time_first": partial(pair, axes=(0, 1), time_dim=0, valid=marks_for, starts=starts_for),
+    "packed": of_packed,
+    "tensors": partial(of_tensors, pair),
+    "full_mask": partial(dropout, mask=full_mask_for),
+    "mask_lengths": partial(dropout, mask=mask_for, lengths=lengths_for),
+    "mask_tensors": partial(of_tensors, partial(dropout, mask=mask_for)),
+    "module_of_ar": partial(module, beta=0.0),
+    "module_of_tar": partial(module, alpha=0.0),
+    "module_of_ar_of_raw": partial(module, beta=0.0, ar_of="raw"),
+    "module_of_nothing": partial(module, alpha=0.0, beta=0.0),
 }
 
 

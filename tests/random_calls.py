@@ -55,54 +55,43 @@ class Kind:
     """Draw a kind of call from a seed, and compare calls of this kind with the formulas."""
 
     def __init__(self, seed: int, device: str = "cpu") -> None:
-        self.device = device
+        self.device, self.counts, self.values = device, Counter[str](), {}
         self.draw, self.bits = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.chosen: dict[str, Any] = {}  # by their names
-        self.counts: Counter[str] = Counter()
-        self.operation = self.choose("operation", ["pair", "pair", "same", "packed", "dropout", "dropout"])
+        choose = self.draw.choice
+        self.operation = choose(["pair", "pair", "same", "packed", "dropout", "dropout"])
         self.choose_shape()
-        layers = 0 if self.operation == "dropout" else self.choose("layers", [0, 0, 0, 1, 2, 3])
+        layers = 0 if self.operation == "dropout" else choose([0, 0, 0, 1, 2, 3])
         self.is_list, tensors = layers > 0, 2 * max(layers, 1)
         one = self.operation in ("dropout", "same") or self.chance(0.5)
-        self.dtypes = self.choose_each("dtypes", [self.draw.choice(DTYPES)] if one else DTYPES, tensors)
-        self.needs = self.choose_each("need gradients", [True] * 5 + [False], tensors)
-        self.options = {
-            **self.layout,
-            "reduction": self.choose("reduction", ["mean", "mean", "sum"]),
-            "return_terms": self.choose("return_terms", [False, True]),
-        }
-        self.are_tensors = self.choose("tensors", [(False, False), (False, False), (True, True), (True, False)])
-        self.zero = self.choose("coefficient of 0", [None, None, None, "alpha", "beta"])
-        self.marks = ("lengths",) if self.operation == "packed" else self.choose("steps", STEPS)
-        self.spoils = self.choose("NaN in padding", [False, True])
-        self.full_mask = self.choose("a full mask, or rows with gaps", [False, True])
-        self.decorates = self.choose("a subclass", [False, False, False, True])
+        self.dtypes = self.draw.choices([choose(DTYPES)] if one else DTYPES, k=tensors)
+        self.need_gradients = self.draw.choices([True] * 5 + [False], k=tensors)
+        reduction, return_terms = choose(["mean", "mean", "sum"]), choose([False, True])
+        self.options = {**self.layout, "reduction": reduction, "return_terms": return_terms}
+        self.are_tensors = choose([(False, False), (False, False), (True, True), (True, False)])
+        self.coefficient_of_0 = choose([None, None, None, "alpha", "beta"])
+        self.marks = ("lengths",) if self.operation == "packed" else choose(STEPS)
+        self.dtype_of_batch_sizes = choose(INTEGERS)
+        self.spoils_padding = choose([False, True])
+        self.full_mask_or_rows_with_gaps = choose([False, True])
+        self.decorates = choose([False, False, False, True])
         # The formula of dropout rounds each of its parts to half precision.
         rounds_parts = self.operation == "dropout" and self.dtypes[0] in (HALF, BF16)
-        self.second = not rounds_parts and self.choose("second derivatives", [False] * 4 + [True])
-        self.copies = self.choose("saved tensors copied", [False] * 4 + [True])
-        self.formula = self.choose("under a dispatch mode", [False] * 4 + [True])
-        self.rounds_parts = rounds_parts and (self.formula or backend_for(torch.device(device)) is None)
+        self.second_derivatives = not rounds_parts and choose([False] * 4 + [True])
+        self.copies_saved_tensors = choose([False] * 4 + [True])
+        self.under_a_mode = choose([False] * 4 + [True])
+        self.rounds_parts = rounds_parts and (self.under_a_mode or backend_for(torch.device(device)) is None)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}: {x}" for name, x in self.chosen.items())
+        return ", ".join(f"{name}: {x}" for name, x in vars(self).items() if name not in ("counts", "draw", "bits"))
 
     def chance(self, p: float) -> bool:
         return self.draw.random() < p
-
-    def choose(self, name: str, choices: Sequence[Any]) -> Any:
-        self.chosen[name] = chosen = self.draw.choice(choices)
-        return chosen
-
-    def choose_each(self, name: str, choices: Sequence[Any], count: int) -> list[Any]:
-        self.chosen[name] = chosen = [self.draw.choice(choices) for _ in range(count)]
-        return chosen
 
     def choose_shape(self) -> None:
         """Choose a shape, the axis of time, and the argument that names it."""
         dims = 3 if self.operation == "packed" else self.draw.choice([1, 2, 3, 3, 3, 4, 5])
         sizes = [1, 2, 3, 5] if dims > 3 or INTERPRETED else [1, 2, 3, 4, 7, 16, 33]
-        shape = [self.draw.choice(sizes) for _ in range(dims)]
+        shape = self.draw.choices(sizes, k=dims)
         if self.operation != "packed" and self.chance(0.03):
             shape[self.draw.randrange(dims)] = 0
         self.axis, self.layout = max(dims - 2, 0), {"time_dim": 0} if dims == 2 else {}
@@ -117,22 +106,20 @@ class Kind:
         if dims == 3 and not by_triton(self.device) and self.chance(0.15):
             shape = self.draw.choice([(3, 9, 4500), (17, 3, 401), (70, 33, 31), (33, 130, 12), (70, 9, 200)])
         self.shape = tuple(shape)
-        self.chosen |= {"shape": self.shape, **self.layout}
 
     def leaf(self, i: int, steps: dict[str, Tensor]) -> Tensor:
         """Draw raw or dropped, with NaN and infinity where steps do not count."""
         values = torch.randn(self.shape, generator=self.bits, dtype=DOUBLE) * self.draw.choice([0.1, 1, 3])
         values = values.to(self.dtypes[i])
-        if self.operation != "packed" and self.spoils:
+        if self.operation != "packed" and self.spoils_padding:
             spoil(values, **steps, **self.layout)
-        expands = not steps or not self.spoils
-        return memory(values.to(self.device), self.draw, expands).requires_grad_(self.needs[i])
+        expands = not steps or not self.spoils_padding
+        return memory(values.to(self.device), self.draw, expands).requires_grad_(self.need_gradients[i])
 
     def steps(self) -> dict[str, Tensor]:
         """Draw lengths, valid steps and starts."""
-        batch = 0 if self.axis else 1
+        batch, time = 0 if self.axis else 1, self.shape[self.axis]
         sequences = self.shape[batch] if self.axis or len(self.shape) > 2 else 1
-        time = self.shape[self.axis]
         given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
@@ -148,8 +135,8 @@ class Kind:
     def coefficients(self) -> tuple[list[Any], list[float]]:
         """Draw alpha and beta, as the call gets them and as numbers."""
         numbers = [self.draw.choice([0.5, 2.0, 2.0, self.draw.uniform(0.1, 3)]) for _ in range(2)]
-        if self.zero is not None:
-            numbers[self.zero == "beta"] = 0.0
+        if self.coefficient_of_0 is not None:
+            numbers[self.coefficient_of_0 == "beta"] = 0.0
         given: list[Any] = list(numbers)
         for i in range(2):
             if self.are_tensors[i]:
@@ -164,9 +151,9 @@ class Kind:
     def play(self) -> None:
         for _ in range(CALLS):
             with ExitStack() as stack:
-                if self.copies:
+                if self.copies_saved_tensors:
                     stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x))
-                if self.formula:
+                if self.under_a_mode:
                     stack.enter_context(Nothing())
                 (self.dropout if self.operation == "dropout" else self.penalty)(self.steps())
             self.counts["calls"] += 1
@@ -174,27 +161,31 @@ class Kind:
     def truth(self, raw: Tensor, dropped: Tensor, coefficients: Sequence[float], steps: dict[str, Tensor]) -> ARTAR:
         return truth(raw, dropped, *coefficients, self.options["reduction"], **steps, **self.layout)
 
+    def packed(self, side: list[Any], lengths: Tensor) -> list[Any]:
+        """Pack the layers of raw or of dropped."""
+        given = []
+        for x in side:
+            x = pack_padded_sequence(x, lengths.long(), batch_first=True, enforce_sorted=False)
+            data = (
+                torch.stack([x.data] * 2, 2).flatten(1)[:, ::2] if self.full_mask_or_rows_with_gaps else x.data
+            )  # every other element
+            given.append(x._replace(data=data, batch_sizes=x.batch_sizes.to(self.dtype_of_batch_sizes)))
+        return given
+
     def penalty(self, steps: dict[str, Tensor]) -> None:
         """Compare a call of `fused_ar_tar`."""
         raws, kept = ([self.leaf(i, steps) for i in range(side, len(self.dtypes), 2)] for side in range(2))
         kept = raws if self.operation == "same" else kept
         given, (alpha, beta) = self.coefficients()
-        self.chosen |= {"alpha": alpha, "beta": beta, **steps}
+        self.values = {"alpha": alpha, "beta": beta, **steps}
         exactly = {id(x): exact(x) for x in (*raws, *kept)}
-        layers = [
-            self.truth(exactly[id(x)], exactly[id(y)], (alpha, beta), steps) for x, y in zip(raws, kept, strict=True)
-        ]
+        pairs = [(exactly[id(x)], exactly[id(y)]) for x, y in zip(raws, kept, strict=True)]
+        layers = [self.truth(x, y, (alpha, beta), steps) for x, y in pairs]
         want = ARTAR(*(torch.stack(x).sum() for x in zip(*layers, strict=True)))
         arguments: list[Any] = [[self.seen(x) for x in side] for side in (raws, kept)]
+        marks = steps
         if self.operation == "packed":
-            options: Any = {"batch_first": True, "enforce_sorted": False}
-            lengths = steps["lengths"].long()
-            arguments = [[pack_padded_sequence(x, lengths, **options) for x in side] for side in arguments]
-            integer = self.choose("dtype of batch sizes", INTEGERS)
-            for side in arguments:
-                side[:] = [x._replace(batch_sizes=x.batch_sizes.to(integer)) for x in side]
-                if self.full_mask:  # every other element
-                    side[:] = [x._replace(data=torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]) for x in side]
+            arguments, marks = [self.packed(side, steps["lengths"]) for side in arguments], {}
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
         is_read = [
@@ -202,7 +193,6 @@ class Kind:
             for x, is_tensor in ((beta, self.are_tensors[1]), (alpha, self.are_tensors[0]))
         ]
         arguments = [x if reads or self.chance(0.5) else None for x, reads in zip(arguments, is_read, strict=True)]
-        marks = {} if self.operation == "packed" else steps
         got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
         penalty = assert_terms(got, want, *dtypes, count=raws[0].numel())
@@ -211,7 +201,9 @@ class Kind:
         leaves = [*{id(x): x for x, coefficient in both if x.requires_grad and coefficient}.values()]
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
-            gradients = torch.autograd.grad(penalty * scale, leaves, retain_graph=retain, create_graph=self.second)
+            gradients = torch.autograd.grad(
+                penalty * scale, leaves, retain_graph=retain, create_graph=self.second_derivatives
+            )
             for gradient, x in zip(gradients, leaves, strict=True):
                 parts = gradients_of(want, (scale * alpha, scale * beta), exactly[id(x)])
                 assert_gradient(gradient.detach(), parts, penalty.dtype)
@@ -220,26 +212,26 @@ class Kind:
     def dropout(self, steps: dict[str, Tensor]) -> None:
         """Compare a call of `fused_dropout_ar_tar`."""
         raw, shape = self.leaf(0, steps), list(self.shape)
-        if not self.full_mask:
+        if not self.full_mask_or_rows_with_gaps:
             shape[self.axis] = 1
         mask = memory((torch.rand(shape, generator=self.bits) < 0.6).to(raw) * 1.5, self.draw, expands=False)
         given, (alpha, beta) = self.coefficients()
-        self.chosen |= {"alpha": alpha, "beta": beta, **steps}
+        self.values = {"alpha": alpha, "beta": beta, **steps}
         options: Any = {"mask": self.seen(mask), **steps, **self.options}
         dropped, got = fused_dropout_ar_tar(self.seen(raw), 0, given[0], given[1], **options)
         values, keep = exact(raw), mask.double()
         want = self.truth(values, assert_dropped(dropped, raw, mask, values), (alpha, beta), steps)
         penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
         assert type(dropped) is type(penalty) is Tensor
-        if not raw.requires_grad:
-            return
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)
-        for retain in (True, False):
+        for retain in (True, False) if raw.requires_grad else ():
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
             outputs, upstream = [dropped], [arriving]
             if penalty.requires_grad:
                 outputs, upstream = [dropped, penalty], [arriving, torch.full_like(penalty, scale)]
-            (gradient,) = torch.autograd.grad(outputs, raw, upstream, retain_graph=retain, create_graph=self.second)
+            (gradient,) = torch.autograd.grad(
+                outputs, raw, upstream, retain_graph=retain, create_graph=self.second_derivatives
+            )
             parts = [arriving.double() * keep, *gradients_of(want, (scale * alpha, scale * beta), values)]
             assert_gradient(gradient.detach(), parts, penalty.dtype, rounds_parts=self.rounds_parts)
             self.counts["gradients"] += 1

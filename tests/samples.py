@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ def expanded(x: Tensor) -> Tensor:
     return x[:1].expand_as(x)
 
 
+LAYOUTS = {f.__name__: f for f in (contiguous, transposed, sliced, every_other, hidden_first, expanded)}
+
+
 @dataclass(frozen=True)
 class Sample:
     """Describe a call of `fused_ar_tar`; the tensors have this shape, whatever `batch_first` is."""
@@ -56,60 +59,46 @@ class Sample:
     shape: tuple[int, ...] = (3, 7, 12)
     batch_first: bool = True
     dtypes: tuple[torch.dtype, torch.dtype] = (FLOAT, FLOAT)
-    layouts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = (contiguous, contiguous)
+    layouts: tuple[str, str] = ("contiguous", "contiguous")
     same: bool = False
     alpha: float = 2.0
     beta: float = 1.0
     reduction: str = "mean"
 
     def __str__(self) -> str:
-        dtypes = "+".join(dict.fromkeys(str(d).removeprefix("torch.") for d in self.dtypes))
-        layouts = "+".join(dict.fromkeys(f.__name__ for f in self.layouts))
-        parts = ["x".join(map(str, self.shape)), dtypes, layouts]
-        parts += [] if self.batch_first else ["time_first"]
-        parts += ["same"] if self.same else []
-        parts += [] if (self.alpha, self.beta) == (2.0, 1.0) else [f"alpha{self.alpha:g}", f"beta{self.beta:g}"]
-        return "-".join(parts + ([] if self.reduction == "mean" else [self.reduction]))
+        others = [f"{x.name}={getattr(self, x.name)}" for x in fields(self) if getattr(self, x.name) != x.default]
+        return " ".join(others).replace("torch.", "") or "default"
 
     @property
     def options(self) -> dict[str, Any]:
         axis = {"batch_first": self.batch_first} if len(self.shape) == 3 else {"time_dim": 0}
         return axis | {"reduction": self.reduction}
 
-    @property
-    def time_dim(self) -> int:
-        return 1 if len(self.shape) == 3 and self.batch_first else 0
-
-    def leaves(self, device: str) -> tuple[Tensor, Tensor]:
+    def leaves(self, device: str) -> list[Tensor]:
         """Return raw and dropped as leaves that require gradients; they are one tensor if `same` is true."""
-        generator = torch.Generator().manual_seed(len(str(self)))
-        made: list[Tensor] = []
-        for own, layout in zip(self.dtypes, self.layouts, strict=True):
-            values = torch.randn(self.shape, generator=generator, dtype=DOUBLE).to(own).to(device)
-            made.append(layout(values).detach().requires_grad_())
-        return (made[0], made[0]) if self.same else (made[0], made[1])
+        generator, made = torch.Generator().manual_seed(len(str(self))), []
+        for dtype, layout in zip(self.dtypes, self.layouts, strict=True):
+            values = torch.randn(self.shape, generator=generator, dtype=DOUBLE).to(dtype).to(device)
+            made.append(LAYOUTS[layout](values).detach().requires_grad_())
+        return made[:1] * 2 if self.same else made
 
 
 def _samples() -> Iterator[Sample]:
     odd_sizes = [(2, 37, 201), (1, 5, 3), (2, 1, 7), (1, 1, 1), (4, 9, 1), (2, 2, 16), (5, 3), (1, 8), (1, 150, 2)]
     for shape in [*odd_sizes, (0, 5, 8), (3, 0, 8), (3, 5, 0), (0, 4)]:
-        yield Sample(shape)
-        yield Sample(shape, same=True, batch_first=False)
+        yield from (Sample(shape), Sample(shape, same=True, batch_first=False))
     for dtype in (HALF, BF16, DOUBLE):
-        yield Sample((2, 19, 136), dtypes=(dtype, dtype))
-        yield Sample((2, 19, 136), dtypes=(dtype, dtype), same=True)
+        yield from (Sample((2, 19, 136), dtypes=(dtype, dtype), same=same) for same in (False, True))
     for dtypes in ((HALF, FLOAT), (BF16, HALF), (FLOAT, DOUBLE), (DOUBLE, BF16)):
         yield Sample(dtypes=dtypes)
-    for layout in (transposed, sliced, every_other, hidden_first, expanded):
-        for batch_first in (True, False):
-            yield Sample(layouts=(layout, layout), batch_first=batch_first)
-        yield Sample(layouts=(layout, contiguous), same=True)
-        yield Sample(layouts=(contiguous, layout), dtypes=(BF16, FLOAT))
+    for layout in ("transposed", "sliced", "every_other", "hidden_first", "expanded"):
+        yield from (Sample(layouts=(layout, layout), batch_first=batch_first) for batch_first in (True, False))
+        yield Sample(layouts=(layout, layout), same=True)
+        yield Sample(layouts=("contiguous", layout), dtypes=(BF16, FLOAT))
     for alpha, beta in ((0.0, 1.0), (2.0, 0.0), (1e-4, 3.0), (2.0, 1e6)):
         yield Sample(alpha=alpha, beta=beta)
         yield Sample(alpha=alpha, beta=beta, same=True, batch_first=False)
-    yield Sample(reduction="sum")
-    yield Sample((4, 1, 6), reduction="sum", same=True)
+    yield from (Sample(reduction="sum"), Sample((4, 1, 6), reduction="sum", same=True))
 
 
 SAMPLES = list(dict.fromkeys(_samples()))

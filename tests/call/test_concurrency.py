@@ -1,23 +1,22 @@
-"""Several threads at once, and worker processes that are forked or spawned."""
+"""Several threads at once, and CUDA graphs."""
 
 from __future__ import annotations
 
-import multiprocessing
+import itertools
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.testing import assert_close
-from torch.utils.data import DataLoader
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.arguments import check_not_captured
-from fastreg.call.key import PLANS
-from tests.conftest import compiled, gpu
+from tests.conftest import PLANS, compiled, gpu
 
 THREADS, TIMEOUT = 8, 60
 pytestmark = [pytest.mark.slow, compiled]  # Triton's interpreter is for one thread
@@ -71,15 +70,89 @@ def test_host_tensors_are_refused_during_a_capture(monkeypatch: pytest.MonkeyPat
         check_not_captured("lengths", torch.device("cuda"))
 
 
-def numbered_step(i: int) -> list[Tensor]:
-    return step(*torch.randn(2, 16, 70, 200, generator=torch.Generator().manual_seed(i)).unbind())
+# Each replay of a CUDA graph reads the tensors again, and the host never waits.
+
+Step = Callable[[], list[Tensor]]
 
 
-@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.no_gpu), "spawn"])
-def test_workers_of_a_data_loader(method: str) -> None:
-    if method not in multiprocessing.get_all_start_methods():
-        pytest.skip(f"no {method} on this platform")
-    want = [numbered_step(i) for i in range(3)]  # so the parent has used each kernel before the fork
-    options: Any = {"batch_size": None, "num_workers": 1, "timeout": TIMEOUT, "multiprocessing_context": method}
-    for got, expected in zip(DataLoader(range(3), collate_fn=numbered_step, **options), want, strict=True):
-        assert_close(got, expected)
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    return gpu(pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")(test))
+
+
+def captured(step: Step) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """Capture a step, in which the host must not wait for the device."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
+def tensors(*shape: int) -> tuple[Tensor, Tensor]:
+    raw, dropped = torch.randn(2, *shape, device="cuda").unbind()
+    return raw.requires_grad_(), dropped.requires_grad_()
+
+
+def steps_of(name: str) -> dict[str, Tensor]:
+    """Draw lengths for a batch of 6 and 9 time steps, or a mask; or nothing."""
+    if name == "lengths":
+        return {"lengths": torch.randint(0, 10, (6,), device="cuda")}
+    return {} if name == "all" else {name: torch.rand(6, 9, device="cuda") < 0.7}
+
+
+@on_gpu
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("name", ["all", "lengths", "valid", "starts"])
+def test_a_graph_reads_what_has_changed(name: str, dropout: bool) -> None:
+    raw, dropped = tensors(6, 9, 12)
+    mask = (dropped.detach()[:, :1] > 0).float() * 2
+    alpha, beta, scale = torch.ones(3, device="cuda").unbind()
+    options: Any = steps_of(name)
+
+    def step() -> list[Tensor]:
+        if dropout:
+            got = fused_dropout_ar_tar(raw, 0.5, alpha, beta, mask=mask, return_terms=True, **options)[1]
+        else:
+            got = fused_ar_tar(raw, dropped, alpha, beta, return_terms=True, **options)
+        return [x.detach() for x in (*got, *torch.autograd.grad(got.penalty, raw, scale))]
+
+    graph, got = captured(step)
+    for values in ((2.0, 1.0, 1.0), (0.5, 3.0, 1024.0), (0.5, 3.0, 1024.0), (0.0, 1.0, 512.0), (1.0, 0.0, 512.0)):
+        with torch.no_grad():
+            for x, value in zip((alpha, beta, scale), values, strict=True):
+                x.fill_(value)
+            raw.normal_()
+            for given, x in steps_of(name).items():
+                options[given].copy_(x)
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip([x.clone() for x in got], step(), strict=True))
+
+
+@on_gpu
+def test_graphs_replay_at_once() -> None:
+    pairs, grad = [tensors(64, 128, 512) for _ in range(2)], torch.ones((), device="cuda")
+
+    def step(raw: Tensor, dropped: Tensor) -> list[Tensor]:
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        return [got.detach(), *torch.autograd.grad(got, (raw, dropped), grad)]
+
+    replays = [(*captured(partial(step, *pair)), torch.cuda.Stream()) for pair in pairs]
+    for _ in range(20):
+        with torch.no_grad():
+            for x in itertools.chain(*pairs):
+                x.normal_()
+        torch.cuda.synchronize()
+        for graph, _, stream in replays:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        for (_, results, _), pair in zip(replays, pairs, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(results, step(*pair), strict=True))

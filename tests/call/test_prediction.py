@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,8 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from fastreg.kernels.prediction import PATIENCE
-from tests.calls import CALLS, Call, leaves, packed
+from fastreg.kernels import prediction
+from tests.calls import CALLS, leaves
 from tests.conftest import INTERPRETED, memory_of, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
@@ -41,16 +40,14 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     return [*torch.autograd.grad(got, inputs, upstream)]
 
 
-KINDS: dict[str, Call] = {name: CALLS[name] for name in ("pair", "same", "lengths", "alpha0")}
-KINDS["raw needs none"] = lambda r, d: fused_ar_tar(r.detach(), d, 2.0, 1.0)
-
-
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [*[("pair", x) for x in (DOUBLE, HALF, BF16)], *[(kind, FLOAT) for kind in KINDS]], ids=str
+    ("kind", "dtype"),
+    [*[("pair", x) for x in (DOUBLE, HALF, BF16, FLOAT)], *[(kind, FLOAT) for kind in ("same", "lengths", "alpha0")]],
+    ids=str,
 )
 def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
-    xs = leaves(7, dtype, device)
-    call, inputs = functools.partial(KINDS[kind], *xs), xs[kind == "raw needs none" :]
+    inputs = leaves(7, dtype, device)
+    call = functools.partial(CALLS[kind], *inputs)
     upstream = [torch.tensor(x, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device) for x in UPSTREAM]
     wanted = [alone(call, grad, inputs) for grad in upstream]  # before all others, as each is expected after it
     for grad, want in zip(upstream, wanted, strict=True):
@@ -81,30 +78,26 @@ def test_a_backward_that_was_expected_reads_no_activations(device: str) -> None:
 
 def test_graphs_in_flight(device: str) -> None:
     """Each graph has its own memory, and expects the upstream gradient of the backward before its forward."""
-    raw, dropped = leaves(7, device=device)
-    grad, other = torch.tensor([3.0, 5.0], device=device)
-
-    def call() -> Tensor:
-        return fused_ar_tar(raw, dropped, 2.0, 1.0)
-
-    wanted = [alone(call, x, (raw, dropped)) for x in (grad, other)]
+    inputs, (grad, other) = leaves(7, device=device), torch.tensor([3.0, 5.0], device=device).unbind()
+    call = functools.partial(fused_ar_tar, *inputs, 2.0, 1.0)
+    wanted = [alone(call, x, inputs) for x in (grad, other)]
     graphs = []
     for x in (grad, other, grad, other):
-        torch.autograd.grad(call(), (raw, dropped), x)
+        torch.autograd.grad(call(), inputs, x)
         graphs.append(call())
     returned: list[Tensor] = []
     for got, x, want in zip([*graphs, *graphs[::-1]], (grad, other) * 4, wanted * 4, strict=True):
-        found = torch.autograd.grad(got, (raw, dropped), x, retain_graph=True)
+        found = torch.autograd.grad(got, inputs, x, retain_graph=True)
         assert_same_bits(found, want)
         returned += [x.zero_() for x in found]  # the caller may change returned gradients
     assert len({x.data_ptr() for x in returned}) == len(returned)
     with torch.inference_mode():
-        torch.autograd.grad(graphs[0], (raw, dropped), torch.tensor(7.0, device=device))
-    torch.autograd.grad(call(), (raw, dropped), grad)
+        torch.autograd.grad(graphs[0], inputs, torch.tensor(7.0, device=device))
+    torch.autograd.grad(call(), inputs, grad)
     late = call()
     grad.copy_(other)  # the forward has written gradients for the earlier value
     for got in (late, call()):
-        assert_same_bits(torch.autograd.grad(got, (raw, dropped), grad), wanted[1])
+        assert_same_bits(torch.autograd.grad(got, inputs, grad), wanted[1])
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -120,103 +113,64 @@ def test_an_input_or_a_mask_changed_in_place_is_an_error(dropout: bool, device: 
         got.backward()
 
 
-COPIES: dict[str, Callable[[Tensor], Any]] = {
-    "packed": lambda x: fused_ar_tar(packed(x, [3, 3, 1]), packed(x, [3, 3, 1]), 2.0, 1.0),
-    "moved": lambda x: fused_ar_tar(x[..., ::2], x[..., ::2], 2.0, 1.0),
-    "moved, dropout": lambda x: fused_dropout_ar_tar(x[..., ::2], 0.4, 2.0, 1.0, mask=torch.ones(3, 1, 4).to(x))[1],
-}
-
-
-@pytest.mark.parametrize("name", COPIES)
-@pytest.mark.parametrize("value", [1.0, 3.0])
-def test_a_copied_input_may_change_in_place(name: str, value: float, device: str) -> None:
-    skip_on_formula(device)
-    leaf, grad = leaves(7, device=device)[0], torch.tensor(value, device=device)
-    (want,) = torch.autograd.grad(COPIES[name](leaf), leaf, grad)
-    changed = leaf * 1
-    got = COPIES[name](changed)
-    changed.mul_(2)
-    assert_same_bits(torch.autograd.grad(got, leaf, grad), [want])
-
-
-def test_hooks_and_checkpoints_keep_no_gradients(device: str) -> None:
-    skip_on_formula(device)
-    raw, dropped = (torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2))
-    call = functools.partial(fused_ar_tar, raw, dropped, 2.0, 1.0)
-    want = torch.autograd.grad(call(), (raw, dropped))
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    for run, around in ((lambda: checkpoint(call, use_reentrant=False), nullcontext()), (call, hooks)):
-        with around:
-            allocated, got = memory_of(run, device)
-        assert allocated < 0.5 * raw.nbytes
-        assert_same_bits(torch.autograd.grad(got, (raw, dropped)), want)
-
-
 def laid_out_anew(x: Tensor) -> Tensor:
     """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
     return x.new_empty([*x.shape[::-1], 2])[..., 0].permute([*reversed(range(x.dim()))]).copy_(x)
 
 
-# What a hook makes of a saved tensor, and the error; "" if the formula takes over
-CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "another layout": (laid_out_anew, ""),
-    "other floats": (lambda x: x.double(), ""),
-    "a row less": (lambda x: x[:-1], "shape"),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_hooks_that_change_saved_tensors(name: str, device: str) -> None:
+@pytest.mark.parametrize("change", [laid_out_anew, Tensor.double])
+def test_the_formula_takes_saved_tensors_that_hooks_have_changed(change: Any, device: str) -> None:
     skip_on_formula(device)
     raw, dropped = leaves(7, device=device)
     mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
-    change, error = CHANGES[name]
 
-    def both() -> list[Tensor]:
+    def graphs() -> list[Tensor]:
         out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, lengths=torch.tensor([7, 0, 3]))
         return [fused_ar_tar(raw, dropped, 2.0, 1.0), out.sum() + penalty]
 
-    def gradients(x: Tensor) -> Any:
-        return torch.autograd.grad(x, [raw, dropped], allow_unused=True, materialize_grads=True)
-
-    want = [gradients(x) for x in both()]
+    wanted = [torch.autograd.grad(x, raw) for x in graphs()]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
-        graphs = both()
-    for graph, expected in zip(graphs, want, strict=True):
-        if error:
-            with pytest.raises(RuntimeError, match=error):
-                gradients(graph)
-        else:
-            torch.testing.assert_close(gradients(graph), expected)
+        changed = graphs()
+    torch.testing.assert_close([torch.autograd.grad(x, raw) for x in changed], wanted)
 
 
-def takes_gradients_ahead(call: Callable[[], Tensor], x: Tensor, device: str) -> bool:
-    """Return whether a forward writes the gradients of two tensors of one size."""
-    allocated = memory_of(call, device)[0]
-    assert not 0.5 * x.nbytes < allocated < 1.9 * x.nbytes
-    return allocated > x.nbytes
-
-
-def test_forwards_alone_form_no_gradients_until_a_backward_comes(device: str) -> None:
+def large(device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Return tensors whose gradients take most of the memory of a call, and the call."""
     skip_on_formula(device)
-    raw, dropped = (torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2))
-    call = functools.partial(fused_ar_tar, raw, dropped, 2.0, 1.0)
-    want = torch.autograd.grad(call(), (raw, dropped))
-    assert takes_gradients_ahead(call, raw, device)
-    for _ in range(PATIENCE):
-        call()
-    assert not takes_gradients_ahead(call, raw, device)
-    assert_same_bits(torch.autograd.grad(call(), (raw, dropped)), want)
-    assert takes_gradients_ahead(call, raw, device)
-    assert_same_bits(torch.autograd.grad(call(), (raw, dropped)), want)
+    inputs = [torch.randn(2, 4, 500, device=device, requires_grad=True) for _ in range(2)]
+    return inputs, functools.partial(fused_ar_tar, *inputs, 2.0, 1.0)
 
 
-def test_many_forwards_before_one_backward_form_all_gradients(device: str) -> None:
+def forms_gradients(call: Callable[[], Tensor], inputs: list[Tensor], device: str) -> bool:
+    """Return whether a forward writes gradients; check those of the backward that follows."""
+    allocated, got = memory_of(call, device)
+    assert_same_bits(torch.autograd.grad(got, inputs), alone(call, torch.ones((), device=device), inputs))
+    assert not 0.5 < allocated / inputs[0].nbytes < 1.9
+    return allocated > inputs[0].nbytes
+
+
+def test_hooks_and_checkpoints_keep_no_gradients(device: str) -> None:
+    inputs, call = large(device)
+    assert forms_gradients(call, inputs, device)
+    assert not forms_gradients(lambda: checkpoint(call, use_reentrant=False), inputs, device)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert not forms_gradients(call, inputs, device)
+
+
+def test_forwards_alone_form_no_gradients_until_a_backward_comes(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "PATIENCE", 4)
+    inputs, call = large(device)
+    for count in (0, 3, 4, 0):
+        for _ in range(count):
+            call()
+        assert forms_gradients(call, inputs, device) == (count < 4)  # and a backward comes
+
+
+def test_many_forwards_before_one_backward_form_all_gradients(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, runs and accumulated batches keep their graphs until the backward."""
-    skip_on_formula(device)
-    raw, dropped = (torch.randn(8, 7, 900, device=device, requires_grad=True) for _ in range(2))
-    call = functools.partial(fused_ar_tar, raw, dropped, 2.0, 1.0)
+    monkeypatch.setattr(prediction, "PATIENCE", 4)
+    inputs, call = large(device)
     for _ in range(2):
-        graphs = [call() for _ in range(PATIENCE + 4)]
-        assert takes_gradients_ahead(call, raw, device)
+        graphs = [call() for _ in range(6)]
+        assert forms_gradients(call, inputs, device)
         torch.stack(graphs).sum().backward()

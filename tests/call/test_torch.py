@@ -1,4 +1,4 @@
-"""Compilers, tracers, autocast, subclasses, checkpointing and modes of PyTorch, against the plain call."""
+"""Derivatives of any order, and PyTorch's compilers, transforms, autocast, subclasses, checkpoints and modes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.export import Dim, export
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -22,17 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import CALLS, MORE_CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, packed, total
-from tests.conftest import more, skip_on_formula, skip_without
+from tests.conftest import more, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
 by_call, by_few = calls(), calls("pair", "mask")
-OTHERS = [CALLS[name] for name in ("same", "layers", "channels", "one_sequence", "module")]
-COMPILED: dict[str, Call] = {
-    **{name: CALLS[name] for name in ("pair", "drawn", "lengths", "drawn_lengths")},
-    "marks_time_first": MORE_CALLS["marks_time_first"],
-    "others": lambda r, d: [call(r, d) for call in OTHERS],  # in one graph
-}
 
 
 def check(call: Call, plain: Call, time: int = 5, batch: int = 3, **tolerance: float) -> None:
@@ -41,27 +36,41 @@ def check(call: Call, plain: Call, time: int = 5, batch: int = 3, **tolerance: f
     assert_close(got, want, **tolerance)
 
 
-def block_of(call: Call, r: Tensor, d: Tensor) -> Tensor:
-    return total(call(r.tanh() @ torch.eye(8), d.tanh()))
+def others(raw: Tensor, dropped: Tensor) -> list[Any]:
+    """Make several calls in one graph."""
+    return [CALLS[name](raw, dropped) for name in ("same", "layers", "channels", "module")]
 
 
-def regularized(regularizer: RNNRegularizer, r: Tensor, d: Tensor) -> list[Any]:
-    loss = regularizer.on_backward_begin(regularizer.on_loss_begin((r.mean(), [r * d, r], [d, d])))
-    return [loss, regularizer.ar, regularizer.tar]
+COMPILED: dict[str, Call] = {name: CALLS[name] for name in ("pair", "drawn", "lengths", "drawn_lengths")}
+COMPILED |= {"marks_time_first": MORE_CALLS["marks_time_first"], "others": others}
 
 
-def in_bfloat16(r: Tensor, d: Tensor) -> Any:
+def block_of(call: Call, raw: Tensor, dropped: Tensor) -> Tensor:
+    return total(call(raw.tanh() @ torch.eye(8), dropped.tanh()))
+
+
+def in_autocast(raw: Tensor, dropped: Tensor) -> Any:
     with torch.autocast("cpu", BF16):
-        raw = torch.nn.functional.linear(r, torch.eye(8))
-        return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, d, 2.0, 1.0)
+        raw = torch.nn.functional.linear(raw, torch.eye(8))
+        return fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0), fused_ar_tar(raw, dropped, 2.0, 1.0)
 
 
-STEPS: dict[str, Call] = {
-    "autocast": in_bfloat16,
-    "regularizer": functools.partial(regularized, RNNRegularizer(2.0, 1.0)),
-    "checkpointing": lambda r, d: checkpoint(block_of, CALLS["mask"], r, d, use_reentrant=False),
-    "vmap": lambda r, d: torch.func.vmap(CALLS["mask"])(torch.stack([r, d]), torch.stack([d, r])),
-}
+REG = RNNRegularizer(2.0, 1.0)
+
+
+def by_a_regularizer(raw: Tensor, dropped: Tensor, reg: RNNRegularizer = REG) -> list[Any]:
+    loss = reg.on_backward_begin(reg.on_loss_begin((raw.mean(), [raw * dropped, raw], [dropped, dropped])))
+    return [loss, reg.ar, reg.tar]
+
+
+def in_a_checkpoint(raw: Tensor, dropped: Tensor) -> Any:
+    return checkpoint(block_of, CALLS["mask"], raw, dropped, use_reentrant=False)
+
+
+def under_vmap(raw: Tensor, dropped: Tensor) -> Any:
+    return torch.func.vmap(CALLS["mask"])(torch.stack([raw, dropped]), torch.stack([dropped, raw]))
+
+
 TIMES = [(3, time) for time in (70, 16, 2, 101)]
 SIZES = [(3, 7), (5, 9), (2, 40), (30, 2), (4, 4)]
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a compiler")
@@ -104,9 +113,9 @@ class TestCompile:
         assert found <= wanted
         assert found[torch.ops.aten.sub.Tensor] == wanted[torch.ops.aten.sub.Tensor] > 0  # also the graph is not empty
 
-    @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+    @pytest.mark.parametrize("step", [in_autocast, by_a_regularizer, in_a_checkpoint, under_vmap])
     def test_a_step_in_one_graph(self, step: Call) -> None:
-        tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is STEPS["autocast"] else {}
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is in_autocast else {}
         check(torch.compile(step, fullgraph=True, backend="aot_eager"), step, **tolerance)
 
     @pytest.mark.parametrize("name", COMPILED)
@@ -123,7 +132,7 @@ class TestCompile:
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of sizes
     @by_few
     def test_a_trace_runs_for_other_lengths(self, call: Call) -> None:
-        traced: Any = torch.jit.trace(call, tuple(leaves()))
+        traced: Any = torch.jit.trace(lambda *xs: call(*xs), tuple(leaves()))
         for time in (9, 1):
             check(traced, call, time)
         assert_close(total(traced(*leaves(0))), total(call(*leaves(0))))
@@ -132,11 +141,9 @@ class TestCompile:
         skip_without("numpy")
         import numpy
 
-        compiled = torch.compile(lambda x, *c: fused_ar_tar(x, x, *c), backend="aot_eager")
-        x = leaves()[0].detach()
-        for number in (float, numpy.float64, numpy.int64):
-            for alpha, beta in ((number(2), 1.0), (3.0, number(2)), (0.0, number(1))):
-                assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
+        compiled, x = torch.compile(lambda x, *c: fused_ar_tar(x, x, *c), backend="eager"), leaves()[0].detach()
+        for alpha, beta in ((2.0, 1.0), (3.0, 2.0), (0.0, numpy.float64(1)), (numpy.int64(2), 1.0)):
+            assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
 
     def test_one_graph_for_all_values_of_coefficients_in_tensors(self) -> None:
         def call(alpha: Tensor, beta: Tensor, r: Tensor, d: Tensor) -> Any:
@@ -177,30 +184,6 @@ class TestAutocast:
         assert flat(call(*xs))[-1].dtype == FLOAT
         assert_close(got, want, rtol=0, atol=0)
 
-    @pytest.mark.parametrize("scale", [1e3, 1e6, 1e9])
-    @pytest.mark.parametrize("dropout", [False, True])
-    def test_a_gradient_beyond_float16_is_infinite_which_the_scaler_finds(self, dropout: bool, scale: float) -> None:
-        if dropout:
-            skip_on_formula("cpu")
-
-        def slope(dtype: torch.dtype) -> tuple[Tensor, bool]:
-            """Return the scaled gradient of a float32 parameter, and whether the scaler has left out its step."""
-            weight = nn.Parameter(leaves(dtype=HALF)[0].detach().float())
-            x, mask = weight.to(dtype), torch.full((3, 1, 8), 1.5, dtype=dtype)
-            penalty = fused_dropout_ar_tar(x, 0.4, 2.0, 1.0, mask=mask)[1] if dropout else fused_ar_tar(x, x, 2.0, 1.0)
-            optimizer, scaler = torch.optim.SGD([weight]), torch.amp.GradScaler("cpu", init_scale=scale)
-            scaler.scale(penalty).backward()
-            assert weight.grad is not None
-            scaled = weight.grad.half()
-            scaler.step(optimizer)
-            scaler.update()
-            return scaled, scaler.get_scale() < scale
-
-        (got, is_left_out), (want, _) = slope(HALF), slope(DOUBLE)
-        assert is_left_out == want.isinf().any() == (scale > 1e3)
-        assert torch.equal(got.isinf(), want.isinf())
-        assert_close(got, want, rtol=1e-2, atol=1e-6 * scale)
-
 
 class TestSubclasses:
     @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # they draw a mask for each tensor
@@ -233,34 +216,76 @@ class TestCheckpointing:
 
 
 class TestModes:
-    @by_call
-    def test_without_gradients(self, call: Call) -> None:
-        want = [x.detach() for x in flat(from_seed(call, leaves()))]
-        for mode in (torch.no_grad, torch.inference_mode):
-            with mode():
-                got = flat(from_seed(call, leaves()))
-                assert not any(x.requires_grad for x in got)
-            assert_close(got, want, rtol=0, atol=0)
-
     def test_a_dispatch_mode_sees_the_operators_of_the_formula(self) -> None:
         with Nothing() as mode:
             fused_ar_tar(*leaves(), 2.0, 1.0)
         assert torch.ops.aten.sub.Tensor in mode.seen
 
 
-# Nodes keep steps, orders and coefficients beside the saved tensors.
-VALUES: dict[str, Any] = {
-    "lengths": lambda r, d, x: fused_ar_tar(r, d, 2.0, 1.0, lengths=x),
-    "packed": lambda r, d, x: fused_ar_tar(packed(r, x.tolist()), packed(d, x.tolist()), 2.0, 1.0),
-    "alpha": lambda r, d, x: fused_ar_tar(r, d, x[1].double(), 1.0),
-}
+# vmap draws masks in its own way.
+UNDRAWN = {name: call for name, call in (CALLS | MORE_CALLS).items() if not name.startswith(("drawn", "module"))}
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_compiled_autograd(name: str) -> None:
-    for values in ([4, 3, 1], [4, 2, 2]):
-        x, got = torch.tensor(values), leaves()
-        want = torch.autograd.grad(VALUES[name](*got, x), got)
+def differentiable(call: Call) -> Call:
+    """Return the results that have a gradient, from one seed."""
+    return lambda *xs: tuple(x for x in flat(from_seed(call, [*xs])) if x.requires_grad)
+
+
+@calls(of=CALLS | MORE_CALLS)
+def test_gradients_of_any_order(call: Call, device: str) -> None:
+    xs = leaves(4, DOUBLE, device)
+    assert gradcheck(differentiable(call), xs, fast_mode=True)
+    assert gradgradcheck(differentiable(call), xs, fast_mode=True)
+    # A gradient with a graph that is wrong would be so consistently, which is no matter to gradgradcheck.
+    results = differentiable(call)(*xs)
+    grads = [torch.randn_like(x) if x.dim() else torch.full_like(x, 1000) for x in results]
+    options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    got, want = (torch.autograd.grad(results, xs, grads, create_graph=graph, **options) for graph in (True, False))
+    assert_close(got, want)
+
+
+@calls(of=UNDRAWN)
+def test_function_transforms(call: Call, device: str) -> None:
+    """The derivatives along a direction and the curvature in it are also those of two backwards."""
+    xs, others = leaves(4, DOUBLE, device), [x.flip(0) for x in leaves(4, DOUBLE, device)]
+    points, directions = (tuple(x.detach() for x in pair) for pair in (xs, others))
+
+    def loss(*xs: Any) -> Any:
+        return torch.stack([x.sin().sum() for x in flat(from_seed(call, [*xs]))]).prod()
+
+    def along(xs: Any) -> Any:
+        return sum((x * direction).sum() for x, direction in zip(xs, directions, strict=True))
+
+    options: Any = {"allow_unused": True, "materialize_grads": True, "create_graph": True}
+    want, of_others = (torch.autograd.grad(loss(*pair), pair, **options) for pair in (xs, others))
+    gradients = torch.func.grad(loss, (0, 1))
+    assert_close(gradients(*points), want)
+    both = [torch.stack(pair) for pair in zip(points, directions, strict=True)]
+    assert_close(torch.func.vmap(gradients)(*both), tuple(map(torch.stack, zip(want, of_others, strict=True))))
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, points, directions)
+        assert_close(forward_ad.unpack_dual(loss(*duals)).tangent, along(want))
+    curvature = torch.func.jvp(gradients, points, directions)[1]
+    assert_close(curvature, torch.autograd.grad(along(want), xs, allow_unused=True, materialize_grads=True))
+
+
+def test_vmap_of_marks(device: str) -> None:
+    raw, marks = torch.randn(3, 4, 7, 2, device=device), torch.rand(3, 4, 7, device=device) < 0.7
+    got = torch.func.vmap(lambda x, valid: fused_ar_tar(x, x, 2.0, 1.0, valid=valid))(raw, marks)
+    want = [fused_ar_tar(x, x, 2.0, 1.0, valid=valid) for x, valid in zip(raw, marks, strict=True)]
+    assert_close(got, torch.stack(want))
+
+
+def test_compiled_autograd() -> None:
+    """Nodes keep steps, orders and coefficients beside the saved tensors."""
+
+    def call(raw: Tensor, dropped: Tensor, values: Tensor) -> Tensor:
+        of_padded = fused_ar_tar(raw, dropped, values[1].double(), 1.0, lengths=values)
+        return of_padded + fused_ar_tar(packed(raw, values.tolist()), packed(dropped, values.tolist()), 2.0, 1.0)
+
+    for values in (torch.tensor([4, 3, 1]), torch.tensor([4, 2, 2])):
+        xs = leaves()
+        want = torch.autograd.grad(call(*xs, values), xs)
         with compiled_autograd._enable(torch.compile(backend="eager")):
-            VALUES[name](*got, x).backward()
-        assert_close([y.grad for y in got], [*want])
+            call(*xs, values).backward()
+        assert_close([x.grad for x in xs], [*want])
