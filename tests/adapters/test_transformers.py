@@ -95,14 +95,12 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 
 IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
-INIT = partial(lm.seeded, Net)
 # the two models, the options of both trainers, and those of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
     "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
     "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
-    "a model that the trainer makes": (None, Net("rnn"), {}, {"model_init": INIT}),
 }
 
 
@@ -110,9 +108,19 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
 def test_trains_the_weights_of_the_formula(case: str) -> None:
     model, formula, options, own = CASES[case]
     for one in (model, formula):
-        if one is not None:
-            one.load_state_dict(INIT().state_dict())
+        one.load_state_dict(lm.seeded(Net).state_dict())
     assert_same_weights(fit(model, **options, **own).model, fit(formula, transformers.Trainer, **options).model)
+
+
+def test_models_that_the_trainer_makes() -> None:
+    def net() -> Net:
+        return lm.seeded(Net)
+
+    def formula() -> Net:
+        return lm.seeded(Net, "rnn")
+
+    made = fit(None, model_init=net), fit(None, transformers.Trainer, model_init=formula)
+    assert_same_weights(*(trainer.model for trainer in made))
 
 
 @pytest.mark.parametrize("others", [None, [6.0, 3.0, 2.0]])
