@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -131,25 +130,6 @@ class TestContract(LearnerContract):
         learn.export("learner.pkl")
         with without("fastreg"):
             return fa.load_learner("learner.pkl")
-
-
-@pytest.fixture
-def cpu_amp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU fastai's mixed precision does nothing: it names CUDA. No CPU has LSTMs in float16."""
-    amp = "fastai.callback.fp16"
-    monkeypatch.setattr(f"{amp}.autocast", lambda _, dtype: torch.autocast("cpu", dtype, dtype == torch.bfloat16))
-    monkeypatch.setattr(f"{amp}.GradScaler", lambda _, **options: torch.amp.GradScaler("cpu", **options))
-
-
-@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.processor), "fp16"])
-@pytest.mark.usefixtures("cpu_amp")
-def test_trains_the_stock_weights_in_mixed_precision(dtype: str) -> None:
-    mixed = partial(fa.MixedPrecision, dtype, init_scale=256.0)
-    stock, close = trained(learner(), mixed()), 1e-3 if dtype == "bf16" else 1e-5  # fastai rounds to bfloat16
-    for fused in (fuse(learner(), dropout=True), fuse(learner())):
-        assert gap(trained(fused, mixed()), stock) < close
-    for other in (learner(ALPHA, 0.0), learner(0.0, BETA)):
-        assert gap(trained(other, mixed()), stock) > 5 * close
 
 
 @pytest.mark.parametrize("max_len", [None, 16])

@@ -42,7 +42,7 @@ Start = Callable[..., tuple[list[float], str]]
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
     """Return a function that runs a script in a folder, and returns the losses that it shows, and all of its output."""
 
     def run(script: str, *options: str) -> tuple[list[float], str]:
@@ -67,8 +67,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
-def test_an_example_learns(script: str, start: Start) -> None:
-    losses, output = start(script)
+def test_an_example_learns(script: str, started: Start) -> None:
+    losses, output = started(script)
     assert len(losses) >= 3, output
     assert losses[-1] < losses[0] - 0.2
     assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
@@ -78,8 +78,8 @@ def test_an_example_learns(script: str, start: Start) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "two_rooms.py"])
-def test_an_example_ends_after_as_many_steps_as_it_is_told(script: str, start: Start) -> None:
-    losses, _ = start(script, "--updates" if script == "recurrent_policy.py" else "--epochs", "1")
+def test_an_example_ends_after_as_many_steps_as_it_is_told(script: str, started: Start) -> None:
+    losses, _ = started(script, "--updates" if script == "recurrent_policy.py" else "--epochs", "1")
     assert len(losses) == (2 if script == "every_layer.py" else 1)  # with TAR and without
 
 
