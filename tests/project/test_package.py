@@ -120,6 +120,7 @@ def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: 
     assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
 
 
+@more
 @pytest.mark.skipif(not HAS_AVX, reason="needs AVX2")
 def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:
     skip_on_formula("cpu")
