@@ -7,15 +7,14 @@ import gc
 import inspect
 import os
 import random
-import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess, run
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -49,12 +48,12 @@ NEEDS = {
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
 LIMIT = 60  # seconds for a test of a call, which takes a few
 STDERR = pytest.StashKey[int]()
-LEFT_OUT: Counter[str] = Counter()  # counts the cases that cannot run here by their need
 
 
 def pytest_report_header() -> str:
     path = "the plain formula" if CPU is None else CPU.name
-    return f"fastreg: CPU tensors take {path}; GPU: {'yes' if torch.cuda.is_available() else 'none'}"
+    needs = ", ".join(need for met, need in NEEDS.values() if not met)
+    return f"fastreg: CPU tensors take {path}; deselected are cases that need {needs}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,28 +62,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases that cannot run here, which are counted, and those that the sample has not drawn."""
+    """Leave out the cases that cannot run here, and those that the sample has not drawn."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        needs = [need for mark, (met, need) in NEEDS.items() if not met and item.get_closest_marker(mark)]
-        LEFT_OUT.update(needs[:1])
-        if not needs:
+        if all(met or item.get_closest_marker(mark) is None for mark, (met, _) in NEEDS.items()):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {item for of_test in cases.values() for item in of_test[:: config.getoption("sample")]}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
-    getattr(config, "workeroutput", {})["left_out"] = dict(LEFT_OUT)  # pytest-xdist sends it to the first process
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Take over the counts of one process of pytest-xdist, as all its processes count the same."""
-    LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}) if not LEFT_OUT else {})
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if LEFT_OUT:
-        terminalreporter.write_line("; ".join(f"{count:,} cases need {need}" for need, count in LEFT_OUT.items()))
 
 
 def stale(kernels: Path) -> list[Path]:
@@ -127,12 +112,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def python(
-    *arguments: str, folder: Path = ROOT, fails: bool = False, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, folder: Path = ROOT, fails: bool = False, **environment: str) -> CompletedProcess[str]:
     """Run Python in a folder, which it imports from first, and then from `PYTHONPATH`; check whether it fails."""
     command, env = [sys.executable, *arguments], os.environ | environment
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    done = run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == fails, (done.stdout + done.stderr)[-5000:]
     return done
 

@@ -20,14 +20,9 @@ VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
 ALPHA, BETA = 2.0, 1.0
 VALID, STARTS = torch.rand(2, BATCH, TIME, generator=torch.Generator().manual_seed(0)) < 0.6
 
-
 PLAIN, FUSED = nn.Dropout, FusedRNNDropout
 each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["none", "plain", "fused"])
-
-
-def either(test: Callable[..., None]) -> Callable[..., None]:
-    """Run a test with a plain dropout, and with a dropout that forms the penalty."""
-    return pytest.mark.usefixtures("either_dropout")(test)  # of tests/conftest.py
+either = pytest.mark.usefixtures("either_dropout")  # a plain dropout, and one that forms the penalty
 
 
 def formula(raw: Tensor, dropped: Tensor, time: int, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
@@ -116,9 +111,10 @@ class Triple(Model):
     def reset(self) -> None: ...
 
 
-def seeded(make: Callable[[], Any]) -> Any:
+def seeded(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Make something, always with the same weights."""
     torch.manual_seed(0)
-    return make()
+    return make(*args, **options)
 
 
 def pickled(x: Any) -> Any:
@@ -126,7 +122,7 @@ def pickled(x: Any) -> Any:
 
 
 def gru() -> nn.GRU:
-    return seeded(lambda: nn.GRU(HIDDEN, HIDDEN, batch_first=True))
+    return seeded(nn.GRU, HIDDEN, HIDDEN, batch_first=True)
 
 
 def attach_gru(dropout: nn.Module | None = None, **options: Any) -> tuple[nn.GRU, RNNRegularizer]:

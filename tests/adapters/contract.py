@@ -37,8 +37,9 @@ class Net(lm.Model):
         _, raw, dropped = self.activations(ids)
         frames = self.frames(dropped.transpose(1, 2))  # (batch, hidden, time)
         last, _ = self.second(frames.transpose(1, 2))
+        decoded = self.decoder(last)
         layers = {"rnn": (raw, dropped, 1), "second": (last, last, 1), "frames": (frames, frames, 2)}
-        return self.decoder(last), layers
+        return decoded, layers | {"decoder": (decoded, decoded, 1)}
 
     def forward(self, input_ids: Tensor) -> Any:  # pyright: ignore
         run = partial(checkpoint, self.run, use_reentrant=False) if self.checkpointed else self.run
@@ -63,9 +64,21 @@ def loss_of(outputs: Any, ids: Tensor) -> Tensor:
     return outputs["loss"] if isinstance(outputs, dict) else criterion(outputs, ids)
 
 
+def valid(batch: Any) -> Tensor:
+    return ids_of(batch) != 3
+
+
+def starts(batch: Any) -> Tensor:
+    return ids_of(batch) == 2
+
+
+def first(result: Any) -> Tensor:
+    return result[0]
+
+
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
-MASKS: dict[str, Any] = {"valid": lambda batch: ids_of(batch) != 3, "starts": lambda batch: ids_of(batch) == 2}
+MASKS: dict[str, Any] = {"valid": valid, "starts": starts}
 # the layers that are written out, the options of the model, of the adapter, and the number of accumulated batches
 CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
     "one batch a step": (["rnn"], {}, PATHS, 1),
@@ -73,7 +86,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
     "checkpoints that ask for masks again": (["rnn"], {"masks": MASKS, "checkpointed": True}, PATHS | MASKS, 1),
     "layers": (["rnn", "second"], {}, {"rnn": ["rnn", "second"], "dropout": ["dropout", None]}, 1),
     "an axis of time": (["frames"], {}, {"rnn": "frames", "time_dim": 2}, 1),
-    "an output that is picked": (["second"], {}, {"rnn": "second", "output": lambda result: result[0]}, 1),
+    "an output that is picked": (["second"], {}, {"rnn": "second", "output": first}, 1),
 }
 # Errors when the adapter is made, when a fit starts, and in a step; tests/attach/test_paths.py has the others
 REJECTED: list[tuple[dict[str, Any], type[Exception], str]] = [

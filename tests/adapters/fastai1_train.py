@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import collections
 import collections.abc
-import functools
-import gc
 import os
 import sys
 import tempfile
 import types
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from operator import attrgetter
@@ -52,9 +49,9 @@ from torch.optim import SGD  # noqa: E402
 
 from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
 from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS, loss_of  # noqa: E402
-from tests.adapters.learners import ALPHA, BETA, LearnerContract  # noqa: E402
+from tests.adapters.learners import ALPHA, BETA, LearnerContract, assert_freed, recorded  # noqa: E402
 from tests.conftest import without  # noqa: E402
-from tests.language_model import VOCABULARY, gap  # noqa: E402
+from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = release in ("1.0.36", "1.0.42")
@@ -64,14 +61,12 @@ pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
 def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
-    random = np.random.RandomState(0)
-    ids = random.randint(2, VOCABULARY, (40, 45))  # of one length, as early releases make an array of them
+    ids = np.random.RandomState(0).randint(2, VOCABULARY, (20, 45))  # of one length, as early releases need them
     words = Vocab(["xxunk", "xxpad", *map(str, range(2, VOCABULARY))])
+    sets: dict[str, Any] = {"vocab": words, "train_ids": ids[:15], "valid_ids": ids[15:]}
     torch.manual_seed(0)
     np.random.seed(0)
-    data = TextLMDataBunch.from_ids(
-        tempfile.mkdtemp(), vocab=words, train_ids=ids[:30], valid_ids=ids[30:], bs=8, bptt=16
-    )
+    data = TextLMDataBunch.from_ids(tempfile.mkdtemp(), **sets, bs=8, bptt=16)
     if OLD:
         return language_model_learner(data, bptt=16, emb_sz=32, nh=48, nl=2, alpha=alpha, beta=beta)
     from fastai.text import AWD_LSTM, awd_lstm_lm_config
@@ -84,71 +79,27 @@ def trained(learn: Any, *callbacks: Callback) -> Tensor:
     torch.manual_seed(1)
     np.random.seed(1)
     learn.fit(1, 5e-3, callbacks=[*callbacks])
+    assert hooks_of(learn.model) == 0
     return torch.cat([p.detach().float().flatten() for p in learn.model.parameters()])
 
 
-@functools.cache
-def stock_weights(alpha: float = ALPHA, beta: float = BETA) -> Tensor:
-    """Return the weights that fastai's own callback trains."""
-    return trained(learner(alpha, beta))
-
-
-@pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
-def test_the_loss_scale_scales_the_penalty_too() -> None:
-    weights = []
-    for learn, at in ((learner(), 1), (fuse(learner()), 0)):  # of float32, to compare closely
-        learn.callbacks.insert(at, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
-        weights.append(trained(learn))
-    assert gap(*weights) < 1e-5
-
-
-class Spy(Callback):
-    """Record the length of each training step, and the learning rates before it and in it."""
-
-    _order = 1000
-
-    def __init__(self, learn: Any, fails: bool = False) -> None:
-        self.learn, self.fails, self.steps = learn, fails, []
-
-    def present(self) -> list[float]:
-        return [group["lr"] for group in self.learn.opt.opt.param_groups]
-
-    def on_backward_begin(self, **_: Any) -> None:
-        self.before = self.present()
-
-    def on_backward_end(self, last_input: Any, **_: Any) -> None:
-        self.steps.append((last_input.shape[TIME], self.before, self.present()))
-        if self.fails:
-            raise ArithmeticError("the step failed")
-
-
-@pytest.mark.parametrize(("adjust", "fails"), [(False, False), (True, False), (True, True)])
-def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> None:
-    learn = learner()
-    learn.callbacks, spy = [RNNTrainer(learn, 20, ALPHA, BETA, adjust)], Spy(learn, fails)
-    with pytest.raises(ArithmeticError, match="the step failed") if fails else nullcontext():
-        learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
-    base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
-    assert spy.present() == pytest.approx(base)
-    for length, before, lrs in spy.steps:
-        assert before == pytest.approx(base)
-        assert lrs == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
-    assert any(length != 20 for length, *_ in spy.steps)
-
-
-def failing_at(event: str) -> Callback:
-    """Return a callback that fails at an event before other callbacks get it."""
+def at(event: str, do: Callable[..., Any], order: int = -1000) -> Callback:
+    """Return a callback that calls a function at an event, by default before other callbacks get it."""
     made = Callback()
-    made._order = -1000
-    setattr(made, event, mock.Mock(side_effect=ArithmeticError))
+    made._order = order
+    setattr(made, event, do)
     return made
+
+
+def fail(*_: Any, **__: Any) -> None:
+    raise ArithmeticError
 
 
 class TestContract(LearnerContract):
     """One process runs it for one release."""
 
     stock, fused, time = Stock, RNNTrainer, TIME
-    fuse, unfuse, stock_weights = staticmethod(fuse), staticmethod(unfuse), staticmethod(stock_weights)
+    fuse, unfuse = staticmethod(fuse), staticmethod(unfuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("callbacks"))
 
@@ -156,19 +107,16 @@ class TestContract(LearnerContract):
         if accumulated > 1:
             pytest.skip("its optimizer steps after each batch")
         loader = DataLoader([(ids, ids) for ids in IDS], BATCH)
-        data = DataBunch(loader, loader, path=tempfile.mkdtemp())
-        learn = Learner(data, model, SGD, loss_func=loss_of)
+        learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
 
     def at_batches(self, do: Callable[[], None]) -> Any:
-        made = Callback()
-        made.on_batch_begin = lambda train, **_: do() if train else None
-        return made
+        return at("on_batch_begin", lambda train, **_: do() if train else None, 1000)
 
     def cut_off(self, learn: Any) -> None:
         with pytest.raises(ArithmeticError):
-            trained(learn, failing_at("on_train_end"))
+            trained(learn, at("on_train_end", fail))
 
     def begin_anew(self, learn: Any) -> None:
         learn.create_opt(1e-3)
@@ -185,6 +133,36 @@ class TestContract(LearnerContract):
             return load_learner(learn.path, "learner")
 
 
+@pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
+def test_the_loss_scale_scales_the_penalty_too() -> None:
+    weights = []
+    for learn, position in ((learner(), 1), (fuse(learner()), 0)):  # of float32, to compare closely
+        learn.callbacks.insert(position, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
+        weights.append(trained(learn))
+    assert gap(*weights) < 1e-5
+
+
+@pytest.mark.parametrize(("adjust", "fails"), [(False, False), (True, False), (True, True)])
+def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> None:
+    def look(last_input: Any, **_: Any) -> None:
+        steps.append((last_input.shape[TIME], lrs()))
+        if fails:
+            raise ArithmeticError
+
+    def lrs() -> list[float]:
+        return [group["lr"] for group in learn.opt.opt.param_groups]
+
+    learn, steps, spy = learner(), [], at("on_backward_end", look, 1000)
+    learn.callbacks = [RNNTrainer(learn, 20, ALPHA, BETA, adjust)]
+    with pytest.raises(ArithmeticError) if fails else nullcontext():
+        learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
+    base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
+    assert lrs() == pytest.approx(base)
+    for length, scaled in steps:
+        assert scaled == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
+    assert any(length != 20 for length, _ in steps)
+
+
 def test_a_learner_of_a_model_that_returns_only_its_output_is_exported_without_a_callback() -> None:
     learn, seen = fuse(TestContract().learner_of(TestContract().net()), **PATHS), []
     learn.callbacks.append(Callback())
@@ -196,22 +174,19 @@ def test_a_learner_of_a_model_that_returns_only_its_output_is_exported_without_a
 
 
 def test_no_activations_are_held_after_a_step_that_failed() -> None:
-    learn, alive = fuse(learner()), []
-    learn.model[0].register_forward_hook(lambda _m, _i, out: alive.extend(map(weakref.ref, out[0])))
+    learn = fuse(learner())
+    alive = recorded(learn)
     with pytest.raises(ArithmeticError):
-        trained(learn, failing_at("on_backward_begin"))
-    gc.collect()
-    assert alive
-    assert not any(ref() is not None for ref in alive)
+        trained(learn, at("on_backward_begin", fail))
+    assert_freed(alive)
 
 
-@pytest.mark.parametrize(("bptt", "adjust"), [(None, False), (16, True)])
-def test_the_arguments_of_the_release_are_kept(bptt: Any, adjust: bool) -> None:
+def test_the_arguments_of_the_release_are_kept() -> None:
     learn = unfuse(fuse(learner()))
     assert "export" not in vars(learn)
-    learn.callbacks = [RNNTrainer(learn, bptt, ALPHA, BETA, adjust)]
+    learn.callbacks = [RNNTrainer(learn, 16, ALPHA, BETA, adjust=False)]
     (now,) = fuse(learn).callbacks
-    assert (now.bptt, now.alpha, now.beta, now.adjust) == (bptt, ALPHA, BETA, adjust)
+    assert (now.bptt, now.alpha, now.beta, now.adjust) == (16, ALPHA, BETA, False)
 
 
 def test_errors_of_the_callback() -> None:

@@ -1,13 +1,11 @@
-"""`RegularizedTrainer` with real models: the weights of a `Trainer` that has the penalty written into its loss."""
+"""`RegularizedTrainer`: the weights of a `Trainer` whose model has the penalty written into its loss."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tests.conftest import more, skip_without
 
@@ -25,67 +21,24 @@ skip_without("transformers")
 
 import transformers  # noqa: E402
 
-from fastreg import fused_ar_tar  # noqa: E402
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import COEFFICIENTS, DATA, Net, TrainerContract  # noqa: E402
-from tests.language_model import ALPHA, BATCH, BETA, TIME, VOCABULARY, assert_same_weights, hooks_of  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Net, TrainerContract, valid  # noqa: E402
+from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Deprecation", "Future", "User")]
 pytestmark.append(pytest.mark.usefixtures("quick_collections"))
 
-TIMEOUT = 120  # seconds, for processes that import all this anew
+IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": BATCH}
+MASKED = [{"input_ids": row, "attention_mask": (row != 3).long(), "labels": row} for row in IDS]
 
 
-def mamba2() -> Any:
-    """Make a small Mamba 2; for a Mamba, transformers 4 does not divide the losses of accumulated batches."""
-    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 8, "num_hidden_layers": 2, "state_size": 4}
-    sizes |= {"num_heads": 4, "head_dim": 4, "n_groups": 1, "chunk_size": 4}
-    return transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes))
+class Masked(Net):
+    """Takes all columns of `MASKED`."""
 
-
-LAST = "backbone.layers.1"
-IN_PARTS: dict[str, Any] = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
-
-
-def labelled(batch: Any) -> Tensor:
-    return batch["labels"] != -100
-
-
-class Formula(transformers.Trainer):
-    """Adds the penalty in `compute_loss`, and keeps the loss without it and the terms: one batch an optimizer step."""
-
-    def __init__(self, *args: Any, valid: Any = labelled, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.valid, self.terms, self.losses, self.raw = valid, [], [], []
-        self.model.get_submodule(LAST).register_forward_hook(lambda _, __, output: self.raw.append(output))
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        valid = self.valid and self.valid(inputs)  # a model may take the labels out
-        loss = super().compute_loss(model, inputs, *args, **options)
-        self.losses.append(loss.detach())
-        raw = self.raw.pop()
-        penalty, *terms = fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid, return_terms=True)
-        self.terms.append(torch.stack(terms))
-        return loss + penalty
-
-
-def examples(count: int = 24) -> list[dict[str, Tensor]]:
-    """Make sequences of different lengths, padded on the left to one length."""
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, VOCABULARY, (count, TIME), generator=random)
-    mask = (torch.arange(TIME) >= torch.randint(TIME - 1, (count, 1), generator=random)).long()
-    columns = {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return [{name: x[i] for name, x in columns.items()} for i in range(count)]
-
-
-def arguments(**options: Any) -> Any:
-    """Make `TrainingArguments` of plain gradient descent without extras."""
-    plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
-    plain |= {"num_train_epochs": 1, "per_device_train_batch_size": 12, "logging_steps": 1, "save_strategy": "no"}
-    quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
-    return transformers.TrainingArguments("out", **(plain | quiet | options))
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Any:
+        return super().forward(input_ids)
 
 
 @pytest.fixture(autouse=True)
@@ -97,34 +50,24 @@ def folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         yield
 
 
-def trainer_of(kind: Any = RegularizedTrainer, args: Any = None, **options: Any) -> Any:
-    """Make a trainer of a small Mamba2, always with the same weights; the regularized ones get their own arguments."""
+def trainer_of(model: Any, kind: Any = RegularizedTrainer, args: Any = None, data: Any = DATA, **options: Any) -> Any:
+    """Make a trainer of plain gradient descent without extras; the regularized ones get arguments of their own."""
+    plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant"}
+    plain |= {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "logging_steps": 1, "save_strategy": "no"}
+    quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
     if issubclass(kind, RegularizedTrainer):
-        options = COEFFICIENTS | {"rnn": LAST} | options
-    defaults = {"model": lm.seeded(mamba2), "args": args or arguments(), "train_dataset": examples()}
-    return kind(**(defaults | options))
+        options = COEFFICIENTS | PATHS | options
+    made = transformers.TrainingArguments("out", **(plain | quiet | (args or {})))
+    return kind(model=model, args=made, train_dataset=data, **options)
 
 
-def fit(*args: Any, **options: Any) -> Any:
+def fit(*args: Any, fits: int = 1, **options: Any) -> Any:
     """Train, and return the trainer."""
     trainer = trainer_of(*args, **options)
-    trainer.train()
+    for _ in range(fits):
+        trainer.train()
     assert hooks_of(trainer.model) == 0
     return trainer
-
-
-def assert_same(trainer: Any, other: Any, **tolerance: float) -> None:
-    assert_same_weights(trainer.model, other.model, **tolerance)
-
-
-def assert_different(trainer: Any, other: Any) -> None:
-    lm.assert_other_weights(trainer.model, other.model)
-
-
-def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Compute the loss as users of `compute_loss_func` do: divided by the tokens of all batches of the step."""
-    total = F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum")
-    return total / num_items_in_batch
 
 
 class TestContract(TrainerContract):
@@ -133,100 +76,69 @@ class TestContract(TrainerContract):
     adapter = partial(RegularizedTrainer, nn.Identity())
 
     def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
-        steps: dict[str, Any] = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
-        kind, given = (transformers.Trainer, {}) if options is None else (RegularizedTrainer, COEFFICIENTS | options)
-        args = arguments(per_device_train_batch_size=BATCH, **steps)
-        trainer = kind(model=model, args=args, train_dataset=DATA, **given)  # pyright: ignore[reportArgumentType]
-        for _ in range(fits):
-            trainer.train()
-        return trainer.state.log_history[0]
+        args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
+        if options is None:
+            return fit(model, transformers.Trainer, args, fits=fits).state.log_history[0]
+        return fit(model, args=args, fits=fits, **({"dropout": None} | options)).state.log_history[0]
 
 
-def test_a_path_in_the_model_that_peft_wraps() -> None:
-    class Wrapper(Net):
-        def get_base_model(self) -> nn.Module:
-            return nn.ModuleDict({"inside": self.second})
+class Wrapper(Net):
+    """Hides a model, as PEFT does."""
 
-    model, formula, fit_one = lm.seeded(Wrapper), lm.seeded(partial(Net, "second")), TestContract().fit
-    fit_one(model, {"rnn": "inside"})
-    fit_one(formula)
-    assert_same_weights(model, formula)
+    def get_base_model(self) -> nn.Module:
+        return nn.ModuleDict({"inside": self.second})
 
 
-@pytest.mark.parametrize(
-    ("args", "options"), [({}, {}), (IN_PARTS, {"valid": None, "compute_loss_func": per_item})], ids=["masks", "parts"]
-)
-def test_trains_the_weights_of_the_formula(args: dict[str, Any], options: dict[str, Any]) -> None:
-    written_out = fit(Formula, **options)
-    assert_same(fit(args=arguments(**args), **options), written_out)
-    assert_different(written_out, fit(transformers.Trainer, compute_loss_func=options.get("compute_loss_func")))
+def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Weight the loss as users of `compute_loss_func` do: by the tokens of all batches of the step."""
+    return outputs["loss"] * labels.numel() / num_items_in_batch
 
 
-def test_coefficients_of_zero_change_nothing() -> None:
-    args, data = arguments(**IN_PARTS, max_grad_norm=1.0), examples(5)
-    trainer, stock = fit(args=args, alpha=0.0, beta=0.0), fit(transformers.Trainer, args)
-    assert_same(trainer, stock, rtol=0, atol=0)
-    assert trainer.model.state_dict().keys() == stock.model.state_dict().keys()
-    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(stock.evaluate(data)["eval_loss"])
-    torch.testing.assert_close(*(x.predict(data, ignore_keys=["cache_params"]).predictions for x in (trainer, stock)))
-    assert trainer.state.log_history[0]["ar"] > 0
+IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
+# the two models, the options of both trainers, and those of the regularized one
+CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
+    "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
+    "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
+    "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
+    "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
+}
 
 
-def in_a_process(rank: int, folder: str) -> list[tuple[dict[str, Tensor], dict[str, float]]]:
-    """Train on half of each batch, together with the other process, and return the weights and the first logs."""
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ.update(place, WORLD_SIZE="2")
-    options: Any = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=TIMEOUT / 2)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", **options)
-    trainers = []
-    for size, steps in (6, 1), (2, 3):
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        trainers.append(fit(args=arguments(ddp_backend="gloo", **options), valid=None))
-    return [(dict(trainer.model.state_dict()), trainer.state.log_history[0]) for trainer in trainers]
+@pytest.mark.parametrize("case", CASES)
+def test_trains_the_weights_of_the_formula(case: str) -> None:
+    model, formula, options, own = CASES[case]
+    for one in (model, formula):
+        one.load_state_dict(lm.seeded(Net).state_dict())
+    assert_same_weights(fit(model, **options, **own).model, fit(formula, transformers.Trainer, **options).model)
 
 
-@more
-def test_processes_change_nothing(tmp_path: Path, monkeypatch: Any, pytestconfig: Any) -> None:
-    whole = fit(valid=None)
-    want = whole.state.log_history[0]
-    monkeypatch.chdir(pytestconfig.rootpath)  # from where the processes import this
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports all this once, for both
-    with context.Pool(1) as first, context.Pool(1) as second:
-        calls = [pool.apply_async(in_a_process, (rank, str(tmp_path))) for rank, pool in enumerate((first, second))]
-        for state, log in [result for call in calls for result in call.get(TIMEOUT)]:
-            torch.testing.assert_close(state, dict(whole.model.state_dict()), rtol=1e-4, atol=1e-6)
-            assert (log["ar"], log["tar"]) == pytest.approx((want["ar"], want["tar"]))
+def test_models_that_the_trainer_makes() -> None:
+    def net() -> Net:
+        return lm.seeded(Net)
+
+    def formula() -> Net:
+        return lm.seeded(Net, "rnn")
+
+    made = fit(None, model_init=net), fit(None, transformers.Trainer, model_init=formula)
+    assert_same_weights(*(trainer.model for trainer in made))
 
 
-def test_logs() -> None:
-    written_out = fit(Formula, arguments(num_train_epochs=2), valid=None)
-    terms = torch.stack(written_out.terms)
-    often: dict[str, Any] = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 5}
-    for options in {}, IN_PARTS:
-        trainer = fit(args=arguments(**often, **options), valid=None, eval_dataset=examples(5))
-        logged = [x for x in trainer.state.log_history if "loss" in x]
-        assert [x for x in trainer.state.log_history if "ar" in x] == logged
-        got = torch.tensor([[x["ar"], x["tar"]] for x in logged])
-        torch.testing.assert_close(got, torch.stack([terms[:2].mean(0), terms[2:].mean(0)]))
-        losses = torch.stack(written_out.losses).view(2, 2).mean(1)
-        assert [x["loss"] for x in logged] == pytest.approx(losses.tolist(), abs=1e-4)
-
-
-def test_checkpoints() -> None:
-    args = arguments(save_strategy="steps", save_steps=1, **IN_PARTS)
-    whole, resumed = fit(args=args), trainer_of(args=args)
-    resumed.train(resume_from_checkpoint="out/checkpoint-1")
-    assert_same(resumed, whole, rtol=0, atol=0)
-
-
-class OwnLoss(transformers.Trainer):
-    """Computes another loss, without its base class."""
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
-        return model(input_ids=inputs["input_ids"])["logits"].sub(1).pow(2).mean()
+@pytest.mark.parametrize("others", [None, [6.0, 3.0, 2.0]])
+def test_logs_the_means_of_the_terms_since_the_last_log(others: Any) -> None:
+    """Another process has its own sums of AR, of TAR and of batches."""
+    args: dict[str, Any] = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1} | IN_PARTS
+    formula = fit(lm.seeded(Net, "rnn"), transformers.Trainer, args, eval_dataset=DATA[:3])
+    sums = torch.stack(formula.model.terms).view(3, 2 * BATCH, 2).sum(1)
+    trainer, others = trainer_of(lm.seeded(Net), args=args, eval_dataset=DATA[:3]), torch.tensor(others or [0.0] * 3)
+    trainer.accelerator.reduce = lambda x, reduction: x + others if reduction == "sum" else None
+    trainer.train()
+    means = (sums + others[:2]) / (2 * BATCH + others[2])
+    logged = [x for x in trainer.state.log_history if "loss" in x]
+    assert [x for x in trainer.state.log_history if "ar" in x] == logged
+    torch.testing.assert_close(torch.tensor([[x["ar"], x["tar"]] for x in logged]), means)
+    losses = torch.tensor([x["loss"] for one in (trainer, formula) for x in one.state.log_history if "loss" in x])
+    penalties = sums / (2 * BATCH) @ torch.tensor([ALPHA, BETA])  # which only the loss of the formula contains
+    torch.testing.assert_close(losses[:3] + penalties, losses[3:], rtol=0, atol=2e-4)  # they are rounded
 
 
 class OwnStep(transformers.Trainer):
@@ -242,17 +154,9 @@ def both(*kinds: type) -> type:
     return type("Both", kinds, {})
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, OwnStep])
-def test_subclasses_of_trainer_on_either_side(kind: Any) -> None:
-    written_out = fit(both(Formula, kind))
-    assert_same(fit(both(RegularizedTrainer, kind)), written_out)
-    assert_same(fit(both(kind, RegularizedTrainer)), written_out)
-    assert_different(fit(kind), written_out)
-
-
-def test_models_that_the_trainer_makes() -> None:
-    making: dict[str, Any] = {"model": None, "model_init": lambda: lm.seeded(mamba2)}
-    assert_different(fit(**making), fit(transformers.Trainer, **making))
+@pytest.mark.parametrize("kinds", [(RegularizedTrainer, OwnStep), (OwnStep, RegularizedTrainer)])
+def test_subclasses_of_trainer_on_either_side(kinds: Any) -> None:
+    assert_same_weights(fit(lm.seeded(Net), both(*kinds)).model, fit(lm.seeded(Net, "rnn"), OwnStep).model)
 
 
 class Unread(list[Any]):
@@ -268,30 +172,26 @@ class Unread(list[Any]):
 
 class Stream(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Any:
-        return iter(examples())
+        return iter(MASKED)
 
 
-NO_MASKS = [{"input_ids": x["input_ids"]} for x in examples()]
 # The trainer takes the column out of a dataset of Hugging Face before an example is read.
-MASKED = [Unread(examples()), Stream(), Unread(NO_MASKS, "input_ids", "attention_mask")]
-
-
-@pytest.mark.parametrize("data", MASKED)
+@pytest.mark.parametrize("data", [Unread(MASKED), Stream(), Unread(DATA, "input_ids", "attention_mask")])
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=more)])
 def test_a_mask_that_the_trainer_takes_out_is_warned_of_once(data: Any, workers: int) -> None:
-    args = arguments(max_steps=3, dataloader_num_workers=workers)
+    args = {"max_steps": 3, "dataloader_num_workers": workers}
     with pytest.warns(UserWarning, match="padding counts in AR and TAR, .* forward of the Net does not") as seen:
-        fit(args=args, model=Net(), rnn="rnn", train_dataset=data)
+        fit(Net(), args=args, data=data)
     assert sum("padding counts" in str(x.message) for x in seen) == 1
 
 
 def test_no_mask_is_lost() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        fit(model=Net(), rnn="rnn", valid=lambda batch: batch["input_ids"] != 0)
-        fit(model=Net(), rnn="rnn", valid=None)
-        fit(model=Net(), rnn="rnn", train_dataset=NO_MASKS)
-        fit()
+        fit(Masked(), data=MASKED)
+        fit(Net(), data=MASKED, valid=valid)
+        fit(Net(), data=MASKED, valid=None)
+        fit(Net(), data=DATA)
 
 
 @pytest.mark.parametrize("error", [None, KeyError])
@@ -303,20 +203,20 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
             trainer.alpha = trainer.beta = 0.0
             trainer.compute_loss_func = error and mock.Mock(side_effect=error)
 
-    trainer = trainer_of(args=arguments(**IN_PARTS), callbacks=[Stop()])
+    trainer = trainer_of(lm.seeded(Net), args=IN_PARTS, callbacks=[Stop()])
     backward = trainer.accelerator.backward
     with pytest.raises(error) if error else nullcontext():
         trainer.train()
     assert hooks_of(trainer.model) == 0
     assert trainer.accelerator.backward == backward
     assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
-    assert_different(trainer, fit())
+    lm.assert_other_weights(trainer.model, fit(lm.seeded(Net), args=IN_PARTS).model)
 
 
 def test_a_loss_that_never_passes_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OwnStep, "training_step", lambda *_: torch.zeros(()))
     with pytest.raises(RuntimeError, match=r"did not go through accelerator\.backward"):
-        fit(both(OwnStep, RegularizedTrainer))
+        fit(Net(), both(OwnStep, RegularizedTrainer))
 
 
 def test_errors_when_it_is_made() -> None:
@@ -325,7 +225,7 @@ def test_errors_when_it_is_made() -> None:
             super().__init__(*args, **kwargs)
             self.beta = 0.1  # as a DPOTrainer
 
-    with pytest.raises(ValueError, match="rnn: Mamba2ForCausalLM has no such module at 'lstm'"):
-        trainer_of(rnn="lstm")
+    with pytest.raises(ValueError, match="rnn: Net has no such module at 'lstm'"):
+        trainer_of(Net(), rnn="lstm")
     with pytest.raises(AttributeError, match="regularizer"):
-        trainer_of(both(RegularizedTrainer, OwnBeta))
+        trainer_of(Net(), both(RegularizedTrainer, OwnBeta))

@@ -152,12 +152,7 @@ def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not(capsys
     assert len({*usual}) == len(usual) > len({*fused}) == 1
 
 
-def test_a_single_time_step_has_no_changes() -> None:
-    raw = torch.randn(4, 1, 8)
-    assert torch.isnan((raw[:, 1:] - raw[:, :-1]).pow(2).mean())
-    assert fused_ar_tar(raw, None, 0.0, 1.0) == 0
-
-
+@more
 def test_random_calls_give_the_numbers_of_the_formula() -> None:
     ((command, calls),) = re.findall(
         r"`python (-m tests.random_calls [^`]*)` compares (\d+) random calls", (ROOT / "CONTRIBUTING.md").read_text()
@@ -166,29 +161,23 @@ def test_random_calls_give_the_numbers_of_the_formula() -> None:
     assert re.findall(r" 0 wrong: .*'calls': (\d+)", output) == [calls]
 
 
-def test_the_api_page_shows_the_signatures_and_docstrings_of_the_code() -> None:
-    page = (ROOT / "docs" / "api.md").read_text()
-    assert runpy.run_path(str(ROOT / "docs" / "api.py"))["render"](page) == page, "run `python docs/api.py`"
-    assert '"""Compute the penalty of activation and temporal activation regularization' in page
-
-
-def test_the_page_on_hooks_shows_the_table_of_outcomes_of_the_code() -> None:
-    page = (ROOT / "docs" / "hooks.md").read_text()
-    assert runpy.run_path(str(ROOT / "docs" / "api.py"))["with_outcomes"](page) == page, "run `python docs/api.py`"
-    outcomes = re.findall(r"^\| [^|`]+ \| (error|warning|right) \|", page, re.MULTILINE)
+def test_pages_show_the_docstrings_and_the_outcomes_of_the_code() -> None:
+    of_code = runpy.run_path(str(ROOT / "docs" / "api.py"))
+    api, hooks = ((ROOT / "docs" / page).read_text() for page in ("api.md", "hooks.md"))
+    assert (of_code["render"](api), of_code["with_outcomes"](hooks)) == (api, hooks), "run `python docs/api.py`"
+    assert '"""Compute the penalty of activation and temporal activation regularization' in api
+    outcomes = re.findall(r"^\| [^|`]+ \| (error|warning|right) \|", hooks, re.MULTILINE)
     assert {*outcomes} == {"error", "warning", "right"}
 
 
 def literals() -> list[str]:
     """Return the strings in the code of the package, with dots for values."""
     nodes = [node for file in (ROOT / "fastreg").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
-    formatted = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
-    strings = formatted + [[node] for node in nodes if isinstance(node, ast.Constant)]
-    return [dotted("".join([str(x.value) if isinstance(x, ast.Constant) else "…" for x in parts])) for parts in strings]
-
-
-def dotted(text: str) -> str:
-    return re.sub(r"{.*?}", "…", text)
+    strings = [
+        x.values if isinstance(x, ast.JoinedStr) else [x] for x in nodes if isinstance(x, (ast.JoinedStr, ast.Constant))
+    ]
+    texts = ["".join([str(x.value) if isinstance(x, ast.Constant) else "…" for x in parts]) for parts in strings]
+    return [re.sub(r"{.*?}", "…", text) for text in texts]
 
 
 def test_the_page_of_messages_quotes_the_code() -> None:

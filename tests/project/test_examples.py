@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ SCRIPTS = {
     "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),
     "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),
 }
-OPTIONS = {"two_rooms.py": ["--steps", "60"]}  # to learn in seconds
 NOTEBOOK = "fastai_lm.ipynb"
 
 
@@ -38,43 +38,49 @@ def test_every_example_is_run_and_on_a_page_and_on_the_site() -> None:
     assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in SCRIPTS)
 
 
-def run(script: str, options: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a script in a folder, and return the pattern of a loss in its output."""
-    framework, loss = SCRIPTS[script]
-    if framework is not None:
-        skip_without(framework)
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", [script, *options])
-    with threads(1):
-        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-    return loss
+Start = Callable[..., tuple[list[float], str]]
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
+    """Return a function that runs a script in a folder, and returns the losses that it shows, and all of its output."""
+
+    def run(script: str, *options: str) -> tuple[list[float], str]:
+        framework, loss = SCRIPTS[script]
+        if framework is not None:
+            skip_without(framework)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", [script, *options])
+        with threads(1):
+            if script == "two_rooms.py":  # which plans for a minute
+                monkeypatch.setattr(two_rooms, "TRIALS", 10)
+                two_rooms.main(["--steps", "60"])
+            else:
+                runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+        assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
+        output = capsys.readouterr().out.replace("\r", "\n")
+        return [float(number) for number in re.findall(loss, output)], output
+
+    return run
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
-def test_an_example_learns(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    loss = run(script, OPTIONS.get(script, []), tmp_path, monkeypatch)
-    output = capsys.readouterr().out.replace("\r", "\n")
-    losses = [float(number) for number in re.findall(loss, output)]
+def test_an_example_learns(script: str, started: Start) -> None:
+    losses, output = started(script)
     assert len(losses) >= 3, output
     assert losses[-1] < losses[0] - 0.2
     assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
     tars = re.findall(r"\btar\W+([\d.]+\d)", output) or re.findall(r"([\d.]+) +\d\d:\d\d", output)  # fastai's column
     assert float(tars[-1]) > 0, "the last batch has changes"
-    assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in OPTIONS])
-def test_an_example_ends_after_as_many_steps_as_it_is_told(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    losses = run(script, ["--updates" if script == "recurrent_policy.py" else "--epochs", "1"], tmp_path, monkeypatch)
-    runs = 2 if script == "every_layer.py" else 1  # with TAR and without
-    assert len(re.findall(losses, capsys.readouterr().out.replace("\r", "\n"))) == runs
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "two_rooms.py"])
+def test_an_example_ends_after_as_many_steps_as_it_is_told(script: str, started: Start) -> None:
+    losses, _ = started(script, "--updates" if script == "recurrent_policy.py" else "--epochs", "1")
+    assert len(losses) == (2 if script == "every_layer.py" else 1)  # with TAR and without
 
 
 def kinds_of_outputs(cell: Any) -> list[list[str]]:

@@ -18,7 +18,7 @@ from tests.project.test_docs import run, snippets
 pytestmark = pytest.mark.main
 
 PAGE = ROOT / "docs" / "recipes.md"
-Loss = Callable[..., Tensor]
+Loss = Callable[[Tensor], Tensor]
 
 
 def recipe(name: str) -> Any:
@@ -30,14 +30,11 @@ def recipe(name: str) -> Any:
 def check(ours: Loss, theirs: Loss, *shape: int) -> None:
     """Compare the value and the gradient with respect to a random tensor."""
     torch.manual_seed(1)
-    x = torch.randn(shape)
-    results = []
-    for loss in (ours, theirs):
-        leaf = x.clone().requires_grad_()
-        value = loss(leaf)
-        results.append((value.detach(), *torch.autograd.grad(3 * value, leaf)))
-    assert results[1][0] > 0
-    torch.testing.assert_close(results[0], results[1])
+    x = torch.randn(shape, requires_grad=True)
+    got, want = ours(x), theirs(x)
+    assert want > 0
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * value, x) for value in (got, want)))
 
 
 def squares(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Tensor:
@@ -50,48 +47,41 @@ def squares(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Ten
     return torch.cat([x[part].diff(n=n, dim=0).square() for part in parts])
 
 
-TARGET = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(0))
 PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
 DRAWN = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
-ALL, VALID, STARTS = torch.ones(3, 9).bool(), DRAWN < 0.7, DRAWN < 0.25
+VALID, STARTS = DRAWN < 0.7, DRAWN < 0.25
 
 
-def diffposetalk(mask: Tensor) -> Loss:
-    """Return the loss of DiffPoseTalk, where a change counts if its second step counts."""
+@pytest.mark.parametrize("mask", [None, PREFIX])
+def test_reconstruction_and_velocity(mask: Any) -> None:
+    """In the loss of DiffPoseTalk a change counts if its second step counts."""
+    function, target, counts = recipe("reconstruction_and_velocity"), torch.randn(3, 9, 6), PREFIX | (mask is None)
 
-    def loss(pred: Tensor) -> Tensor:
-        moves = [x[:, 1:] - x[:, :-1] for x in (TARGET, pred)]
-        velocity = F.mse_loss(*moves, reduction="none")[mask[:, 1:]].mean()
-        return 2.0 * F.mse_loss(TARGET, pred, reduction="none")[mask].mean() + 5.0 * velocity
+    def diffposetalk(pred: Tensor) -> Tensor:
+        velocity = F.mse_loss(target.diff(dim=1), pred.diff(dim=1), reduction="none")[counts[:, 1:]].mean()
+        return 2.0 * F.mse_loss(target, pred, reduction="none")[counts].mean() + 5.0 * velocity
 
-    return loss
-
-
-def diffposetalk_smooth(vertices: Tensor) -> Tensor:
-    moves = vertices[:, 1:] - vertices[:, :-1]
-    return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[PREFIX[:, 2:]].mean()
+    check(lambda pred: function(pred, target, 2.0, 5.0, mask), diffposetalk, 3, 9, 6)
 
 
-# the name of a function, how to call it, its formula, and the shape of the argument
-RECIPES: list[tuple[str, Loss, Loss, tuple[int, ...]]] = [
-    ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0), diffposetalk(ALL), (3, 9, 6)),
-    ("reconstruction_and_velocity", lambda f, x: f(x, TARGET, 2.0, 5.0, PREFIX), diffposetalk(PREFIX), (3, 9, 6)),
-    ("curvature", lambda f, x: f(x.flatten(2), 1.0, valid=PREFIX), diffposetalk_smooth, (3, 9, 4, 3)),
-    ("curvature", lambda f, h: f(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), (3, 9, 6)),
-    ("curvature", lambda f, x: f(x, 1.0, VALID, STARTS), lambda x: squares(x, VALID, STARTS, n=2).mean(), (3, 12, 6)),
-    (
-        "action_smoothness",
-        lambda f, x: f(x.transpose(0, 1), STARTS.T.float(), 2.0),
-        lambda x: 2 * squares(x, starts=STARTS).mean(),
-        (3, 12, 5),
-    ),
-]
+def test_curvature() -> None:
+    function = recipe("curvature")
+
+    def diffposetalk(vertices: Tensor) -> Tensor:
+        moves = vertices.diff(dim=1)
+        return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[PREFIX[:, 2:]].mean()
+
+    check(lambda x: function(x.flatten(2), 1.0, valid=PREFIX), diffposetalk, 3, 9, 4, 3)
+    check(lambda h: function(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), 3, 9, 6)
+    check(lambda x: function(x, 1.0, VALID, STARTS), lambda x: squares(x, VALID, STARTS, n=2).mean(), 3, 12, 6)
 
 
-@pytest.mark.parametrize(("name", "ours", "theirs", "shape"), RECIPES)
-def test_a_recipe_equals_the_formula(name: str, ours: Any, theirs: Loss, shape: tuple[int, ...]) -> None:
-    function = recipe(name)
-    check(lambda x: ours(function, x), theirs, *shape)
+def test_action_smoothness() -> None:
+    function = recipe("action_smoothness")
+    episodes = STARTS.T.float()
+    check(
+        lambda x: function(x.transpose(0, 1), episodes, 2.0), lambda x: 2 * squares(x, starts=STARTS).mean(), 3, 12, 5
+    )
 
 
 # By words of a row, for activations that are not (batch, time, features).
@@ -110,7 +100,7 @@ def test_a_line_of_the_table_equals_the_formula(row: list[str]) -> None:
     what, formula, line = row
     shape = next((shape for words, shape in SHAPES.items() if words in what), (3, 9, 6))
     names = {"F": F, "fused_ar_tar": fused_ar_tar, "valid": PREFIX, "w": torch.arange(1.0, 7)}
-    check(*(lambda x, code=code: eval(code, names | {"x": x}) for code in (line, formula)), *shape)
+    check(lambda x: eval(line, names | {"x": x}), lambda x: eval(formula, names | {"x": x}), *shape)
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8)], ids=str)
@@ -151,10 +141,10 @@ def test_recurrent_ppo() -> None:
         x = kept.pop()
         mask = (data.mask > 1e-8).view(x.shape[:2])
         padded += int((~mask).sum())
-        terms = [x[mask].square().mean(), squares(x, mask).mean()]
+        ar, tar = x[mask].square().mean(), squares(x, mask).mean()
         logged = [ours.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
-        assert logged == pytest.approx([float(term) for term in terms], rel=1e-5)
-        losses[1] = losses[1] + 2.0 * terms[0] + 1.0 * terms[1]
+        assert logged == pytest.approx([ar.item(), tar.item()], rel=1e-5)
+        losses[1] = losses[1] + 2.0 * ar + 1.0 * tar
         weights = [[*policy.lstm_actor.parameters()] for policy in (ours.policy, stock.policy)]
         torch.testing.assert_close(*map(torch.autograd.grad, losses, weights))
     assert padded
