@@ -183,7 +183,7 @@ def test_penalty(measure: Measure, shape: Any, dtype: Any, layout: str) -> None:
 @pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
 @pytest.mark.parametrize("only", ["forward", "changing upstream gradient"], ids=name)
 def test_unpredicted(measure: Measure, only: str, shape: Any, dtype: Any) -> None:
-    """A forward without a backward, and upstream gradients of which fastreg always predicts a wrong one."""
+    """A forward without a backward, and an upstream gradient that changes in each call, so that fastreg mispredicts."""
     about = {"pass": only, "shape": shape, "dtype": name(dtype)}
     make = partial(penalty_inputs, shape, dtype)
     run(measure, with_coefficients(WAYS), formulas.penalty, make, about, slopes=(1.0, 2.0))

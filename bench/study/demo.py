@@ -95,8 +95,8 @@ def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
     above, *others = PANELS
-    rows = [above] * len(others), others, ["unit"] * len(others)
-    panels = figure.subplot_mosaic([*rows], height_ratios=(2, 1, 1.2))
+    rows: list[Any] = [[above] * len(others), others, ["unit"] * len(others)]
+    panels = figure.subplot_mosaic(rows, height_ratios=(2, 1, 1.2))
     for name, values_of in PANELS.items():
         plot_epochs(panels[name], runs, study, values_of)
         panels[name].set(title=name, xlabel="epoch")

@@ -1,4 +1,4 @@
-"""The page with tables and a plot of bench.study.run, beside its JSON lines, and what both studies share.
+"""The page with tables and a plot of bench.study.run, beside its JSON lines, and functions that both studies call.
 
 No figure is typed: tests/project/test_study.py fails when the page disagrees with the JSON lines.
 """

@@ -28,12 +28,11 @@ def late(fail: Callable[[], Any]) -> Callable[..., Any]:
     return lambda *inputs, **options: fastai(*inputs, **options) if next(calls) < 10 else fail()
 
 
-def raises(*_: Any, **__: Any) -> None:
-    raise ValueError("no\nsuch")
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
 
-
-def full() -> None:
-    raise torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+    return fail
 
 
 def wrong(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
@@ -47,6 +46,8 @@ def interrupt(*_: Any, **__: Any) -> None:
     time.sleep(999)
 
 
-test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raises, "is_too_large": late(full)}
-test_call.WAYS |= {"aborts_late": late(os.abort), "wrong": wrong, "interrupts": interrupt}
+full = torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raising(ValueError("no\nsuch"))}
+test_call.WAYS |= {"is_too_large": late(raising(full)), "aborts_late": late(os.abort), "wrong": wrong}
+test_call.WAYS |= {"interrupts": interrupt}
 test_step.WAYS |= {"wrong": test_step.by(wrong)}

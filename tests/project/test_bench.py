@@ -28,19 +28,15 @@ from tests import fakegpu  # noqa: E402
 pytestmark = pytest.mark.main
 
 
-def test_known_work_takes_its_time() -> None:
-    (turns,) = timing.take_turns({"sleep": lambda: time.sleep(0.03)}, Rounds(2, 0.0)).values()
-    assert len(turns) == Rounds(2, 0.0).least
-    assert min(turn.wall for turn in turns) >= 0.03
-    assert all(turn.own < turn.wall / 2 for turn in turns), "sleeping takes no time of the processor"
-
-
-@gpu
-def test_known_work_takes_its_time_on_a_gpu() -> None:
-    ways = {name: partial(torch.cuda._sleep, cycles) for name, cycles in (("long", 600_000), ("short", 200_000))}
-    turns = timing.take_turns(ways, Rounds(10, 0.5))
-    seconds = {way: [turn.wall for turn in turns[way]] for way in ways}
+def test_known_work_takes_its_time(device: str) -> None:
+    short = partial(torch.cuda._sleep, 2_000_000) if device == "cuda" else partial(time.sleep, 0.02)
+    turns = timing.take_turns({"long": lambda: [short() for _ in range(3)], "short": short}, Rounds(2, 0.0))
+    seconds = {way: [turn.wall for turn in turns[way]] for way in turns}
+    assert len(seconds["long"]) == Rounds(2, 0.0).least
     assert timing.compared(seconds, "long")["over"]["short"][0] == pytest.approx(3, rel=0.1)
+    if device == "cpu":
+        assert min(seconds["short"]) >= 0.02
+        assert all(turn.own < turn.wall / 2 for turn in turns["long"]), "sleeping takes no time of the processor"
 
 
 def test_ways_take_turns() -> None:
@@ -63,8 +59,7 @@ def test_ways_are_compared_round_by_round() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_a_busy_machine_is_noticed() -> None:
     """Another process computes on the core of this thread."""
-    cores = os.sched_getaffinity(0)
-    core = {min(cores)}
+    core = {min(cores := os.sched_getaffinity(0))}
     script = f"import os; os.sched_setaffinity(0, {core})\nwhile True: pass"
     other = subprocess.Popen([sys.executable, "-c", script])
     os.sched_setaffinity(0, core)
@@ -89,14 +84,10 @@ def test_launches() -> None:
     """The formula launches 30 kernels in bfloat16, forward and backward, the compiled formula 6, and fastreg 2."""
     from bench import test_call
 
-    inputs = test_call.penalty_inputs(test_call.SMALL, torch.bfloat16)
-    one = torch.ones((), device="cuda")
-
-    def both(penalty: Any) -> Any:
-        return lambda _: torch.autograd.grad(penalty(*inputs, alpha=2.0, beta=1.0), inputs, one)
-
-    counts = {name: figures.launches(both(penalty)) for name, penalty in test_call.WAYS.items()}
-    assert counts == {"eager": 30, "compiled": 6, "fastreg": 2}
+    inputs, one = test_call.penalty_inputs(test_call.SMALL, torch.bfloat16), torch.ones((), device="cuda")
+    for way, count in {"eager": 30, "compiled": 6, "fastreg": 2}.items():
+        penalty = partial(test_call.WAYS[way], *inputs, 2.0, 1.0)
+        assert figures.launches(lambda _, penalty=penalty: torch.autograd.grad(penalty(), inputs, one)) == count, way
 
 
 def test_the_fastreg_of_another_checkout_is_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,24 +206,16 @@ def test_ratios_that_contain_1_are_dashes_and_rows_of_a_busy_machine_are_missing
     assert mean == pytest.approx((1.0, 0.1 / 2**0.5))
 
 
-def committed() -> list[results.Result]:
-    return [results.load(file) for file in sorted(results.RESULTS.glob("*.json"))]
-
-
-def test_every_row_is_on_the_page_of_its_machine_and_every_kind_in_the_summary() -> None:
-    for result in committed():
-        page, short = report.all_rows(result), report.summary([result])
+def test_what_is_committed_is_what_was_measured() -> None:
+    """Every row is on the page of its machine, and every kind in the summary."""
+    found, drawn = [results.load(file) for file in results.RESULTS.glob("*.json")], picture.FILE.read_text()
+    for result in found:
+        assert "Fake" not in result.machine["device"], "kernels that do nothing take no time"
         for case in result.cases:
             title = report.TITLES[case.info["pass"]]
-            below = [part for part in page.split("## ") if part.startswith(title)]
+            below = [part for part in report.all_rows(result).split("## ") if part.startswith(title)]
             assert any(f"| {case.label} |" in part for part in below), f"{case.name} is missing"
-            assert f"| {title}, " in short
-
-
-def test_what_is_committed_is_what_was_measured() -> None:
-    found = committed()
-    assert not any("Fake" in result.machine["device"] for result in found), "kernels that do nothing take no time"
-    drawn = picture.FILE.read_text()
+            assert f"| {title}, " in report.summary([result])
     for page, text in (report.pages(found) | {picture.FILE: drawn}).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
 
@@ -287,10 +270,8 @@ def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(ROOT / "bench", checkout / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     for name in ("fastreg", "kernels"):
         (checkout / name).symlink_to(ROOT / name)
-    shell.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\nmkdir -p bench/results/first\n'
-        'for part in first sweep; do echo "tables of $part" > bench/results/first/$part.md; done\n'
-    )
+    written = "mkdir -p bench/results/first && cd bench/results/first && echo tables of first | tee first.md > sweep.md"
+    shell.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n{written}\n')
     shell.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(checkout / "bench")}}).execute()
