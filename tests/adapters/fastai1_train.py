@@ -181,12 +181,13 @@ def test_no_activations_are_held_after_a_step_that_failed() -> None:
     assert_freed(alive)
 
 
-def test_the_arguments_of_the_release_are_kept() -> None:
+@pytest.mark.parametrize(("bptt", "adjust"), [(None, False), (16, True)])
+def test_the_arguments_of_the_release_are_kept(bptt: Any, adjust: bool) -> None:
     learn = unfuse(fuse(learner()))
     assert "export" not in vars(learn)
-    learn.callbacks = [RNNTrainer(learn, 16, ALPHA, BETA, adjust=False)]
+    learn.callbacks = [RNNTrainer(learn, bptt, ALPHA, BETA, adjust)]
     (now,) = fuse(learn).callbacks
-    assert (now.bptt, now.alpha, now.beta, now.adjust) == (16, ALPHA, BETA, False)
+    assert (now.bptt, now.alpha, now.beta, now.adjust) == (bptt, ALPHA, BETA, adjust)
 
 
 def test_errors_of_the_callback() -> None:
