@@ -106,7 +106,7 @@ class TestContract(LearnerContract):
     def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
         if accumulated > 1:
             pytest.skip("its optimizer steps after each batch")
-        loader = DataLoader([(ids, ids) for ids in IDS], BATCH)
+        loader = DataLoader([(ids, -ids) for ids in IDS], BATCH)
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
