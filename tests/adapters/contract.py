@@ -59,9 +59,9 @@ def ids_of(batch: Any) -> Tensor:
     return batch if isinstance(batch, Tensor) else batch["input_ids"]
 
 
-def loss_of(outputs: Any, ids: Tensor) -> Tensor:
-    """Return the loss of a model that returns it, or the loss of decoded ids."""
-    return outputs["loss"] if isinstance(outputs, dict) else criterion(outputs, ids)
+def loss_of(outputs: Any, targets: Tensor) -> Tensor:
+    """Return the loss of a model that returns it, or of decoded ids; targets are negative, to tell them from inputs."""
+    return outputs["loss"] if isinstance(outputs, dict) else criterion(outputs, -targets)
 
 
 def valid(batch: Any) -> Tensor:

@@ -106,7 +106,7 @@ class TestContract(LearnerContract):
     def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
         if accumulated > 1:
             pytest.skip("its optimizer steps after each batch")
-        loader = DataLoader([(ids, ids) for ids in IDS], BATCH)
+        loader = DataLoader([(ids, -ids) for ids in IDS], BATCH)
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
@@ -181,12 +181,13 @@ def test_no_activations_are_held_after_a_step_that_failed() -> None:
     assert_freed(alive)
 
 
-def test_the_arguments_of_the_release_are_kept() -> None:
+@pytest.mark.parametrize(("bptt", "adjust"), [(None, False), (16, True)])
+def test_the_arguments_of_the_release_are_kept(bptt: Any, adjust: bool) -> None:
     learn = unfuse(fuse(learner()))
     assert "export" not in vars(learn)
-    learn.callbacks = [RNNTrainer(learn, 16, ALPHA, BETA, adjust=False)]
+    learn.callbacks = [RNNTrainer(learn, bptt, ALPHA, BETA, adjust)]
     (now,) = fuse(learn).callbacks
-    assert (now.bptt, now.alpha, now.beta, now.adjust) == (16, ALPHA, BETA, False)
+    assert (now.bptt, now.alpha, now.beta, now.adjust) == (bptt, ALPHA, BETA, adjust)
 
 
 def test_errors_of_the_callback() -> None:

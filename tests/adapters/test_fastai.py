@@ -101,7 +101,7 @@ class TestContract(LearnerContract):
     cleans_up = False
 
     def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
-        rows = [(ids, ids) for ids in IDS]
+        rows = [(ids, -ids) for ids in IDS]
         dls = fa.DataLoaders(fa.DataLoader(rows, bs=BATCH), fa.DataLoader(rows[:BATCH], bs=BATCH))
         cbs = [fa.GradientAccumulation(accumulated * BATCH), fa.GradientClip(0.1)]
         cbs += [fa.RNNRegularizer(**COEFFICIENTS)] * regularized + [fa.RNNCallback()] * isinstance(model, Captures)
@@ -180,6 +180,7 @@ def test_terms_are_columns_of_every_log(both: bool) -> None:
         for term, of_8, of_2 in zip(("ar", "tar"), first, last, strict=True):
             assert float(row["train_" * both + term]) == pytest.approx(0.8 * of_8.item() + 0.2 * of_2.item(), rel=1e-5)
             assert row.get(f"valid_{term}") == ("nan" if both else None)
+    assert len(learn.validate()) == 2  # the loss and the accuracy
     assert learn.metrics.attrgot("name") == ["accuracy"]
 
 
