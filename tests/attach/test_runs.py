@@ -170,6 +170,16 @@ def test_a_penalty_without_a_gradient_is_added_and_never_warned_of(enabled: bool
             total.backward()
 
 
+def test_ar_alone_of_a_dropout_that_passes_no_gradient_is_never_warned_of() -> None:
+    m = Attached(nn.LSTM, PLAIN)
+    m.reg.beta = 0.0  # or the penalty of raw would be lost, which is an error
+    m.dropout.register_forward_hook(lambda *given: given[-1].detach())
+    for _ in range(30):
+        loss = m.head(m(lm.inputs()).dropped).sum()
+        assert m.reg.on_backward_begin(loss) is loss
+        loss.backward()
+
+
 @each_dropout
 @pytest.mark.parametrize(("count", "beta"), [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (7, 1.0), (5, 0.0)])
 def test_runs_over_one_step_are_warned_of_or_refused(count: int, beta: float, dropout: Any) -> None:
