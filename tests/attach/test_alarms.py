@@ -147,11 +147,16 @@ class Right(Model):
             losses.append(self.reg.on_backward_begin(run.loss))
         torch.stack(losses).sum().backward()
 
+    def many_runs_in_one_loss(self) -> None:
+        losses = torch.stack([self.loss() for _ in range(60)])
+        self.reg.on_backward_begin(losses.sum()).backward()
+
     def losses_kept(self) -> None:
         self.losses = [*getattr(self, "losses", []), self.reg.on_backward_begin(self.loss())]
         self.losses[-1].backward()
 
     def evaluations_in_training_mode(self) -> None:
+        self.reg.attach(lm.gru())  # is never called
         for _ in range(30):
             loss = no_grad(self)(inputs()).loss
             assert self.reg.on_backward_begin(loss) is loss
@@ -194,7 +199,7 @@ class Right(Model):
 
 
 LONG = {"windows_in_one_backward": 2, "encoders_in_turn": 2, "gradual_unfreezing": 2}  # steps, and how often
-LONG |= {"evaluations_in_training_mode": 5, "adversarial": 10}
+LONG |= {"evaluations_in_training_mode": 5, "adversarial": 10, "many_runs_in_one_loss": 2}
 
 
 @each_dropout
