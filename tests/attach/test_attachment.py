@@ -217,6 +217,11 @@ class Counting(Attached):
         self.reg.take(taken.loss)
         return taken.loss + (run := self(x)).loss, [run]
 
+    def one_beside_a_run_of_a_removed_handle(self, x: Tensor) -> Any:
+        with self.reg.attach(other := lm.gru()):
+            raw, _ = other(x)
+        return (run := self(x)).loss + raw.sum(), [run]
+
     def one_that_an_earlier_loss_missed(self, x: Tensor) -> Any:
         run = self(x)
         self.reg.on_backward_begin(self(x).loss).backward()
