@@ -78,6 +78,11 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         run.run_all(file)
 
 
+def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
+    verdicts = [report.verdict(values) for values in ([2.3, 4.9], [-1.0, -2.43], [-1.0, -2.41], [-5.0])]
+    assert verdicts == ["higher", "not told apart", "lower", "not told apart"]
+
+
 def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(example, "train", lambda weights, *_: weights)
     monkeypatch.setattr(example, "success", lambda model, _: (0.5, model.variance / 10 if model.beta == 0 else 0.5))
