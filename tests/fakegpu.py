@@ -6,7 +6,7 @@ checked, have to be measured.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
 
 from bench.measure import lines
@@ -25,24 +25,14 @@ def problems(folder: Path) -> list[str]:
         found += [f"{name}: no row of the largest shape"] * (not rows)
         checked = [test for test, why in run["missing"].items() if WRONG in why]
         found += [f"{name}: no way was found wrong"] * (not checked)
-        found += [
-            f"{name}: {test}: {why}" for test, why in run["missing"].items() if why in (lines.DIED, lines.NOT_REACHED)
-        ]
+        lost = lines.DIED, lines.NOT_REACHED
+        found += [f"{name}: {test}: {why}" for test, why in run["missing"].items() if why in lost]
         found += [f"{name}: no page"] * (not (folder / f"{name}.md").exists())
-    log = (folder / "first.log").read_text()
-    found += [
-        f"no {part!r} in the log" for part in ("== tests of tests/kernels", "== tests of tests/call") if part not in log
-    ]
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="tests.fakegpu", description=__doc__)
-    parser.add_argument("folder", type=Path, help="what $OUT of the rehearsal named")
-    if found := problems(parser.parse_args().folder):
-        parser.exit(1, "\n".join([*found, ""]))
-    print("each check found the values wrong, and no test was lost")
+    log, parts = (folder / "first.log").read_text(), ("== tests of tests/kernels", "== tests of tests/call")
+    return found + [f"no {part!r} in the log" for part in parts if part not in log]
 
 
 if __name__ == "__main__":
-    main()
+    if faults := problems(Path(sys.argv[1])):
+        sys.exit("\n".join(faults))
+    print("each check found the values wrong, and no test was lost")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -150,14 +149,3 @@ class Contract:
         with pytest.raises(error, match=message):
             self.fit(model, PATHS | options)
         assert lm.hooks_of(model) == 0 or not self.cleans_up
-
-
-class TrainerContract(Contract):
-    """The test of the adapters that are made without a model."""
-
-    adapter: Callable[..., Any]
-
-    @pytest.mark.parametrize("given", [{"rnn": "rnn"}, {"rnn": "rnn", "alpha": 2.0}, {"alpha": 2.0, "beta": 1.0}])
-    def test_coefficients_and_a_path_are_required(self, given: dict[str, Any]) -> None:
-        with pytest.raises(TypeError, match=r"missing \d required .*argument"):
-            self.adapter(**given)

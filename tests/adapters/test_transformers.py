@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +22,7 @@ import transformers  # noqa: E402
 
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Net, TrainerContract, valid  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Contract, Net, valid  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -70,10 +69,8 @@ def fit(*args: Any, fits: int = 1, **options: Any) -> Any:
     return trainer
 
 
-class TestContract(TrainerContract):
+class TestContract(Contract):
     """A `Trainer` computes the mean of the losses of its batches."""
-
-    adapter = partial(RegularizedTrainer, nn.Identity())
 
     def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
         args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
@@ -113,14 +110,9 @@ def test_trains_the_weights_of_the_formula(case: str) -> None:
 
 
 def test_models_that_the_trainer_makes() -> None:
-    def net() -> Net:
-        return lm.seeded(Net)
-
-    def formula() -> Net:
-        return lm.seeded(Net, "rnn")
-
-    made = fit(None, model_init=net), fit(None, transformers.Trainer, model_init=formula)
-    assert_same_weights(*(trainer.model for trainer in made))
+    made = fit(None, model_init=lambda: lm.seeded(Net))
+    formula = fit(None, transformers.Trainer, model_init=lambda: lm.seeded(Net, "rnn"))
+    assert_same_weights(made.model, formula.model)
 
 
 @pytest.mark.parametrize("others", [None, [6.0, 3.0, 2.0]])

@@ -104,39 +104,6 @@ def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "image/png" in committed[-1][-1], "the last cell plots"
 
 
-def test_the_wall_stops_what_does_not_pass_the_door() -> None:
-    cases = {  # position and action -> new position
-        ((0.45, 0.5), (0.1, 0.0)): (0.55, 0.5),  # through the door
-        ((0.45, 0.3), (0.1, 0.0)): (0.49, 0.3),  # against the wall, from either side
-        ((0.55, 0.7), (-0.1, 0.05)): (0.51, 0.75),
-        ((0.48, 0.39), (0.04, 0.04)): (0.52, 0.43),  # y is 0.41 at the wall
-        ((0.48, 0.41), (0.04, -0.04)): (0.49, 0.37),  # and here 0.39
-        ((0.2, 0.1), (0.0, 0.05)): (0.2, 0.15),
-        ((0.05, 0.95), (-0.1, 0.1)): (0.02, 0.98),  # in a corner
-    }
-    position, action = (torch.tensor(column) for column in zip(*cases, strict=True))
-    torch.testing.assert_close(two_rooms.move(position, action), torch.tensor([*cases.values()]))
-
-
-def test_walks_are_what_the_actions_do() -> None:
-    torch.manual_seed(0)
-    positions, actions = two_rooms.walks(300)
-    assert positions.shape == (300, two_rooms.TIME, 2)
-    assert actions.shape == (300, two_rooms.TIME - 1, 2)
-    assert actions.norm(dim=-1).max() <= 1.0001
-    torch.testing.assert_close(two_rooms.move(positions[:, :-1], two_rooms.SPEED * actions), positions[:, 1:])
-    rooms = positions[..., 0] < 0.5
-    assert 0 < (rooms[:, 1:] != rooms[:, :-1]).float().mean() < 0.1, "a few walks pass the door"
-
-
-def test_an_image_shows_the_dot_and_the_distractor() -> None:
-    torch.manual_seed(0)
-    place, other = torch.tensor([[[0.2, 0.6]]]), torch.tensor([[[0.8, 0.2]]])
-    alone, both = (two_rooms.images(place, distractor).view(16, 16) for distractor in (None, other))
-    assert divmod(int(alone.argmax()), 16) == (3, 9)  # 0.2 * 15 and 0.6 * 15
-    assert alone[12, 3] < 0.4 < both[12, 3] < both[3, 9]
-
-
 def test_vicreg_is_zero_for_numbers_that_vary_and_agree_in_nothing() -> None:
     apart = 2 * torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[-1.0, 1.0], [-1.0, -1.0]]])
     assert [*map(float, two_rooms.vicreg(apart))] == [0.0, 0.0]
