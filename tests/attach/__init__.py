@@ -16,7 +16,7 @@ cp: Any = partial(checkpoint, use_reentrant=False)
 no_grad: Any = torch.no_grad()
 
 
-def frozen(m: Attached) -> Attached:
+def frozen(m: Any) -> Any:
     m.rnn.requires_grad_(False)
     return m
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastreg import FusedRNNDropout, RNNRegularizer
 from tests import language_model as lm
 from tests.attach import frozen, no_grad, steps
-from tests.language_model import HIDDEN, PLAIN, Attached, each_dropout, inputs, warned
+from tests.language_model import PLAIN, Attached, each_dropout, inputs, warned
 
 
 def alarms(step: Callable[[], Any], count: int) -> dict[int, str]:
@@ -68,49 +68,45 @@ class Losing(Model):
 
 
 @each_dropout
-@pytest.mark.parametrize("rights", [0, 1, 25])
+@pytest.mark.parametrize(
+    ("rights", "alpha", "first", "last"), [(0, 2, 1, 24), (1, 2, 40, 60), (25, 2, 40, 60), (60, 0, 1, 24)]
+)
 @steps(Losing)
-def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, dropout: Any) -> None:
+def test_a_lost_penalty_is_warned_of_once(
+    step: str, rights: int, alpha: float, first: int, last: int, dropout: Any
+) -> None:
+    """A warm-up from 0 decides nothing."""
     m = Losing(nn.LSTM, dropout)
+    m.reg.alpha, m.reg.beta = alpha, alpha / 2
     for _ in range(rights):
         m.right()
+    m.reg.alpha = 2
     ((at, message),) = alarms(getattr(m, step), 100).items()
-    assert (at <= 24) if rights == 0 else (40 <= at <= 60)
+    assert first <= at <= last
     assert "runs of the attached LSTM in a row got no gradient" in message
     assert "loss = regularizer.on_backward_begin(loss)" in message
 
 
-@pytest.mark.parametrize("name", ["raw", "state"])
-def test_a_penalty_that_no_loss_reaches_beside_another_is_warned_of(name: str) -> None:
-    """Raw is not marked where there is a dropout, and no state in an object is."""
-    opaque = lm.Returning(lambda raw: SimpleNamespace(raw=raw, state=raw.sum(1)))
-    m = Model(opaque, PLAIN, output=lambda result: result.raw)
+def test_a_loss_of_raw_beside_another_module_is_warned_of() -> None:
+    """Raw is not marked where there is a dropout."""
+    m = Model(nn.LSTM, PLAIN)
 
     def step() -> None:
-        result = m.rnn(inputs())
-        m.dropout(result.raw)
-        m.reg.on_backward_begin(getattr(result, name).sum() + m.beside()).backward()
+        m.reg.on_backward_begin(m(inputs()).raw.sum() + m.beside()).backward()
 
     ((at, message),) = alarms(step, 100).items()
     assert at <= 24
-    assert "runs of the attached Returning in a row" in message
-
-
-ENCODERS: dict[str, Callable[[nn.Module], Any]] = {
-    "a deep copy": copy.deepcopy,
-    "another module": lambda _: nn.LSTM(HIDDEN, HIDDEN, batch_first=True),
-    "the forward itself": lambda module: module.forward,
-}
+    assert "runs of the attached LSTM in a row" in message
 
 
 @each_dropout
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_training_of_what_is_not_attached_after_a_frozen_stage_is_warned_of(encoder: str, dropout: Any) -> None:
+@pytest.mark.parametrize("encoder", [copy.deepcopy, attrgetter("forward")])
+def test_training_of_what_is_not_attached_after_a_frozen_stage_is_warned_of(encoder: Any, dropout: Any) -> None:
     m = Model(nn.LSTM, dropout)
     frozen(m)
     m.right()
     m.rnn.requires_grad_(True)
-    trained = ENCODERS[encoder](m.rnn)
+    trained = encoder(m.rnn)
 
     def step() -> None:
         raw, _ = trained(inputs())
@@ -186,9 +182,6 @@ class Right(Model):
         self.reg.clear()
         loss.backward()
 
-    def forgotten_in_evaluation(self) -> None:
-        self.eval().loss().backward()
-
     def forgotten_and_frozen(self) -> None:
         frozen(self)
         self.loss().backward()
@@ -216,17 +209,6 @@ def test_compiled_models_are_warned_of_like_others() -> None:
     losing.compile(backend="eager")
     assert alarms(right.adversarial, 4) == {}
     assert len(alarms(losing.forgotten, 30)) == 1
-
-
-@each_dropout
-def test_a_warm_up_from_0_decides_nothing(dropout: Any) -> None:
-    m = Losing(nn.LSTM, dropout)
-    m.reg.alpha = m.reg.beta = 0.0
-    for _ in range(60):
-        m.right()
-    m.reg.alpha = 2.0
-    ((at, _),) = alarms(m.forgotten, 100).items()
-    assert at <= 24
 
 
 def test_a_regularizer_that_no_variable_holds_is_warned_of_when_its_module_trains() -> None:

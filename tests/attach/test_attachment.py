@@ -188,23 +188,10 @@ def test_outputs_that_share_memory_are_not_changed_in_place(what: int, dropout: 
 
 
 class Counting(Attached):
-    """Steps that return a loss, and the runs whose penalties belong to it."""
+    """Steps that return a loss, and the runs whose penalties belong to it.
 
-    def two_runs(self, x: Tensor) -> Any:
-        one, other = self(x), self(2 * x)
-        return one.loss * other.loss, [one, other]
-
-    def one_of_two(self, x: Tensor) -> Any:
-        self(2 * x)
-        return (run := self(x)).loss, [run]
-
-    def two_the_earlier_by_its_state(self, x: Tensor) -> Any:
-        earlier = self(x)
-        return (run := self(x, earlier.state)).loss, [earlier, run]
-
-    def one_by_its_state(self, x: Tensor) -> Any:
-        run = self(x)
-        return run.state[-1].square().sum(), [run]
+    The random steps of `tests/random_training.py` have several runs, states, and modules that share a dropout.
+    """
 
     def a_state_reset_in_place(self, x: Tensor) -> Any:
         first = self(x)
@@ -257,15 +244,6 @@ class Counting(Attached):
         else:
             self.dropout.register_forward_hook(lm.doubled)
         return (run := self(x.requires_grad_())).loss, [run]
-
-    def two_modules_with_one_dropout(self, x: Tensor) -> Any:
-        self.reg.attach(other := lm.gru(), None if type(self.dropout) is nn.Identity else self.dropout)
-        raw, _ = other((first := self(x)).dropped)
-        second = self.end(raw, self.dropout(raw))
-        return first.loss + second.loss, [first, second]
-
-    def a_checkpointed_one(self, x: Tensor) -> Any:
-        return self._recomputed(cp(self, x))
 
     def one_with_a_checkpointed_dropout(self, x: Tensor) -> Any:
         raw, state = self.rnn(x)
@@ -341,11 +319,6 @@ class Refused(Attached):
     def packed_steps(self, x: Tensor) -> Any:
         return sum(self.dropout(self.rnn(packed(y, 1, 1, 1))[0].data).sum() for y in x.split(1, 1))
 
-    def raw_in_place(self, x: Tensor) -> Tensor:
-        run = self(x)
-        run.raw.mul_(2)
-        return run.loss
-
     def dropout_in_place(self, x: Tensor) -> Tensor:
         self.dropout.inplace = True
         return self(x).loss
@@ -378,7 +351,6 @@ REFUSED_WITH_A_DROPOUT: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "no dropout": (lambda m, x: m.rnn(x)[1][0].sum(), GAP),
     "a hook on the RNN": (lambda m, x: m.hooked(m.rnn, x), GAP),
     "a hook on the dropout": (lambda m, x: m.hooked(m.dropout, x), GAP),
-    "raw in place behind": (Refused.raw_in_place, IN_PLACE),
     "by its dropout": (Refused.dropout_in_place, IN_PLACE),
 }
 
@@ -604,13 +576,6 @@ def test_raw_is_saved_and_copied_without_what_its_dropout_needs(tmp_path: Path) 
         after(twin)  # is not the dropout of the run
     torch.testing.assert_close(lm.penalty_of(reg, dropped := after(raw)), lm.formula(raw, dropped, 1))
     module(raw)  # is raw in the next step, too
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lm.pickled])
-def test_a_copy_of_a_fused_dropout_that_ran_before_it_was_attached_warns_no_earlier(duplicate: Any) -> None:
-    dropout = FUSED(0.4)
-    dropout(lm.inputs())  # a second one without coefficients is warned of, and a warning is an error
-    duplicate(dropout)(lm.inputs())
 
 
 class Derived(FusedRNNDropout):

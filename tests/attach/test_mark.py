@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -56,17 +55,6 @@ def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale:
     assert leaf.grad == (scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=DOUBLE)).to(dtypes[1])
 
 
-def test_each_backward_through_the_view_adds_it() -> None:
-    x, leaf = X.clone().requires_grad_(), LEAF.detach().clone().requires_grad_()
-    y = with_penalty(x, leaf * 1, 0.5)
-    one, other = y.sum(), y.sin().sum()
-    x.sum().backward()
-    assert leaf.grad is None
-    for times, loss in enumerate((one + other, one, one, other), 1):
-        loss.backward(retain_graph=True)
-        assert leaf.grad == 0.5 * times
-
-
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_x_itself_where_there_is_no_gradient_to_add(around: Any, needs: bool) -> None:
@@ -87,15 +75,6 @@ def test_a_loss_with_the_norm_of_its_gradient_which_contains_the_gradient_of_the
         norm = torch.stack([x.square().sum() for x in first]).sum()
         results.append((first, torch.autograd.grad(total + norm, [*rnn.parameters()], retain_graph=True)))
     torch.testing.assert_close(*results)
-
-
-def test_the_graph_of_the_penalty_lives_as_long_as_the_view() -> None:
-    kept = X * LEAF
-    ref, y = weakref.ref(kept), with_penalty(X, kept.sin().sum())
-    del kept
-    assert ref() is not None
-    del y
-    assert ref() is None
 
 
 # Parts of a step that a checkpoint may run, as functions of `checkpoint`, the RNN, its input and a scale

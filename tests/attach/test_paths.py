@@ -13,7 +13,7 @@ from fastreg import FusedRNNDropout, fused_ar_tar
 from fastreg.attach.paths import Paths, Swap, check_options_of_fuse, coefficients_of_learner, pairs_of, paths_of_learner
 from fastreg.attach.source import Masks
 from tests import language_model as lm
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, VALID
+from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME
 
 NO_MODULE, PATH = "ModuleDict has no such module at ", "expected the attribute path of a module, .* got"
 
@@ -77,15 +77,10 @@ def test_a_layout_that_is_said_comes_before_that_of_the_adapter() -> None:
 
 
 @pytest.mark.parametrize("layout", [{"batch_first": False}, {"time_dim": 0}])
-def test_captures_have_the_layout_and_the_masks_of_the_paths(layout: dict[str, Any]) -> None:
-    reg, raw, said = lm.regularizer(), torch.randn(TIME, BATCH, HIDDEN), list[str]()
-    mask = torch.cat([torch.ones(BATCH, 2), VALID], 1)  # of two steps more than raw
-    paths = Paths((), Masks(valid=lambda x: x > 0), **layout)
-    for _ in range(2):
-        paths.capture(reg.on_loss_begin, (raw, [raw], [raw]), [mask], said.append)
-        torch.testing.assert_close(lm.penalty_of(reg), fused_ar_tar(raw, raw, ALPHA, BETA, valid=VALID, **layout))
-    words = "raw (7, 3, 6) as time 7, batch 3, hidden 6; valid (3, 7): only valid steps count"
-    assert said == [f"the model's output: {words}"]
+def test_captures_have_the_layout_of_the_paths(layout: dict[str, Any]) -> None:
+    reg, raw = lm.regularizer(), torch.randn(TIME, BATCH, HIDDEN)
+    Paths((), **layout).capture(reg.on_loss_begin, (raw, [raw], [raw]), [], None)
+    torch.testing.assert_close(lm.penalty_of(reg), fused_ar_tar(raw, raw, ALPHA, BETA, **layout))
 
 
 def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
@@ -99,14 +94,6 @@ def test_a_language_model_has_a_fused_dropout_while_attached() -> None:
         model.train()
     assert model[1].output_dp is own
     assert own.training
-
-
-@pytest.mark.filterwarnings("error")
-def test_modules_in_evaluation_are_warned_of_once() -> None:
-    paths = Paths([("encoder.rnn", None)])
-    with pytest.warns(UserWarning, match="^Adapter: .* no penalty, .* in evaluation: 'encoder.rnn'; call"):
-        paths.warn_of_evaluation("Adapter")
-    paths.warn_of_evaluation("Adapter")  # another warning would be an error
 
 
 @pytest.mark.parametrize(("name", "got"), [("valid", r"Tensor\[2, 5\], dict\['mask'\]"), ("output", "tuple")])

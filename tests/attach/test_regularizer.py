@@ -99,15 +99,6 @@ def test_a_layout_that_decoded_leaves_in_doubt_has_to_be_stated(batch: int, time
             assert lm.penalty_of(reg) == fused_ar_tar(raw, raw, ALPHA, BETA, **layout)
 
 
-@pytest.mark.parametrize("by_hooks", [False, True])
-@pytest.mark.parametrize("drop", [lambda reg: reg.clear(), lambda reg: reg.on_epoch_begin(nn.Linear(1, 1))])
-def test_clear_and_on_epoch_begin_drop_captures(drop: Callable[[RNNRegularizer], None], by_hooks: bool) -> None:
-    _, reg, (decoded, *_) = captured(by_hooks)
-    drop(reg)
-    with pytest.raises(RuntimeError, match="nothing was captured"):
-        lm.penalty_of(reg, decoded)
-
-
 @pytest.mark.parametrize("alpha", [ALPHA, -1.0])
 def test_nothing_is_held_after_the_loss_or_an_error(alpha: float) -> None:
     _, reg, output = captured(by_hooks=False)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from fastreg import FusedRNNDropout, RNNRegularizer
 from fastreg.attach.runs import OUTCOMES
 from tests import language_model as lm
-from tests.attach import cp, no_grad, reentrant
+from tests.attach import cp, frozen, no_grad, reentrant
 from tests.language_model import HIDDEN, PLAIN, STARTS, VALID, Attached, each_dropout
 
 
@@ -29,10 +29,6 @@ class Model(Attached):
 
     def trained(self) -> Model:
         self.reg.on_backward_begin(self(lm.inputs()).loss).backward()
-        return self
-
-    def frozen(self) -> Model:
-        self.rnn.requires_grad_(False)
         return self
 
     def beside_a_frozen_run(self) -> Model:
@@ -82,11 +78,11 @@ CASES: dict[str, list[Callable[[Model, Tensor], Tensor]]] = {
         lambda m, x: m.eval().transformed(x),  # an error in training
     ],
     "only frozen modules ran": [
-        lambda m, x: m.frozen()(x).loss,
-        lambda m, x: m.trained().frozen()(x).loss,
+        lambda m, x: frozen(m)(x).loss,
+        lambda m, x: frozen(m.trained())(x).loss,
         lambda m, x: m.head(m.trained().beside_a_frozen_run().kept).sum(),
-        lambda m, x: m.frozen().second_loss(x),
-        lambda m, x: m.frozen().before_a_validation(x),
+        lambda m, x: frozen(m).second_loss(x),
+        lambda m, x: frozen(m).before_a_validation(x),
     ],
     "nothing needs a gradient": [
         lambda m, x: no_grad(m)(x).loss,
@@ -98,7 +94,7 @@ CASES: dict[str, list[Callable[[Model, Tensor], Tensor]]] = {
         lambda m, x: m.after_a_run().head(x).sum(),
         lambda m, x: m.head(m(x).dropped.detach()).sum(),
         lambda m, x: no_grad(m.after_a_run())(x).loss,
-        lambda m, x: m.after_a_run().frozen()(x).loss,
+        lambda m, x: frozen(m.after_a_run())(x).loss,
     ],
     "a module ran without gradients": [
         Model.without_gradients,
@@ -157,10 +153,10 @@ def test_a_loss_of_one_element_keeps_its_shape(loss: Tensor) -> None:
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_penalty_without_a_gradient_is_added_and_never_warned_of(enabled: bool) -> None:
-    reg, dropout, frozen = RNNRegularizer(0.0, lm.BETA), nn.Linear(HIDDEN, HIDDEN), lm.gru().requires_grad_(not enabled)
-    reg.attach(frozen, dropout)
+    reg, dropout, rnn = RNNRegularizer(0.0, lm.BETA), nn.Linear(HIDDEN, HIDDEN), lm.gru().requires_grad_(not enabled)
+    reg.attach(rnn, dropout)
     for _ in range(30 if enabled else 3):
-        raws = [frozen(lm.inputs())[0] for _ in range(2)]
+        raws = [rnn(lm.inputs())[0] for _ in range(2)]
         loss = torch.stack([dropout(raw).sum() for raw in raws]).sum()
         with torch.set_grad_enabled(enabled):
             total = reg.on_backward_begin(loss)
