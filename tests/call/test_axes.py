@@ -17,7 +17,7 @@ from tests.samples import hidden_first, transposed
 pytestmark = pytest.mark.numbers
 
 KINDS = 5  # a test
-FIRST = range(0, 25 if INTERPRETED else 200, KINDS)
+FIRST = range(0, 60 if INTERPRETED else 200, KINDS)
 X = torch.randn(2, 5, 80)
 NARROW = 64  # time steps from which kernels on a CPU read the innermost axis in place, as docs/behaviour.md says
 
