@@ -23,7 +23,7 @@ from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
 from tests.calls import Nothing
 from tests.conftest import INTERPRETED, by_triton
-from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, truth
+from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, steps_of, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # the interpreter truncates bfloat16
@@ -166,6 +166,9 @@ class Kind:
     def truth(self, raw: Tensor, dropped: Tensor, coefficients: Sequence[float], steps: dict[str, Tensor]) -> ARTAR:
         return truth(raw, dropped, *coefficients, self.options["reduction"], **steps, **self.layout)
 
+    def counted(self, x: Tensor, steps: dict[str, Tensor]) -> Tensor:
+        return steps_of(x, **steps, **self.layout)[0].expand(x.shape)
+
     def packed(self, side: list[Any], lengths: Tensor) -> list[Any]:
         """Pack the layers of raw or of dropped."""
         given = []
@@ -210,7 +213,7 @@ class Kind:
             )
             for gradient, x in zip(gradients, leaves, strict=True):
                 parts = gradients_of(want, (scale * alpha, scale * beta), exactly[id(x)])
-                assert_gradient(gradient.detach(), parts, penalty.dtype)
+                assert_gradient(gradient.detach(), parts, penalty.dtype, self.counted(x, steps))
                 self.counts["gradients"] += 1
 
     def dropout(self, steps: dict[str, Tensor]) -> None:
@@ -218,21 +221,20 @@ class Kind:
         raw, shape = self.leaf(0, steps), list(self.shape)
         if self.drops_by != "mask" or not self.full_mask_or_rows_with_gaps:
             shape[self.axis] = 1
-        torch.manual_seed(len(str(self)))
+        torch.manual_seed(seed := self.draw.getrandbits(16))
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
-        torch.manual_seed(len(str(self)))
+        torch.manual_seed(seed)
         given, (alpha, beta) = self.coefficients()
         self.values = {"alpha": alpha, "beta": beta, **steps}
         if self.drops_by == "module":
             module: Any = FusedRNNDropout(0.4, *given, ar_of="raw", **self.layout)
             dropped, got = module(self.seen(raw), **steps), module.take()
         else:
-            options: Any = {**steps, **self.options}
+            options: Any = {"p": 0.4, **steps, **self.options}
             if self.drops_by == "mask":
                 mask = memory(mask, self.draw, expands=False)
-                options["mask"] = self.seen(mask)
-            p = 0 if self.drops_by == "mask" else 0.4
-            dropped, got = fused_dropout_ar_tar(self.seen(raw), p, given[0], given[1], **options)
+                options |= {"p": 0, "mask": self.seen(mask)}
+            dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=given[0], beta=given[1], **options)
         values, keep = exact(raw), mask.double()
         rounded = assert_dropped(dropped, raw, mask, values)
         want = self.truth(values, values if self.drops_by == "module" else rounded, (alpha, beta), steps)
@@ -248,7 +250,7 @@ class Kind:
                 outputs, raw, upstream, retain_graph=retain, create_graph=self.second_derivatives
             )
             parts = [arriving.double() * keep, *gradients_of(want, (scale * alpha, scale * beta), values)]
-            assert_gradient(gradient.detach(), parts, penalty.dtype, rounds_parts=self.rounds_parts)
+            assert_gradient(gradient.detach(), parts, penalty.dtype, self.counted(raw, steps), self.rounds_parts)
             self.counts["gradients"] += 1
 
 

@@ -12,15 +12,6 @@ class Decorated(Tensor):
     """A subclass without its own operators, as fastai has them."""
 
 
-def contiguous(x: Tensor) -> Tensor:
-    return x.contiguous()
-
-
 def transposed(x: Tensor) -> Tensor:
     """Swap batch and time in memory."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 3 else x
-
-
-def hidden_first(x: Tensor) -> Tensor:
-    """Make the hidden axis the slowest in memory."""
-    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
