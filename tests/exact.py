@@ -158,20 +158,16 @@ def assert_dropped(dropped: Tensor, raw: Tensor, mask: Tensor, values: Tensor) -
     return product + (exact(dropped) - product).detach()
 
 
-def check_dropout(
-    raw: Tensor, mask: Tensor, alpha: float, beta: float, results: Any = None, ar_of_raw: bool = False, **options: Any
-) -> None:
+def check_dropout(raw: Tensor, mask: Tensor, alpha: float, beta: float, **options: Any) -> None:
     """Check dropped and the penalty of a leaf and a mask, and the gradients of both outputs and of each output.
 
-    A step that does not count is dropped like the others, and only its dropped value has a gradient. The results are
-    those of `fused_dropout_ar_tar` with this mask if no others are given.
+    A step that does not count is dropped like the others, and only its dropped value has a gradient.
     """
-    dropped, got = results or fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **options)
+    dropped, got = fused_dropout_ar_tar(raw, 0.4, alpha, beta, mask=mask, return_terms=True, **options)
     assert dropped.dtype == raw.dtype
-    assert got is not None
     values, keep = exact(raw), mask.double()
     rounded = assert_dropped(dropped, raw, mask, values)
-    want = truth(values, values if ar_of_raw else rounded, alpha, beta, **options)
+    want = truth(values, rounded, alpha, beta, **options)
     assert_terms(got, want, raw.dtype)
     counts = steps_of(raw, **options)[0].expand(raw.shape)
     upstream, arriving = torch.full_like(got.penalty, 100), torch.randn_like(dropped)

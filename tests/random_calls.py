@@ -1,4 +1,4 @@
-"""Random calls of `fused_ar_tar` and `fused_dropout_ar_tar`, compared with the formulas in float64.
+"""Random calls of `fused_ar_tar`, `fused_dropout_ar_tar` and `FusedRNNDropout`, compared with the formulas in float64.
 
 `python -m tests.random_calls --count 3000` draws 3,000 kinds of calls, and prints the seed and the arguments of each of
 which a result or a gradient is wrong. A kind has an operation, dtypes, layouts, steps and coefficients. Three calls of
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
 from tests.calls import Nothing
 from tests.conftest import INTERPRETED, by_triton
-from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, truth
+from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, steps_of, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # the interpreter truncates bfloat16
@@ -71,6 +71,10 @@ class Kind:
         self.coefficient_of_0 = choose([None, None, None, "alpha", "beta"])
         self.marks = ("lengths",) if self.operation == "packed" else choose(STEPS)
         self.dtype_of_batch_sizes = choose(INTEGERS)
+        self.drops_by = choose(["mask", "mask", "draw", "module"])
+        if self.operation == "dropout" and self.drops_by == "module":  # which has fewer options
+            self.marks = tuple(name for name in self.marks if name != "lengths")
+            self.options |= {"reduction": "mean", "return_terms": True}
         self.spoils_padding = choose([False, True])
         self.full_mask_or_rows_with_gaps = choose([False, True])
         self.decorates = choose([False, False, False, True])
@@ -100,11 +104,12 @@ class Kind:
             self.layout = {"time_dim": self.draw.choice([self.axis, self.axis - dims])}
         elif dims == 3 and self.operation != "packed" and self.chance(0.3):
             self.axis, self.layout = 0, {"batch_first": False}
-        if dims < 4 and not INTERPRETED and self.chance(0.15):
-            shape[self.axis] = self.draw.choice([20, 41, 64, 100])
-        # On the CPU a block of lanes holds several sequences of such a shape, or a part of one sequence.
-        if dims == 3 and not by_triton(self.device) and self.chance(0.15):
-            shape = self.draw.choice([(3, 9, 4500), (17, 3, 401), (70, 33, 31), (33, 130, 12), (70, 9, 200)])
+        if dims < 4 and self.chance(0.15):
+            shape[self.axis] = self.draw.choice([20, 41] if INTERPRETED else [20, 41, 64, 100])
+        # A block of lanes holds several sequences of such a shape, or a part of one sequence.
+        if dims == 3 and self.chance(0.15):
+            shapes = [(3, 9, 4500), (17, 3, 401), (70, 33, 31), (33, 130, 12), (70, 9, 200)]
+            shape = self.draw.choice([(2, 37, 201), (2, 19, 136)] if by_triton(self.device) else shapes)
         self.shape = tuple(shape)
 
     def leaf(self, i: int, steps: dict[str, Tensor]) -> Tensor:
@@ -161,14 +166,16 @@ class Kind:
     def truth(self, raw: Tensor, dropped: Tensor, coefficients: Sequence[float], steps: dict[str, Tensor]) -> ARTAR:
         return truth(raw, dropped, *coefficients, self.options["reduction"], **steps, **self.layout)
 
+    def counted(self, x: Tensor, steps: dict[str, Tensor]) -> Tensor:
+        return steps_of(x, **steps, **self.layout)[0].expand(x.shape)
+
     def packed(self, side: list[Any], lengths: Tensor) -> list[Any]:
         """Pack the layers of raw or of dropped."""
         given = []
         for x in side:
             x = pack_padded_sequence(x, lengths.long(), batch_first=True, enforce_sorted=False)
-            data = (
-                torch.stack([x.data] * 2, 2).flatten(1)[:, ::2] if self.full_mask_or_rows_with_gaps else x.data
-            )  # every other element
+            every_other = torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]
+            data = every_other if self.full_mask_or_rows_with_gaps else x.data
             given.append(x._replace(data=data, batch_sizes=x.batch_sizes.to(self.dtype_of_batch_sizes)))
         return given
 
@@ -206,21 +213,31 @@ class Kind:
             )
             for gradient, x in zip(gradients, leaves, strict=True):
                 parts = gradients_of(want, (scale * alpha, scale * beta), exactly[id(x)])
-                assert_gradient(gradient.detach(), parts, penalty.dtype)
+                assert_gradient(gradient.detach(), parts, penalty.dtype, self.counted(x, steps))
                 self.counts["gradients"] += 1
 
     def dropout(self, steps: dict[str, Tensor]) -> None:
-        """Compare a call of `fused_dropout_ar_tar`."""
+        """Compare a call of `fused_dropout_ar_tar`, or of its module with AR of raw; masks are drawn as fastai does."""
         raw, shape = self.leaf(0, steps), list(self.shape)
-        if not self.full_mask_or_rows_with_gaps:
+        if self.drops_by != "mask" or not self.full_mask_or_rows_with_gaps:
             shape[self.axis] = 1
-        mask = memory((torch.rand(shape, generator=self.bits) < 0.6).to(raw) * 1.5, self.draw, expands=False)
+        torch.manual_seed(seed := self.draw.getrandbits(16))
+        mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
+        torch.manual_seed(seed)
         given, (alpha, beta) = self.coefficients()
         self.values = {"alpha": alpha, "beta": beta, **steps}
-        options: Any = {"mask": self.seen(mask), **steps, **self.options}
-        dropped, got = fused_dropout_ar_tar(self.seen(raw), 0, given[0], given[1], **options)
+        if self.drops_by == "module":
+            module: Any = FusedRNNDropout(0.4, *given, ar_of="raw", **self.layout)
+            dropped, got = module(self.seen(raw), **steps), module.take()
+        else:
+            options: Any = {"p": 0.4, **steps, **self.options}
+            if self.drops_by == "mask":
+                mask = memory(mask, self.draw, expands=False)
+                options |= {"p": 0, "mask": self.seen(mask)}
+            dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=given[0], beta=given[1], **options)
         values, keep = exact(raw), mask.double()
-        want = self.truth(values, assert_dropped(dropped, raw, mask, values), (alpha, beta), steps)
+        rounded = assert_dropped(dropped, raw, mask, values)
+        want = self.truth(values, values if self.drops_by == "module" else rounded, (alpha, beta), steps)
         penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
         assert type(dropped) is type(penalty) is Tensor
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)
@@ -233,7 +250,7 @@ class Kind:
                 outputs, raw, upstream, retain_graph=retain, create_graph=self.second_derivatives
             )
             parts = [arriving.double() * keep, *gradients_of(want, (scale * alpha, scale * beta), values)]
-            assert_gradient(gradient.detach(), parts, penalty.dtype, rounds_parts=self.rounds_parts)
+            assert_gradient(gradient.detach(), parts, penalty.dtype, self.counted(raw, steps), self.rounds_parts)
             self.counts["gradients"] += 1
 
 

@@ -1,4 +1,4 @@
-"""`fused_dropout_ar_tar` and its module, against a mask multiplied in and the formula, in float64."""
+"""`fused_dropout_ar_tar`: rounding, masks of inference mode, calls that drop nothing, and what a plan keeps."""
 
 from __future__ import annotations
 
@@ -7,39 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.dropout import BACKWARDS
 from tests.conftest import PLANS, skip_on_formula
-from tests.exact import axis_of, check_dropout
-from tests.samples import BF16, HALF, SAMPLES, Sample
 
 pytestmark = pytest.mark.numbers
-
-# Dropout computes the second tensor, so the second tensor of a sample is not used.
-ONE_TENSOR = [s for s in SAMPLES if s.dtypes[0] == s.dtypes[1] and not s.same and s.layouts[0] == s.layouts[1]]
-
-
-@pytest.mark.parametrize("sample", ONE_TENSOR, ids=str)
-@pytest.mark.parametrize("kind", ["drawn", "full", "AR of raw"])
-def test_values_and_gradients(sample: Sample, kind: str, device: str, poison: None) -> None:
-    """A mask is drawn as fastai draws it."""
-    if sample.dtypes[0] in (HALF, BF16):
-        skip_on_formula(device)
-    raw, _ = sample.leaves(device)
-    shape = list(raw.shape)
-    if kind != "full":
-        shape[axis_of(raw, **sample.options)] = 1
-    torch.manual_seed(5)
-    mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
-    torch.manual_seed(5)
-    coefficients, options, results = (sample.alpha, sample.beta), sample.options, None
-    if kind == "drawn":
-        results = fused_dropout_ar_tar(raw, 0.4, *coefficients, return_terms=True, **options)
-    elif kind == "AR of raw":
-        del options["reduction"]
-        module = FusedRNNDropout(0.4, *coefficients, ar_of="raw", **options)
-        results = module(raw), module.take()
-    check_dropout(raw, mask, *coefficients, results, kind == "AR of raw", **options)
 
 
 def test_half_precision_is_rounded_once(device: str) -> None:
@@ -91,12 +63,3 @@ def test_a_plan_keeps_few_backwards_one_for_each_layout_and_alignment() -> None:
         (plan,) = PLANS.values()
         kept.append(len(plan.backwards))
     assert kept == [1, 2, *(min(2 + i, BACKWARDS) for i in range(BACKWARDS))]
-
-
-def test_both_terms_off(device: str) -> None:
-    skip_on_formula(device)
-    raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
-    _, got = fused_dropout_ar_tar(raw, 0.5, 0, 0)
-    for graph in (False, True):
-        (gradient,) = torch.autograd.grad(got, raw, create_graph=graph, retain_graph=True)
-        assert (gradient == 0).all()

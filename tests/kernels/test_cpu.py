@@ -23,7 +23,7 @@ from fastreg.call.backends import CPP
 from fastreg.kernels import cpu
 from tests.conftest import CPU, ROOT, memory_of, python
 from tests.exact import spoil
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, contiguous, transposed
+from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 pytestmark = [
     pytest.mark.main,
@@ -53,9 +53,9 @@ def checksums() -> list[list[int]]:
     torch.manual_seed(0)
     found = []
     small, large = [(7, 9, n) for n in (1, 33, 401, 4500)], [(2, 515, 2048), (2, 515, 2047)]
-    cases = [*product(small, (contiguous, transposed), (FLOAT, DOUBLE, BF16, HALF))]
+    cases = [*product(small, (Tensor.contiguous, transposed), (FLOAT, DOUBLE, BF16, HALF))]
     # Outputs of 8 MB and more go around the caches, in rows whose addresses are aligned, and others.
-    cases += product(large, (contiguous, transposed), (FLOAT,))
+    cases += product(large, (Tensor.contiguous, transposed), (FLOAT,))
     for shape, layout, dtype in cases:
         for lengths in (None, (torch.arange(shape[0]) + 1) * 5 % shape[1]):
             spoiled = (spoil(values(shape, d), lengths=lengths) for d in (dtype, FLOAT if dtype == BF16 else dtype))
@@ -144,7 +144,7 @@ def test_error_of_a_sum_of_16_million_elements(dtype: torch.dtype, kind: str) ->
 
 
 @pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
-@pytest.mark.parametrize("layout", [contiguous, transposed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", [Tensor.contiguous, transposed], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtypes", [(FLOAT, BF16), (DOUBLE, DOUBLE)], ids=str)  # which shows the order of sums
 def test_the_same_bits_for_any_number_of_threads(dtypes: Any, layout: Any, lengths: Tensor | None) -> None:
     raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in dtypes)
