@@ -76,7 +76,7 @@ bench: $(VENV)/test
 	@echo "== every case twice, with memory kept by the allocator and without: eight minutes on two idle cores"
 	mkdir -p .benchmarks && rm -f .benchmarks/kept.jsonl .benchmarks/default.jsonl
 	-$(KEPT) $(BENCH) 1800 .benchmarks/kept.jsonl bench --benchmark-max-time=0.4
-	-$(BENCH) 1800 .benchmarks/default.jsonl bench --benchmark-max-time=0.4 -k "test_call or 8_elementwise_layers-4x256x256"
+	-$(BENCH) 1800 .benchmarks/default.jsonl bench --benchmark-max-time=0.4 -k "test_call and not sweep and not changes or 8_elementwise_layers-4x256x256"
 	$(VENV)/bin/python -m bench.measure.report .benchmarks/kept.jsonl .benchmarks/default.jsonl
 
 lint: $(VENV)/lint
