@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
 from hashlib import sha256
@@ -131,8 +132,19 @@ def runnable() -> list[Path]:
 
 
 def opened(path: Path) -> ctypes.CDLL:
-    """Load and check a library that the processor can run."""
-    return _checked(ctypes.CDLL(str(path)), path)
+    """Load a library that the processor can run, check its sources, and declare its functions to ctypes."""
+    loaded = ctypes.CDLL(str(path))
+    try:
+        built_from = c_uint64.in_dll(loaded, "sources").value
+    except ValueError:  # the library lacks this symbol
+        built_from = None
+    if (path.parent / "cpu.cpp").exists() and built_from != sources(path.parent):
+        raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
+    loaded.forward.argtypes = loaded.backward.argtypes = [c_char_p, c_char_p, c_int]
+    loaded.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
+    loaded.forward.restype = loaded.encode_steps.restype = None
+    loaded.path = path  # pyright: ignore[reportAttributeAccessIssue]
+    return loaded
 
 
 def description() -> str:
@@ -164,10 +176,8 @@ def _allowed_level() -> int:
 def processor_level() -> int:
     """Ask the processor for its level, by the library that all processors can run; return 0 without that library."""
     for path in _files("_cpu"):
-        try:
+        with suppress(OSError):
             return opened(path).processor_level()
-        except OSError:
-            continue
     return 0
 
 
@@ -180,21 +190,6 @@ def sources(folder: Path) -> int:
     """Hash the sources of the libraries in a folder; for an installed package, which has none, hash nothing."""
     files = sorted((*folder.glob("cpu.cpp"), *folder.glob("cpu_*.h")))
     return int(sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16], 16)
-
-
-def _checked(library: ctypes.CDLL, path: Path) -> ctypes.CDLL:
-    """Check that a library was built from the present sources, and declare its functions to ctypes."""
-    try:
-        built_from = c_uint64.in_dll(library, "sources").value
-    except ValueError:  # the library lacks this symbol
-        built_from = None
-    if (path.parent / "cpu.cpp").exists() and built_from != sources(path.parent):
-        raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
-    library.forward.argtypes = library.backward.argtypes = [c_char_p, c_char_p, c_int]
-    library.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
-    library.forward.restype = library.encode_steps.restype = None
-    library.path = path  # pyright: ignore[reportAttributeAccessIssue]
-    return library
 
 
 # The structures `Metadata` and `Addresses` of C. Packing takes a third of the time of filling a ctypes structure.

@@ -63,11 +63,8 @@ def filled(count: int, value: float, dtype: torch.dtype, device: torch.device) -
 
 def is_captured(device: torch.device) -> bool:
     """Return whether launches on a device's current stream are captured in a graph."""
-    asks = capture_of(device.type)
-    if asks is bool or device.index is None or device.index == torch.accelerator.current_device_index():
-        return asks()
     with torch.accelerator.device_index(device.index):  # PyTorch asks the current device
-        return asks()
+        return capture_of(device.type)()
 
 
 def capture_of(kind: str) -> Callable[[], bool]:
