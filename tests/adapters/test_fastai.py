@@ -273,8 +273,3 @@ def test_learners_that_cannot_be_trained(own: Any, of_other: Any, error: type[Ex
     learn, _other = of(Model, *own), of(Model, *of_other)
     with pytest.raises(error, match=message):
         trained(learn)
-
-
-def test_a_path_needs_a_coefficient() -> None:
-    with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn"):
-        RNNRegularizer(rnn="rnn")

@@ -1,7 +1,7 @@
 """`RNNRegularizer.attach`: the runs that count for a loss, layouts, outputs of modules, and errors.
 
 `test_runs.py` has the outcomes of a loss, and `test_alarms.py` the loops that lose a penalty. `test_compiled.py`
-compiles attached models, and `test_random_training.py` plays random steps of them.
+compiles attached models, and plays random steps of them.
 """
 
 from __future__ import annotations
@@ -622,11 +622,7 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "give a list": ({"give": lambda raw: ([raw], 0)}, TypeError, WRONG.format("list")),
     "give a dictionary with attributes": ({"give": lambda raw: AttrDict(raw=raw)}, TypeError, WRONG.format("AttrDict")),
     "give nested": ({"give": torch.nested.as_nested_tensor}, TypeError, "raw: expected a dense .* got nested"),
-    "give two axes": (
-        {"give": lambda raw: raw[:, 0]},
-        ValueError,
-        r"got \(3, 6\).* unflatten.* time_dim=0.* time_dim=",
-    ),
+    "give two axes": ({"give": lambda raw: raw[:, 0]}, ValueError, r"got \(3, 6\).* unflatten.*time_dim=0.*time_dim="),
     "give an opaque object": ({"give": OPAQUE, "output": attrgetter("raw")}, TypeError, NO_PLACE.format("SimpleNam.*")),
     "give more than raw": ({"output": lambda result: result[:, 1:]}, TypeError, NO_PLACE.format("Tensor")),
     "give closed": ({"give": CLOSED, "output": itemgetter("a")}, TypeError, "got a Closed that refuses new"),

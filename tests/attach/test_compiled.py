@@ -1,7 +1,4 @@
-"""`RNNRegularizer.attach` and `torch.compile`: the numbers of the formula.
-
-`test_random_training.py` plays compiled models of every kind.
-"""
+"""`RNNRegularizer.attach` and `torch.compile`: the numbers of the formula, also in random steps, compiled or not."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests import language_model as lm
 from tests.conftest import more
 from tests.language_model import ALPHA, FUSED, HIDDEN, PLAIN, Attached
+from tests.random_training import Play
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
 
@@ -72,3 +70,18 @@ def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
     with compiled_autograd._enable(torch.compile(backend="aot_eager")):
         total.backward()
     torch.testing.assert_close([x.grad for x in modules.parameters()], [*gradients])
+
+
+# The seeds have all dropouts and masks, shared or not; from 100 on nets are compiled.
+SEEDS: list[Any] = [0, 6, 12, 30, 34, 103, pytest.param(116, marks=pytest.mark.main)]
+SEEDS += [pytest.param(seed, marks=more) for seed in (*range(1, 6), 100, 115)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_steps_get_the_gradients_of_plain_pytorch(seed: int) -> None:
+    play = Play(seed, compiles=seed >= 100)
+    try:
+        play.play()
+    finally:
+        print(f"seed {seed}: {play}")  # where the test fails
+    assert play.counts["compared"] > 0

@@ -89,3 +89,6 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     assert torch.equal(dropped != 0, (dropped[:, :, :1] != 0).expand_as(dropped))  # the mask has one row
     (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
     assert gradient.stride() == x.stride()
+    repeated = torch.randn(3, 2, device=device).t()[:, None].expand(2, 4, 3).requires_grad_()  # so that TAR is 0
+    (gradient,) = torch.autograd.grad(fused_ar_tar(repeated, repeated, 12.0, 1.0), repeated)
+    torch.testing.assert_close(gradient, repeated.detach())

@@ -124,31 +124,12 @@ def test_the_forward_allocates_only_the_gradients_that_are_needed(mode: Any, nee
 
 # Coefficients that are tensors, read where the activations are
 
-NAMES = "pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation"
-by_call = calls(*NAMES, of=CALLS | MORE_CALLS)
-
 
 def step(call: Any, xs: list[Tensor], *coefficients: Any) -> list[Tensor]:
     return everything(lambda *xs: call(*xs, *coefficients), xs)
 
 
-@by_call
-@pytest.mark.parametrize("by_formula", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "kind"), [(FLOAT, FLOAT), (FLOAT, DOUBLE), (FLOAT, HALF), (BF16, DOUBLE), (DOUBLE, FLOAT)], ids=str
-)
-def test_the_same_bits_as_of_items(
-    call: Any, dtype: torch.dtype, kind: torch.dtype, by_formula: bool, device: str
-) -> None:
-    """No dtype holds 0.7 or 0.001, so each rounds them in its own way."""
-    xs, (alpha, beta) = leaves(5, dtype, device), torch.tensor([0.7, 0.001], device=device, dtype=kind).unbind()
-    with cpu_tensors_by(None) if by_formula else nullcontext():
-        want = step(call, xs, alpha.item(), beta.item())
-        for coefficients in ((alpha, beta), (alpha.item(), beta)):
-            assert_close(step(call, xs, *coefficients), want, rtol=0, atol=0)
-
-
-@by_call
+@calls("pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation", of=CALLS | MORE_CALLS)
 def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_backward(call: Any, device: str) -> None:
     xs = leaves(device=device)
     alpha, beta = (torch.tensor(0.0, device=device) for _ in range(2))

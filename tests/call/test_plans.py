@@ -30,6 +30,7 @@ MASK = mask_for(RAW)
 LENGTHS, VALID, STARTS = torch.tensor([5, 0, 3]), marks_for(RAW), marks_for(RAW).roll(1, 1)
 ONE_SEQUENCE = {"raw": RAW[0], "dropped": DROPPED[0], "time_dim": 0, "valid": VALID[0]}
 FOUR_AXES = {"raw": torch.randn(3, 2, 5, 4), "dropped": torch.randn(3, 2, 5, 4), "time_dim": 2}
+TWO_DEVICES = {"raw": [RAW, RAW.to("meta")], "dropped": [DROPPED, DROPPED.to("meta")]}
 A_BATCH = ONE_SEQUENCE | {"raw": RAW[:1], "dropped": DROPPED[:1], "time_dim": 1}
 MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
@@ -94,6 +95,7 @@ PAIRS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "terms as a number after a flag": (fused_ar_tar, {"return_terms": True}, {"return_terms": 1}),
     "four axes, lengths": (fused_ar_tar, FOUR_AXES, FOUR_AXES | {"lengths": LENGTHS}),
     "one sequence, a batch of one": (fused_ar_tar, ONE_SEQUENCE, A_BATCH),
+    "lengths of layers on two devices": (fused_ar_tar, {"lengths": LENGTHS}, {"lengths": LENGTHS} | TWO_DEVICES),
 }
 
 

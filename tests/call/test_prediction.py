@@ -54,18 +54,6 @@ def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, de
         assert_same_bits(torch.autograd.grad(call(), inputs, grad), want)
 
 
-@pytest.mark.parametrize("which", ["raw", "dropped"])
-def test_one_gradient_of_two_dtypes(which: str, device: str) -> None:
-    """A program has the same items in the forward and the backward, although only one reads the other tensor."""
-    raw, dropped = torch.randn(64, 512, device=device), torch.randn(64, 512, dtype=DOUBLE, device=device)
-    leaf = (raw if which == "raw" else dropped).requires_grad_()
-    call = functools.partial(fused_ar_tar, raw, dropped, 1.0, 1.0, reduction="sum", time_dim=0)
-    for value in (1.0, 0.5):
-        got = call()
-        grad = torch.tensor(value, dtype=got.dtype, device=device)
-        assert_same_bits(torch.autograd.grad(got, leaf, grad), alone(call, grad, (leaf,)))
-
-
 def test_a_backward_that_was_expected_reads_no_activations(device: str) -> None:
     skip_on_formula(device)
     leaf, grad = leaves(7, device=device)[0], torch.tensor(3.0, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, fused_ar_tar
 from tests import language_model as lm
-from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID
+from tests.language_model import ALPHA, BATCH, BETA, STARTS, TIME, VALID
 
 pytestmark = pytest.mark.filterwarnings("error")  # an attached dropout gives none
 OTHER = torch.arange(TIME).expand(BATCH, -1) != 3
@@ -69,22 +68,6 @@ def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bo
     dropped = dropout(raw, *own.values()) if by_position else dropout(raw, **{name: OTHER})
     masks: Any = {"valid": VALID, "starts": STARTS} | {name: OTHER}
     lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **masks))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.usefixtures("dynamo")
-def test_a_compiled_dropout_has_its_own_penalty_again_when_its_handle_is_removed() -> None:
-    warnings.simplefilter("default")  # the compiler's own
-    rnn, dropout, reg = lm.Elementwise(HIDDEN, HIDDEN, True), FusedRNNDropout(0.4, 3.0, 5.0), lm.regularizer()
-    run = torch.compile(lambda x: lm.run(rnn, dropout, x), backend="eager")
-    with reg.attach(rnn, dropout):
-        run(lm.inputs())
-        assert dropout.take() is None
-    raw, dropped = run(lm.inputs())
-    lm.check_gradients(rnn, dropout.take().penalty, lm.formula(raw, dropped, 1, 3.0, 5.0))  # pyright: ignore
-    dropout.eval()
-    assert torch.equal(*run(lm.inputs()))
-    assert dropout.take() is None
 
 
 # By itself

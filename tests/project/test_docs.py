@@ -215,6 +215,9 @@ def test_commands_and_files_that_pages_name_exist() -> None:
     files = set(re.findall(r"`((?:tests|bench|examples|fastreg|kernels|attach|call)/[\w./]+)`", text))
     assert "tests/conftest.py" in files
     assert not [file for file in files if not ((ROOT / file).exists() or (ROOT / "fastreg" / file).exists())]
+    text += "\n".join(file.read_text() for file in (*ROOT.glob("bench/*.md"), *ROOT.glob(".github/workflows/*.yml")))
+    parts = set(re.findall(r"^#   \.ci/run (\w+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+    assert {"tests", "wheel"} <= set(re.findall(r"\.ci/run ([a-z]+)", text)) <= parts
 
 
 CALLS = """

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -35,16 +33,6 @@ def test_pre_commit_runs_the_ruff_of_make_lint() -> None:
     assert of_lint == of_hooks
 
 
-def test_workflows_and_pages_name_parts_of_the_checks() -> None:
-    script = (ROOT / ".ci" / "run").read_text()
-    parts = set(re.findall(r"^#   \.ci/run (\w+)", script, re.MULTILINE))
-    assert parts <= set(re.findall(r"^(\w+)\(\) {", script, re.MULTILINE))
-    places = (".github/workflows/*.yml", "*.md", "docs/*.md", "bench/*.md")
-    pages = [page for place in places for page in ROOT.glob(place)]
-    named = {part for page in pages for part in re.findall(r"\.ci/run ([a-z]+)", page.read_text())}
-    assert {"tests", "wheel"} <= named <= parts
-
-
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy the source tree without its libraries."""
@@ -60,34 +48,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert setup.read_text().count(slow) == 1
         setup.write_text(setup.read_text().replace(slow, fast))
     return folder
-
-
-QUICKLY = ["--quiet", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
-PIP = ["-m", "pip", "install", *QUICKLY, ".", "--target"]
-BUILD = ["setup.py", "--quiet", "build", "--build-lib"]  # in a third of the time
-
-
-def install(clone: Path, folder: Path, command: list[str], cc: str, cxx: str) -> tuple[Path, Path]:
-    """Copy the clone into a folder, and install it there with these compilers; return the copy and the installation."""
-    shutil.copytree(clone, folder / "clone", symlinks=True)
-    python(*command, str(folder / "site"), folder=folder / "clone", CC=cc, CXX=cxx)
-    return folder / "clone", folder / "site"
-
-
-@more
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-def test_an_installation_runs_anywhere(clone: Path, tmp_path: Path) -> None:
-    """The build leaves its libraries in the clone, too, from which Python imports the package there."""
-    clone, site = install(clone, tmp_path, PIP, "gcc", "g++")
-    done = python("-m", "fastreg", folder=tmp_path, PYTHONPATH=str(site))
-    assert done.stdout.startswith(f"fastreg {fastreg.__version__}, ")
-    assert f"imported from {site / 'fastreg'}\n" in done.stdout, done
-    assert "the C++ kernels; self-test passed" in done.stdout
-    assert ("no library for processors with AVX2 was built from these sources" in done.stdout) == HAS_AVX
-    assert not done.stderr  # such as PyTorch's remark on NumPy
-    folders = clone / "kernels", site / "fastreg" / "kernels"
-    of_clone, of_site = ({file.name for file in folder.glob("*.so")} for folder in folders)
-    assert of_clone == of_site
 
 
 def test_libraries_that_were_built_run() -> None:
@@ -153,7 +113,8 @@ assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels
 @more
 def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
     """Without a compiler, the first call warns. The name `kernels` stays free for an unrelated distribution."""
-    _, site = install(clone, tmp_path, BUILD, "false", "false")
+    tree, site = shutil.copytree(clone, tmp_path / "clone", symlinks=True), tmp_path / "site"
+    python("setup.py", "--quiet", "build", "--build-lib", str(site), folder=tree, CC="false", CXX="false")
     (site / "sitecustomize.py").write_text(HIDE_TRITON)
     done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
     assert not done.stderr
@@ -220,21 +181,6 @@ def test_other_installations_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     _, said = report()
     assert f"{hidden}PYTHONPATH names {ROOT}" in said
     assert "the unrelated distribution 'fastreg' shares the name" in said
-
-
-def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
-    """It has all files of the repository, and the link by which a source tree imports its kernels."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    if not names:
-        pytest.skip("this is no repository")
-    for name in names:
-        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / "tree" / name, follow_symlinks=False)
-    python("setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), folder=tmp_path / "tree")
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        members = {member.name.partition("/")[2]: member for member in archive}
-    assert members["fastreg/kernels"].linkname == "../kernels"
-    assert {*names} <= {*members}
 
 
 def test_a_release_has_absolute_links(tmp_path: Path) -> None:

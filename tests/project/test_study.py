@@ -83,19 +83,6 @@ def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     assert verdicts == ["higher", "not told apart", "lower", "not told apart"]
 
 
-def test_an_interrupted_experiment_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(example, "train", lambda weights, *_: weights)
-    monkeypatch.setattr(example, "success", lambda model, _: (0.5, model.variance / 10 if model.beta == 0 else 0.5))
-    file = tmp_path / "rooms.jsonl"
-    two_rooms.run_all(file)
-    whole = file.read_text()
-    file.write_text("".join(whole.splitlines(keepends=True)[:100]))
-    two_rooms.run_all(file)
-    assert file.read_text() == whole
-    done = [run.job for run in two_rooms.load(file)]
-    assert len({*done}) == len(done) == 64 + len(two_rooms.VICREG_ALONE) ** 2 + 24 + 8 * 2 + 3 * 10 * 3
-
-
 def test_the_committed_studies_are_whole_and_their_pages_agree():
     file, rooms = report.COMMITTED, two_rooms.load(two_rooms.COMMITTED)
     studied = report.load(file).runs
