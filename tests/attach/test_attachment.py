@@ -29,7 +29,7 @@ from fastreg.attach.outputs import tensors_in
 from tests import language_model as lm
 from tests.attach import cp, frozen, no_grad, reentrant, steps
 from tests.calls import Nothing
-from tests.conftest import without
+from tests.conftest import memory_of, skip_on_formula, without
 from tests.language_model import ALPHA, BATCH, BETA, FUSED, HIDDEN, PLAIN, STARTS, TIME, VALID, Attached
 
 LINEAR, SHAPE = nn.Linear(HIDDEN, HIDDEN), (BATCH, TIME, HIDDEN)
@@ -478,6 +478,14 @@ def test_no_activation_is_kept_after_the_backward_while_the_loss_lives(dropout: 
     assert total.grad_fn is not None
 
 
+def test_a_run_forms_no_gradients_ahead() -> None:
+    """They would take memory during the forwards of all other layers."""
+    skip_on_formula("cpu")
+    module, reg, x = nn.Identity(), lm.regularizer(), torch.randn(8, 7, 900, requires_grad=True)
+    reg.attach(module, batch_first=True)
+    assert memory_of(lambda: module(x), "cpu")[0] < 0.5 * x.nbytes
+
+
 @lm.each_dropout
 def test_a_module_has_one_regularizer_with_which_its_hooks_go(dropout: Any) -> None:
     model, regs = Attached(nn.LSTM, dropout), [lm.regularizer(), lm.regularizer()]
@@ -591,7 +599,10 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "list": (nn.ModuleList([GRU]), {}, TypeError, "module: expected a module that is called itself, got ModuleList"),
     "compiled": (torch.compile(GRU), {}, RuntimeError, "module: .*compiled already; attach.* it before"),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
-    "swapped": (nn.Dropout(), {"dropout": GRU}, TypeError, "expected the GRU before the Dropout, got them in"),
+    **{
+        f"swapped, {x.__name__}": (x(), {"dropout": GRU}, TypeError, f"the GRU before the {x.__name__}, got them in")
+        for x in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+    },
     "swapped, ours": (FUSED(), {"dropout": GRU}, TypeError, "expected the GRU before the FusedRNNDropout"),
     "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
     "batch_first": (LINEAR, {"batch_first": 1}, TypeError, "batch_first: expected True or False, got 1"),

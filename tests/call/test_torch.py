@@ -174,52 +174,49 @@ class TestCompile:
         assert_close(call(packed, packed, 2.0, 1.0), fused_ar_tar(packed, packed, 2.0, 1.0))
 
 
-class TestAutocast:
-    @pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
-    @by_few
-    def test_the_penalty_is_float32(self, call: Call, dtype: torch.dtype) -> None:
-        want, xs = everything(call, leaves(dtype=dtype)), leaves(dtype=dtype)
-        with torch.autocast("cpu", BF16):
-            got = everything(call, xs)
-        assert flat(call(*xs))[-1].dtype == FLOAT
-        assert_close(got, want, rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
+@by_few
+def test_the_penalty_is_float32_in_autocast(call: Call, dtype: torch.dtype) -> None:
+    want, xs = everything(call, leaves(dtype=dtype)), leaves(dtype=dtype)
+    with torch.autocast("cpu", BF16):
+        got = everything(call, xs)
+    assert flat(call(*xs))[-1].dtype == FLOAT
+    assert_close(got, want, rtol=0, atol=0)
 
 
-class TestSubclasses:
-    @calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # they draw a mask for each tensor
-    def test_a_wrapper_computes_on_its_tensor(self, call: Call) -> None:
-        halves = [leaves(), leaves(6)]
-        halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
-        wrapped = [TwoTensor(*(x.detach() for x in pair)).requires_grad_() for pair in zip(*halves, strict=True)]
-        got = everything(call, wrapped)
-        assert all(type(x) is TwoTensor for x in got)
-        for part, xs in zip("ab", halves, strict=True):
-            assert_close([getattr(x, part) for x in got], everything(call, xs))
-
-    @by_call
-    def test_tensors_without_data(self, call: Call) -> None:
-        with FakeTensorMode() as mode:
-            fake = everything(call, [mode.from_tensor(x) for x in leaves()])
-        for got in (fake, everything(call, leaves(device="meta"))):
-            assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in everything(call, leaves())]
+@calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # they draw a mask for each tensor
+def test_a_wrapper_computes_on_its_tensor(call: Call) -> None:
+    halves = [leaves(), leaves(6)]
+    halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
+    wrapped = [TwoTensor(*(x.detach() for x in pair)).requires_grad_() for pair in zip(*halves, strict=True)]
+    got = everything(call, wrapped)
+    assert all(type(x) is TwoTensor for x in got)
+    for part, xs in zip("ab", halves, strict=True):
+        assert_close([getattr(x, part) for x in got], everything(call, xs))
 
 
-class TestCheckpointing:
-    @calls(but=("module", "module_of_raw"))  # the penalty must be taken outside
-    @pytest.mark.parametrize("use_reentrant", [True, False])
-    def test_checkpoint(self, call: Call, use_reentrant: bool) -> None:
-        block = functools.partial(block_of, call)
-        from_seed(block, xs := leaves()).backward()
-        want = [x.grad for x in xs]
-        from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
-        assert_close([x.grad for x in xs], want, rtol=0, atol=0)
+@by_call
+def test_tensors_without_data(call: Call) -> None:
+    with FakeTensorMode() as mode:
+        fake = everything(call, [mode.from_tensor(x) for x in leaves()])
+    for got in (fake, everything(call, leaves(device="meta"))):
+        assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in everything(call, leaves())]
 
 
-class TestModes:
-    def test_a_dispatch_mode_sees_the_operators_of_the_formula(self) -> None:
-        with Nothing() as mode:
-            fused_ar_tar(*leaves(), 2.0, 1.0)
-        assert torch.ops.aten.sub.Tensor in mode.seen
+@calls(but=("module", "module_of_raw"))  # the penalty must be taken outside
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoint(call: Call, use_reentrant: bool) -> None:
+    block = functools.partial(block_of, call)
+    from_seed(block, xs := leaves()).backward()
+    want = [x.grad for x in xs]
+    from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
+    assert_close([x.grad for x in xs], want, rtol=0, atol=0)
+
+
+def test_a_dispatch_mode_sees_the_operators_of_the_formula() -> None:
+    with Nothing() as mode:
+        fused_ar_tar(*leaves(), 2.0, 1.0)
+    assert torch.ops.aten.sub.Tensor in mode.seen
 
 
 # vmap draws masks in its own way.

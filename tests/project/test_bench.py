@@ -22,7 +22,6 @@ skip_without("matplotlib", "pytest_benchmark")
 
 from bench.measure import before, figures, lines, machine, picture, report, results, timing  # noqa: E402
 from bench.measure.timing import Rounds  # noqa: E402
-from tests import fakegpu  # noqa: E402
 
 pytestmark = pytest.mark.main
 
@@ -198,17 +197,6 @@ def test_what_is_committed_is_what_was_measured() -> None:
             assert f"| {title}, " in report.summary([result])
     for page, text in (report.pages(found) | {picture.FILE: drawn}).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
-
-
-def test_a_rehearsal_has_to_find_the_values_wrong(tmp_path: Path) -> None:
-    for name in ("first", "sweep"):
-        own, tests = lines.Lines(tmp_path / f"{name}.jsonl"), ["128x512x1024/eager", "small/eager", "small/fastreg"]
-        own.write(run={"tests": tests})
-        own.write(test=tests[0], row={"group": "128x512x1024", "name": "eager"})
-        own.write(test=tests[1], missing=WHY["wrong"])
-        (tmp_path / f"{name}.md").write_text("")
-    (tmp_path / "first.log").write_text("== tests of tests/kernels/a.py\n== tests of tests/call/b.py\n")
-    assert fakegpu.problems(tmp_path) == [f"{name}: small/fastreg: not reached" for name in ("first", "sweep")]
 
 
 COLLECT = """import sys, pytest; from tests import conftest; conftest.NEEDS.clear()  # no case is left out
