@@ -34,13 +34,12 @@ COPIED = ["fastreg", "kernels", "tests", "bench", "pyproject.toml"]
 ROOMS = {  # the folder of the code -> the folders of its tests
     "kernels": ["tests/kernels", "tests/call"],
     "fastreg/call": ["tests/call"],
-    "fastreg/attach": ["tests/attach"],
+    "fastreg/attach": ["tests/attach", "tests/adapters"],
     "fastreg": ["tests/adapters"],
 }
 ELSEWHERE = ("__init__.py", "__main__.py", "installation.py")  # tests/project tests these
 OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not repeats_bitwise"]  # which takes long
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # which would hide mutants of the kernels
-MARKS = {False: "not (gpu or more or triton)", True: "numbers and not (gpu or more)"}  # by the interpreter or not
 TIME, MEMORY = ["timeout", "--signal=KILL", "900"], ["prlimit", f"--data={2**32}"]  # seconds, also of a hang, and bytes
 BUILD = ["g++", "-std=c++17", "-O1", "-w", "-march=native", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"]
 STATEMENTS = (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.Delete, ast.Continue, ast.Break, ast.If)
@@ -151,7 +150,7 @@ def verdict(mutant: Mutant) -> str:
         for interpreted, tests in runs(mutant.file):
             # A search without end would fill the memory. The interpreter reserves more than it uses.
             command = [*TIME, *MEMORY * (not interpreted), sys.executable, "-m", "pytest", *OPTIONS, tests]
-            command += ["-m", MARKS[interpreted], f"--sample={4 if interpreted else 1}"]
+            command += ["-m", "numbers and " * interpreted + "not (gpu or more)", f"--sample={4 if interpreted else 1}"]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": f"{interpreted:d}"}
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
             if done.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):

@@ -101,6 +101,7 @@ OF_DROPOUT: list[Any] = [
 OF_MODULE: list[Any] = [
     ("ar_of: .* 'dropped' or 'raw'", ValueError, {"ar_of": "out"}),
     ("alpha: ", ValueError, {"alpha": -1.0}),
+    ("beta: ", ValueError, {"beta": -1.0}),
     ("batch_first and time_dim: ", ValueError, {"batch_first": True, "time_dim": 1}),
 ]
 BAD: dict[Any, tuple[list[Any], dict[str, Any]]] = {  # and the arguments that are right
