@@ -233,7 +233,7 @@ def _check_packed_alike(name: str, x: Any, other: str, y: Any) -> bool:
     _expect(fits, name, "{}, as {} is, got {}", kinds[not is_packed], other, kinds[is_packed], error=TypeError)
     if is_packed:
         sizes, others = plain(x.batch_sizes), plain(y.batch_sizes)
-        are_unlike = sizes is not others and has_values(sizes) and not sizes.equal(others)
+        are_unlike = sizes is not others and has_values(sizes) and has_values(others) and not sizes.equal(others)
         _expect(not are_unlike, name, "the batch_sizes of {}, got others", other)
     return is_packed
 
