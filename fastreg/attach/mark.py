@@ -1,13 +1,14 @@
-"""The mark by which a loss finds the penalty of a run, and `with_penalty`, by which a backward finds a penalty.
+"""Marks, by which a loss finds the runs on which it depends, and `with_penalty`, by which a backward finds a penalty.
 
 Both are identities with an autograd node. The node of a mark holds a run, and the run holds its penalty. The graph of
 the penalty begins at raw and at dropped, before the mark, so there is no reference cycle: the autograd graph owns the
-run, and freeing it frees the run. A loss that depends on a marked tensor has the node in its graph.
+run, and freeing it frees the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -32,9 +33,7 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # A loss that is kept keeps its runs, too, so that they are not freed. If the penalty gets its gradient later in
-        # this backward, that forgives them.
-        ctx.run.lose()
+        ctx.run.is_passed = True
         return None, None, gradient
 
 
@@ -43,30 +42,48 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
 mark: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def is_marked(x: Tensor) -> bool:
-    """Return whether a tensor is the output of a mark."""
-    return type(x.grad_fn) is FastregAttach._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def reached(loss: Tensor, runs: Iterable[Any]) -> list[Any]:
-    """Return the runs on which a loss depends, among the given runs.
-
-    The search of the graph is breadth first, and ends when all runs are found.
-    """
-    left, found, kind = {*runs}, [], FastregAttach._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
+def runs_of(loss: Tensor) -> Iterator[Any]:
+    """Search the graph of a loss, breadth first, for the runs on which it depends; a run may come several times."""
+    kind = FastregAttach._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
     queue, seen = list[Any]([loss.grad_fn]), set[Any]([None])
-    for node in queue if left else ():  # which grows
+    for node in queue:  # which grows
         if node in seen:
             continue
         seen.add(node)
-        if type(node) is kind and node.run in left:
-            left.remove(node.run)
-            found.append(node.run)
-            if not left:
-                break
+        if type(node) is kind:
+            yield node.run
         for following, _ in node.next_functions:  # a comprehension takes longer
             queue.append(following)
-    return found
+
+
+def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return the output of a module in which a function has replaced each tensor.
+
+    Tuples, named tuples, lists, dictionaries, packed sequences and model outputs are copied. Any other object is
+    returned unchanged.
+    """
+    if isinstance(result, Tensor):
+        return function(result)
+    if isinstance(result, dict):
+        made = copy(result)
+        if getattr(result, "__dict__", None) is result:  # the items are the attributes, as in many an `AttrDict`
+            made.__dict__ = made
+        for name, x in dict.items(result):
+            made[name] = mapped(x, function)
+        return made
+    if isinstance(result, (tuple, list)):
+        make = getattr(type(result), "_make", type(result))  # of a named tuple, such as a packed sequence
+        return make([mapped(x, function) for x in result])
+    return result
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """Return the tensors that `mapped` would replace."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (tuple, list, dict)):
+        for x in dict.values(result) if isinstance(result, dict) else result:
+            yield from tensors_in(x)
 
 
 class _WithPenalty(Function):

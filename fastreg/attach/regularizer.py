@@ -9,7 +9,7 @@ captures.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import Parameter, signature
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
-from fastreg.attach.runs import Runs, total
+from fastreg.attach.runs import take
 from fastreg.attach.source import Masks, Source
 from fastreg.call.arguments import check_coefficient, check_count, check_selectors, time_axis_of
 from fastreg.call.operation import coefficient
@@ -29,22 +29,7 @@ from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
 
 
-class KnownAttributes:
-    """Refuse new attributes once `is_made` is set, because a misspelt `aplha` would change nothing.
-
-    A class sets it at the end of its constructor, but not for its subclasses, which may add attributes.
-    """
-
-    is_made = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if self.is_made and not hasattr(self, name):
-            words = f"expected one of its attributes, such as alpha or beta, got {name!r}"
-            raise AttributeError(f"{type(self).__name__}: {words}")
-        super().__setattr__(name, value)
-
-
-class RNNRegularizer(KnownAttributes):
+class RNNRegularizer:
     """Add `alpha * AR + beta * TAR` to the loss of each training step.
 
     If a model returns only its output, `attach` puts hooks on its modules. If it returns its activations, too, as
@@ -109,24 +94,28 @@ class RNNRegularizer(KnownAttributes):
         self.ar: Tensor | None = None
         self.tar: Tensor | None = None
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
-        self._warned = set[str]()  # the kinds of warnings about `on_loss_begin` that were given
-        self._runs = Runs()  # of attached modules
-        self.is_made = type(self) is RNNRegularizer
+        self._warned = set[str]()  # the warnings that were given
+        self._attachments = list[Attachment]()
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
         own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
-        return "\n  ".join([own, *map(repr, self._runs.attachments)])
+        return "\n  ".join([own, *map(repr, self._attachments)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_warned": set(), "_runs": Runs()}
+        return self.__dict__ | {"_given": None, "_warned": set[str](), "_attachments": []}
 
     def on_epoch_begin(self, model: object) -> None:
         """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture.
 
         A `reset` that needs arguments, or is a module, is something else, and is not called.
+
+        Raises:
+            TypeError: the model is a number, such as that of the epoch.
         """
+        if isinstance(model, (int, float)):
+            raise TypeError(f"model: expected the model, whose reset() is called, got {type(model).__name__}")
         self.clear()
         inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
         reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
@@ -170,19 +159,19 @@ class RNNRegularizer(KnownAttributes):
         """
         time_axis = time_axis_of(batch_first, time_dim)
         check_selectors(lengths, valid, starts)
-        if self._runs.attachments:
+        if self._attachments:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         decoded, raw, dropped = check_output(output)
         if self.layers != "all" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
         is_said = batch_first is not None or time_dim is not None
         if words := check_layout(raw, decoded, time_axis, is_said):
-            self._warn_once("shape", words)
-        if self._given is not None and any(x.requires_grad for given in self._given.args for x in layers_of(given)):
+            self._warn_once(f"on_loss_begin: {words}")
+        if self._given is not None and _needs_gradient(self._given.args):
             self._warn_once(
-                "lost",
-                "the last capture is discarded, and so is its penalty, because no on_backward_begin(loss) followed it: "
-                "call that in each training step, or clear() after a step that ended early",
+                "on_loss_begin: the last capture is discarded, and so is its penalty, because no "
+                "on_backward_begin(loss) followed it: call that in each training step, or clear() after a step that "
+                "ended early"
             )
         options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
         self._given = partial(fused_ar_tar, raw, dropped, lengths=lengths, valid=valid, starts=starts, **options)
@@ -221,21 +210,21 @@ class RNNRegularizer(KnownAttributes):
             TypeError: as `on_backward_begin`.
             ValueError: as `on_backward_begin`.
         """
-        given, self._given = self._given, None
+        given, self._given, terms = self._given, None, None
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}; do not call item() before")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}; call mean() before")
-            if self._runs.attachments:
-                terms = self._runs.take(loss, (self.alpha, self.beta))
+            if self._attachments:
+                terms = take(self._attachments, loss, self._warn_once)
             elif given is None:
                 raise RuntimeError(
                     "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
                     "attach(rnn, dropout) once"
                 )
-            else:
-                terms = total([given(self.alpha, self.beta)], loss.device)
+            elif _needs_gradient(given.args):
+                terms = ARTAR(*[x.to(loss.device) for x in given(self.alpha, self.beta)])
         except BaseException:
             self.clear()
             raise
@@ -243,16 +232,17 @@ class RNNRegularizer(KnownAttributes):
             _, self.ar, self.tar = terms
         return terms
 
-    def _warn_once(self, kind: str, message: str) -> None:
-        """Give a warning about `on_loss_begin`, unless one of the same kind was given."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(f"on_loss_begin: {message}", stacklevel=level_of_caller())
+    def _warn_once(self, message: str) -> None:
+        """Give a warning the first time."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=level_of_caller())
 
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
         self._given = None
-        self._runs.clear()
+        for x in self._attachments:
+            x.clear()
 
     def attach(
         self,
@@ -317,16 +307,18 @@ class RNNRegularizer(KnownAttributes):
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
         if self._given is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use either on_loss_begin or attach")
-        for attachment in attachments_of(module):
-            if attachment.owner() is None:  # a cell of a notebook that runs again has deleted its regularizer
-                attachment.remove()
-            elif attachment.source.module is module:
+        for x in attachments_of(source.module, self._attachments):
+            dropouts = {x.source.dropout, source.dropout} - {None}
+            if x.regularizer is not self:
+                x.unhook()  # its regularizer misses the module at its next loss
+            elif x.is_attached() and x.time_steps == 0 and len(dropouts) == 2:
                 raise RuntimeError(
-                    f"module: the {type(module).__name__} is attached already, and its penalty would count twice; "
-                    "remove() its handle first. If an error in a notebook has lost it, the traceback keeps the "
-                    "regularizer: restart the kernel"
+                    f"dropout: expected the one dropout with which the {x.names['module']} is attached already, got "
+                    "another one, and the penalty of one of them would be lost; remove() the handle of the first"
                 )
-        return Attachment(self, self._runs, source)
+            else:
+                x.remove()
+        return Attachment(self, self._attachments, source)
 
     def scaled_lr(self, optimizer: Optimizer, seq_len: int) -> AbstractContextManager[None]:
         """Scale the learning rate of every group by `seq_len / bptt` in a `with` block, and restore it at the end.
@@ -348,6 +340,11 @@ class RNNRegularizer(KnownAttributes):
             raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
         steps = check_count("seq_len", seq_len)
         return _scaled_lr(optimizer, steps / check_count("bptt", self.bptt))
+
+
+def _needs_gradient(activations: Sequence[Any]) -> bool:
+    """Return whether any layer of raw or dropped needs a gradient."""
+    return any(x.requires_grad for layers in activations for x in layers_of(layers))
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,32 +49,24 @@ class Masks:
         check_callable("valid", self.valid)
         check_callable("starts", self.starts)
 
-    def of(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the masks of valid steps and of starts, by their names, for these arguments.
+    def of(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the masks of valid steps and of starts for these arguments, by their names, where there is one.
 
         Raises:
             TypeError: a function has returned neither a tensor with axes nor `None`.
             Exception: a function has raised it.
         """
-        masks: dict[str, Any] = {"valid": self.valid, "starts": self.starts}
-        for name, function in masks.items():
-            mask = masks[name] = None if function is None else call(name, function, *args, **kwargs)
-            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 0):
+        masks: dict[str, Tensor] = {}
+        if self.valid is self.starts is None:
+            return masks
+        for name, function in (("valid", self.valid), ("starts", self.starts)):
+            mask = None if function is None else function(*args, **kwargs)
+            if isinstance(mask, Tensor) and mask.dim() > 0:
+                masks[name] = mask
+            elif mask is not None:
                 got = "a tensor without axes" if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"{name}: expected the callable to return a mask, (batch, time), or None, got {got}")
+                raise TypeError(f"{name}: expected the callable to return a mask or None, got {got}")
         return masks
-
-    def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Masks:
-        """Return functions of a module's arguments that call these functions with a batch instead.
-
-        Args:
-            batch: a function that returns the inputs of the batch.
-        """
-
-        def of(name: str, function: Callable[..., Any] | None) -> Callable[..., Tensor | None] | None:
-            return None if function is None else lambda *_, **__: call(name, function, *batch())
-
-        return Masks(of("valid", self.valid), of("starts", self.starts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +74,7 @@ class Source:
     """Hold the facts that say where raw and dropped come from, and which time steps count.
 
     Attributes:
-        module: the module that returns raw.
+        module: the module that returns raw. Of a compiled module it is the module inside, whose hooks run.
         dropout: the module that computes dropped from raw; `None` if dropped is raw.
         output: a function that picks raw from the module's output; `None` if raw is that output, its first item, or its
             `last_hidden_state`.
@@ -106,6 +98,9 @@ class Source:
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
+        if any(hasattr(x, "_orig_mod") for x in (self.module, self.dropout)):  # torch.compile has returned it
+            inside = [getattr(x, "_orig_mod", x) for x in (self.module, self.dropout)]
+            return replace(self, module=inside[0], dropout=inside[1]).with_time_axis()
         check_callable("output", self.output)
         _check_module("module", self.module)
         if self.dropout is not None:
@@ -141,12 +136,17 @@ class Source:
             TypeError, ValueError: the output does not show which tensor is raw; the message names the remedy.
         """
         if self.output is not None:
-            raw = call("output", self.output, result)
+            raw = self.output(result)
         elif type(result) is Tensor:  # asking a tensor for an attribute that it lacks takes long
             raw = result
         else:
             ask: Any = dict.get if isinstance(result, dict) else getattr  # a dictionary may take it for an item
             raw = ask(result, "last_hidden_state", result)
+            if type(raw) is list and _are_layers(raw):
+                raise TypeError(
+                    f"output: expected a function that picks raw, such as lambda result: result[-1], as the list that "
+                    f"the {type(self.module).__name__} returns looks like its layers, got None"
+                )
             raw = next(iter(raw), raw) if is_list(raw) else raw
         if not isinstance(raw, (Tensor, PackedSequence)):
             expected, advice = "output: expected the callable to pick", ""
@@ -172,18 +172,18 @@ class Source:
         return ONE_SEQUENCE if is_one else self.time_axis
 
 
-def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
-    """Return `batch_first` of a module, or of the RNNs of PyTorch inside it, or a default.
+def batch_first_of(module: nn.Module) -> bool:
+    """Return `batch_first` of a module, or of the RNNs of PyTorch inside it.
 
     Raises:
-        ValueError: neither the module nor an RNN inside it has `batch_first`, and the default is not `True`; or an RNN
-            inside it returns `(time, batch, hidden)`.
+        ValueError: neither the module nor an RNN inside it has `batch_first`; or an RNN inside it returns
+            `(time, batch, hidden)`.
     """
     own = getattr(module, "batch_first", None)
     if isinstance(own, bool):
         return own
     inside = {x.batch_first: type(x).__name__ for x in module.modules() if isinstance(x, nn.RNNBase)}
-    if list(inside or [default]) == [True]:
+    if list(inside) == [True]:
         return True
     why = f", and may return (time, batch, hidden) like the {inside[False]} inside it" if inside else ""
     raise ValueError(
@@ -192,19 +192,10 @@ def batch_first_of(module: nn.Module, default: bool | None = None) -> bool:
     )
 
 
-def call(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Call the function given as `output`, `valid` or `starts`; a note on its error has that name and the arguments."""
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:
-        add_note, notes = getattr(error, "add_note", None), getattr(error, "__notes__", ())  # from Python 3.11 on
-        # An adapter has already called the same function with the batch, and then the error has a note.
-        if add_note is not None and not any(note.startswith(f"{name}: ") for note in notes):
-            given = (*args, *kwargs.values())
-            facts = [x.shape if isinstance(x, Tensor) else x if isinstance(x, Mapping) else () for x in given]
-            got = [f"{type(x).__name__}{[*of] or ''}" for x, of in zip(given, facts, strict=True)]
-            add_note(f"{name}: fastreg called this function with ({', '.join(got)})")
-        raise
+def _are_layers(items: Sequence[Any]) -> bool:
+    """Return whether the first two items are activations of one batch, and not an output and a state."""
+    sizes = [tuple(getattr(x, "shape", ()))[:2] for x in items[:2]]
+    return len(sizes) == 2 and len(sizes[0]) == 2 and sizes[0] == sizes[1]
 
 
 def check_callable(name: str, function: object) -> None:
@@ -214,11 +205,9 @@ def check_callable(name: str, function: object) -> None:
 
 
 def _check_module(name: str, module: object) -> None:
-    """Check that a module is of a kind whose hooks run, and that it is not compiled."""
+    """Check that a module is of a kind whose hooks run."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
     for kinds, expected in REFUSED.items():
         if isinstance(module, kinds):
             raise TypeError(f"{name}: expected {expected.format(type(module).__name__)}")
-    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-        raise RuntimeError(f"{name}: the module is compiled already; attach() it before torch.compile")

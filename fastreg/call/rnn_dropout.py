@@ -1,51 +1,77 @@
 """`FusedRNNDropout`: variational dropout that computes the penalty in the same pass, and keeps it until `take()`.
 
-If the module is attached to a regularizer, the hooks pass masks and a `Loan` to its forward. The loan has the
-regularizer's coefficients and the axis of time, and the forward puts the penalty into the loan instead of keeping it.
+If a regularizer has attached the module, raw carries a `Call`, and the forward computes the penalty of this call.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
 from fastreg.call.operation import coefficient
 from fastreg.call.problem import ARTAR, Coefficient, Options, TimeAxis, is_on
 from fastreg.call.selectors import selectors_of
-from fastreg.call.torch_state import current, level_of_caller, version_of
+from fastreg.call.torch_state import current, level_of_caller
 
 NO_COEFFICIENTS = (
     "there is no penalty, because the module has neither alpha nor beta, and did not get the output of an RNN that a "
     "regularizer has attached together with it. Write FusedRNNDropout(p, alpha=2.0, beta=1.0), or call "
     "regularizer.attach(rnn, dropout). For dropout without a penalty, write FusedRNNDropout(p, 0, 0)"
 )
+UNTAKEN = (
+    "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of take() to the "
+    "loss after each forward, or attach() the module to a regularizer, or use another dropout"
+)
+CALL = "_fastreg_call"  # the attribute of raw that holds its call
 
 
 @dataclass(eq=False)
-class Loan:
-    """Lend coefficients and the axis of time for one forward, and hold the penalty that the forward computes with them.
+class Call:
+    """Describe a call of an attached module, and the penalty of its output, for the dropout that gets raw.
 
     Attributes:
-        alpha: the coefficient of AR.
-        beta: the coefficient of TAR.
-        time_axis: the axis of time.
-        terms: the penalty and its terms; `None` in evaluation and in compiled code.
-        dropped: the output from which the penalty was computed.
-        version: how often this output had been changed in place.
+        attachment: the attachment of the module.
+        run: the run, until the dropout has got raw; `None` in a recomputation.
+        coefficients: alpha and beta, on the device of raw.
+        masks: the masks of valid steps and of starts, by their names, where there is one.
+        time_axis: the axis of time of raw.
+        version: how often raw had been changed in place.
+        packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
     """
 
-    alpha: Coefficient
-    beta: Coefficient
+    attachment: Any
+    run: Any
+    coefficients: Sequence[Any]
+    masks: Mapping[str, Tensor]
     time_axis: TimeAxis
-    terms: ARTAR | None = None
-    dropped: Tensor | None = None
-    version: int = 0
+    version: int
+    packed: PackedSequence | None
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, ()  # raw may be saved, and loaded with `weights_only=True` where fastreg is not installed
+
+
+class Formed(NamedTuple):
+    """Hold the penalty of a forward in training.
+
+    Attributes:
+        terms: the penalty and its terms.
+        grad_enabled: whether gradients were enabled.
+        call: the call that describes the penalty; `None` if the module itself does.
+    """
+
+    terms: ARTAR
+    grad_enabled: bool
+    call: Call | None
 
 
 class FusedRNNDropout(nn.Module):
@@ -97,7 +123,6 @@ class FusedRNNDropout(nn.Module):
             raise ValueError(f"ar_of: expected 'dropped' or 'raw', got {ar_of!r}")
         check_probability(p)
         self._is_said = not (alpha is None and beta is None)  # whether a coefficient was given
-        self._ran_without = False  # whether a forward in training had neither coefficients nor a loan
         alpha, beta = (0.0 if x is None else x for x in (alpha, beta))
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
@@ -105,7 +130,7 @@ class FusedRNNDropout(nn.Module):
         time_axis = time_axis_of(batch_first, time_dim)
         self.batch_first, self.time_dim = time_axis.batch_first is not False, time_axis.time_dim
         self.ar_of = ar_of
-        self.formed: tuple[ARTAR, bool] | None = None  # the last penalty, and whether gradients were enabled
+        self.formed: Formed | None = None  # the penalty of the last forward in training
         self._warned: tuple[str, ...] = ()
 
     def forward(
@@ -114,7 +139,6 @@ class FusedRNNDropout(nn.Module):
         p: float | None = None,
         valid: Tensor | None = None,
         starts: Tensor | None = None,
-        loan: Loan | None = None,
     ) -> Tensor:
         """Drop units and compute the penalty in training; return `raw` itself in evaluation.
 
@@ -124,43 +148,61 @@ class FusedRNNDropout(nn.Module):
             p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
             valid: a mask of the time steps that count, as for `fused_ar_tar`.
             starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
-            loan: the coefficients of a regularizer to which the module is attached; only hooks pass it.
 
         Warns:
             UserWarning: the penalty of the last forward was not taken; or the second forward in training
                 has no coefficients, neither of the module nor of a regularizer. The module gives each warning once.
         """
         untaken, self.formed = self.formed, None
-        is_on_itself = is_on(self.alpha) or is_on(self.beta)
-        if is_on_itself and untaken is not None and untaken[0].penalty.requires_grad:
-            self._warn_once(
-                "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of "
-                "take() to the loss after each forward, or attach() the module to a regularizer, or use another dropout"
-            )
+        call = self._call_of(raw)
+        if untaken is not None and call is None and untaken.grad_enabled and getattr(raw, "requires_grad", False):
+            if not self._has_own():
+                self._warn_once(NO_COEFFICIENTS)
+            elif self._is_on():
+                self._warn_once(UNTAKEN)
+        if call is not None:
+            given = {"valid": valid, "starts": starts}
+            call.masks = {**call.masks, **{name: mask for name, mask in given.items() if mask is not None}}
+            valid, starts = call.masks.get("valid"), call.masks.get("starts")
         if not self.training:
             return raw
-        if (is_on_itself or not self._is_said) and self._is_replica:
+        if self._is_replica and (self._is_on() or not self._is_said):
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
                 "(decoded, raw, dropped), which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
             )
-        if not torch.compiler.is_compiling():
-            if not (is_on_itself or self._is_said or NO_COEFFICIENTS in self._warned):
-                self._note(loan)
-        elif loan is not None:  # the hooks compute the penalty, as each coefficient would compile the code again
-            loan = Loan(0.0, 0.0, loan.time_axis)
-        lender, time_axis = (self, self.time_axis()) if loan is None else (loan, loan.time_axis)
-        coefficients, selectors = (lender.alpha, lender.beta), selectors_of(None, valid, starts)
+        coefficients = (self.alpha, self.beta) if call is None else call.coefficients
+        time_axis = self.time_axis() if call is None else call.time_axis
         options = Options(*time_axis, "mean", True, self.ar_of == "raw")
-        dropped, formed = drop_and_penalize(raw, coefficients, selectors, options, Drop(self.p if p is None else p))
+        selectors, drop = selectors_of(None, valid, starts), Drop(self.p if p is None else p)
+        dropped, terms = drop_and_penalize(raw, coefficients, selectors, options, drop)
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
-        if loan is not None:
-            loan.terms, loan.dropped, loan.version = formed, dropped, version_of(dropped)
-        elif torch.compiler.is_compiling() or current() == -1:
-            self.formed = formed, torch.is_grad_enabled()
+        if call is not None or torch.compiler.is_compiling() or current() == -1:
+            self.formed = Formed(terms, torch.is_grad_enabled(), call)
         return dropped
+
+    def _call_of(self, raw: Tensor) -> Call | None:
+        """Return the call of the attached module that has returned raw, if this is its dropout.
+
+        In compiled code there is none: the hooks compute the penalty, as each coefficient would compile the code again.
+        """
+        if torch.compiler.is_compiling() or not isinstance(raw, Tensor):
+            return None
+        call = raw.__dict__.get(CALL)
+        if (
+            not isinstance(call, Call)
+            or not call.attachment.is_attached()
+            or call.attachment.source.dropout is not self
+        ):
+            return None
+        return call
+
+    def take_of(self, call: Call) -> ARTAR | None:
+        """Return the penalty that the last forward has computed for a call of an attached module, once."""
+        formed, self.formed = self.formed, None
+        return formed.terms if formed is not None and formed.call is call else None
 
     def time_axis(self) -> TimeAxis:
         """Return the axis of time."""
@@ -179,28 +221,25 @@ class FusedRNNDropout(nn.Module):
         Warns:
             UserWarning: the forward ran without gradients, and now gradients are enabled; the module warns once.
         """
-        (terms, grad_enabled), self.formed = self.formed or (None, True), None
-        if terms is not None and not self._has_own():
+        formed, self.formed = self.formed, None
+        if formed is None or formed.call is not None:
+            return None
+        if not self._has_own():
             raise RuntimeError(f"FusedRNNDropout: {NO_COEFFICIENTS}")
-        if torch.is_grad_enabled() and not grad_enabled:
+        if torch.is_grad_enabled() and not formed.grad_enabled:
             self._warn_once(
                 "the penalty has no gradient, because the forward ran without gradients: for activation checkpointing "
                 "pass use_reentrant=False, otherwise run the forward outside torch.no_grad()"
             )
-        return terms
+        return formed.terms
+
+    def _is_on(self) -> bool:
+        """Return whether a coefficient of the module itself is not 0."""
+        return is_on(self.alpha) or is_on(self.beta)
 
     def _has_own(self) -> bool:
         """Return whether the module itself has coefficients, from the constructor or from a schedule."""
-        return self._is_said or is_on(self.alpha) or is_on(self.beta)
-
-    def _note(self, loan: Loan | None) -> None:
-        """Warn of a second forward in training without coefficients, unless a regularizer has lent some before."""
-        if loan is not None:
-            self._warned = (*self._warned, NO_COEFFICIENTS)  # it need not be given any more
-        elif torch.is_grad_enabled() and current() == -1:
-            if self._ran_without:
-                self._warn_once(NO_COEFFICIENTS)
-            self._ran_without = True
+        return self._is_said or self._is_on()
 
     def _warn_once(self, message: str) -> None:
         """Give a warning the first time; compiled code gives none."""
@@ -217,4 +256,4 @@ class FusedRNNDropout(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "formed": None, "_warned": (), "_ran_without": False}
+        return {**self.__dict__, "formed": None, "_warned": ()}

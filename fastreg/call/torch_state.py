@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import saved_tensors_hooks
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 _count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -89,23 +88,6 @@ def version_of(x: Tensor) -> int:
 def has_values(x: Tensor) -> bool:
     """Return whether the values of a tensor can be read without waiting for a device; a subclass may have none."""
     return type(x) is Tensor and x.device.type == "cpu" and x.numel() > 0 and not observed()
-
-
-def recomputes() -> bool:
-    """Return whether activation checkpointing that is not reentrant runs a forward, maybe in a backward again.
-
-    Its hooks on saved tensors may be below others, such as those of `save_on_cpu`, which are taken off to look.
-    """
-    if (hooks := hooks_on_saved(False)) is None:
-        return False
-    if "recomputation_hook" in (names := str(hooks)) or "checkpoint_hook" in names:
-        return True
-    above = saved_tensors_hooks(*hooks)
-    above.__exit__()
-    try:
-        return recomputes()
-    finally:
-        above.__enter__()
 
 
 def keepable(x: Tensor) -> Tensor:
