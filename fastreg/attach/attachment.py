@@ -32,13 +32,9 @@ SHARED = (
     "would be lost. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment"
 )
 CHANGED = (
-    "attach: the output of the {module} was changed in place before or by its dropout; use Dropout(inplace=False), and "
-    "apply no operation like relu_() to that output"
+    "attach: the output of the {module} was changed in place before its dropout, or by it; use Dropout(inplace=False)"
 )
-TWICE = (
-    "attach: the attached {dropout} got the same output of the {module} twice, and AR is defined for one dropped "
-    "tensor; use fused_ar_tar, or attach no dropout"
-)
+TWICE = "attach: the {dropout} got one output of the {module} twice, and AR is of one dropped tensor; use fused_ar_tar"
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
 ALARMS = WeakKeyDictionary[nn.Module, Alarm]()  # of a module, which may be attached anew in each step
 

@@ -24,8 +24,8 @@ from fastreg.call.problem import ARTAR
 from fastreg.call.torch_state import level_of_caller, untraced
 
 TAKEN_OVER = (
-    "on_backward_begin: another regularizer has attached the {module} since; remove() the handle that attach() has "
-    "returned here, or attach the module here again"
+    "on_backward_begin: another regularizer has attached the {module}; remove() the handle that attach() has returned "
+    "here, or attach the module here again"
 )
 GAP = (
     "on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies between them "
@@ -183,12 +183,11 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
         ((x, count),) = Counter(single).most_common(1)
         if count > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))
-    terms, due = total([run.end() for run in found], loss.device), set[Alarm]()
+    terms, alarms = total([run.end() for run in found], loss.device), {run.attachment.alarm for run in found}
     for run in found:
-        run.attachment.calls, alarm = Calls(), run.attachment.alarm
-        due.update([alarm] if len(alarm.runs) >= HOOKED else [])
-    if due and terms.penalty.requires_grad:  # a hook takes 10 us
-        terms.penalty.register_hook(partial(_settle, due))
+        run.attachment.calls = Calls()
+    if terms.penalty.requires_grad and any([len(x.runs) >= HOOKED for x in alarms]):  # a hook takes 10 us
+        terms.penalty.register_hook(partial(_settle, alarms))
     return terms
 
 
