@@ -534,34 +534,6 @@ def test_a_compiled_module_is_attached_through_the_module_inside(dropout: Any) -
         model.check(model(lm.inputs()))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@lm.each_dropout
-def test_an_attached_model_is_exported_in_training(dropout: Any) -> None:
-    class Model(Attached):
-        def forward(self, x: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return super().forward(x).loss
-
-    model = Model(nn.LSTM, dropout)
-    torch.export.export(model, (lm.inputs(),), strict=False)
-    model.check(Attached.forward(model, lm.inputs()))
-
-
-@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
-def test_hooks_that_are_registered_anew_without_keywords_are_an_error_in_training(dropout: Any) -> None:
-    """`torch.ao` does this with the modules that it puts in place of others, and runs them in evaluation."""
-    model, x = Attached(nn.GRU, dropout), lm.inputs()
-    for module in (model.rnn, model.dropout):
-        twin = nn.Identity()
-        for hook in module._forward_hooks.values():
-            twin.register_forward_hook(hook)
-        with pytest.raises(RuntimeError, match="attach: this Identity shares the hooks"):
-            twin(x)
-        twin.eval()(x)
-        model.handle.remove()
-        twin.train()(x)
-        model.attach_anew()
-
-
 @lm.each_dropout
 def test_a_saved_model_loads_without_fastreg(dropout: Any, tmp_path: Path) -> None:
     """A hook on the loaded model, in a new process, whose ids of hooks start anew, gets an id that is free."""
