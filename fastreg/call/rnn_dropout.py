@@ -154,19 +154,16 @@ class FusedRNNDropout(nn.Module):
                 has no coefficients, neither of the module nor of a regularizer. The module gives each warning once.
         """
         untaken, self.formed = self.formed, None
-        call = self._call_of(raw)
-        if untaken is not None and call is None and untaken.grad_enabled and getattr(raw, "requires_grad", False):
-            if not self._has_own():
-                self._warn_once(NO_COEFFICIENTS)
-            elif self._is_on():
-                self._warn_once(UNTAKEN)
+        call, is_off = self._call_of(raw), self._is_said and not (is_on(self.alpha) or is_on(self.beta))
         if call is not None:
-            given = {"valid": valid, "starts": starts}
-            call.masks = {**call.masks, **{name: mask for name, mask in given.items() if mask is not None}}
+            given = {name: mask for name, mask in (("valid", valid), ("starts", starts)) if mask is not None}
+            call.masks = {**call.masks, **given}
             valid, starts = call.masks.get("valid"), call.masks.get("starts")
+        elif untaken is not None and untaken.grad_enabled and not is_off and getattr(raw, "requires_grad", False):
+            self._warn_once(UNTAKEN if self._has_own() else NO_COEFFICIENTS)
         if not self.training:
             return raw
-        if self._is_replica and (self._is_on() or not self._is_said):
+        if self._is_replica and not is_off:
             raise RuntimeError(
                 "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. "
                 "Use DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return "
@@ -191,13 +188,7 @@ class FusedRNNDropout(nn.Module):
         if torch.compiler.is_compiling() or not isinstance(raw, Tensor):
             return None
         call = raw.__dict__.get(CALL)
-        if (
-            not isinstance(call, Call)
-            or not call.attachment.is_attached()
-            or call.attachment.source.dropout is not self
-        ):
-            return None
-        return call
+        return call if isinstance(call, Call) and call.attachment.is_dropout(self) else None
 
     def take_of(self, call: Call) -> ARTAR | None:
         """Return the penalty that the last forward has computed for a call of an attached module, once."""
@@ -233,13 +224,9 @@ class FusedRNNDropout(nn.Module):
             )
         return formed.terms
 
-    def _is_on(self) -> bool:
-        """Return whether a coefficient of the module itself is not 0."""
-        return is_on(self.alpha) or is_on(self.beta)
-
     def _has_own(self) -> bool:
         """Return whether the module itself has coefficients, from the constructor or from a schedule."""
-        return self._is_said or self._is_on()
+        return self._is_said or is_on(self.alpha) or is_on(self.beta)
 
     def _warn_once(self, message: str) -> None:
         """Give a warning the first time; compiled code gives none."""
