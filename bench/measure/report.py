@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure import picture, results
+from bench.measure import picture, results, sentences
 from bench.measure.machine import ROOT, commit_name, file_name
 from bench.measure.results import BOTH, COMPILED, RESULTS, STEP, Case, Figure, Result, geometric_mean
 
@@ -110,23 +110,13 @@ def speed_and_memory(results: list[Result]) -> str:
     result = latest(results)
     part = result.parts()[0]
     allocators = {case.info["allocator"] or "" for case in part.cases}
-    about = [result.machine["device"], *filter(None, allocators), f"PyTorch {result.machine['torch']}"]
-    if cases := part.of(STEP, picture.CASES):
+    about = [result.machine["device"], f"PyTorch {result.machine['torch']}", *filter(None, allocators)]
+    if cases := part.of(STEP, picture.MODELS):
         picture.draw(cases, ", ".join(about), clock(result))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
-    calls = by_formula([ratio for ratio in ratios(part) if ratio.case.info["pass"] == BOTH])
-    means = [f"{geometric_mean(found)} of the {formula} formula's time" for formula, found in calls.items() if found]
-    slowest = max((ratio.figure for ratio in ratios(result) if ratio.figure.differs_from(1)), default="-")
-    speed = (
-        f"A call takes {' and '.join(means)}; the [slowest row](docs/performance.md#where-fastreg-loses) takes "
-        f"{slowest} times as long as a formula."
-    )
-    gpu = (
-        "GPU: **not measured yet**; `bench/on_gpu.ipynb` measures it. The kernels are tested on the CPU, in Triton's "
-        "interpreter and our emulator of PTX."
-    )
-    lines = [shown, ", ".join(about) + ".", speed, *[gpu] * (not any(x.on_gpu for x in results))]
-    return "\n\n".join(lines) + "\n"
+    gpu = "GPU: **not measured yet**."
+    said = [*sentences.of(result), *[gpu] * (not any(x.on_gpu for x in results))]
+    return "\n\n".join([shown, f"Measured on {', '.join(about)}.", "\n".join(f"- {x}" for x in said)]) + "\n"
 
 
 def all_rows(result: Result) -> str:

@@ -80,7 +80,7 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     verdicts = [report.verdict(values) for values in ([2.3, 4.9], [-1.0, -2.43], [-1.0, -2.41], [-5.0])]
-    assert verdicts == ["higher", "not told apart", "lower", "not told apart"]
+    assert verdicts == ["higher", "not significant", "lower", "not told apart"]
 
 
 def test_the_committed_studies_are_whole_and_their_pages_agree():

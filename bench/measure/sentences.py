@@ -1,0 +1,85 @@
+"""Sentences of the README about speed: whole steps, a call, and the worst row with its remedy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import product
+
+from bench.measure.results import BOTH, STEP, Figure, Result, geometric_mean
+
+ALLOCATORS = "docs/performance.md#two-allocators"
+LOSING = "docs/performance.md#where-fastreg-loses"
+FORMULAS = "compiled", "eager"
+OURS = "fastreg", "fused_ar_tar", "attach", "FusedRNNDropout", "compiled fastreg"
+REMEDIES = {  # the pass and the way that are slow -> words for both, and what is faster there
+    ("dropout", "fused_ar_tar"): (
+        "After a dropout, `fused_ar_tar`",
+        ": use `FusedRNNDropout`",
+    ),
+    (STEP, "attach"): ("A step with `attach`", ": use the call"),
+}
+
+
+def of(result: Result) -> list[str]:
+    """Return sentences about the results of one machine."""
+    *kept, default = result.parts()
+    calls = " ".join([call(default), *(with_memory_kept(part) for part in kept)])
+    return [steps(result.parts()[0]), calls, worst(result)]
+
+
+def steps(part: Result) -> str:
+    """Compare whole steps with the faster formula, by kinds of models."""
+
+    def ratio(model: str, way: str) -> str:
+        return change(case.over_faster_formula(way) for case in part.of(STEP) if case.info["model"] == model)
+
+    cheap, small = "8 elementwise layers", "LSTM"
+    return (
+        f"Against the faster formula, a step with `fused_ar_tar` is {ratio(cheap, 'fused_ar_tar')} with cheap layers, "
+        f"{ratio(small, 'fused_ar_tar')} with small LSTMs (`attach`: {ratio(small, 'attach')}), and "
+        f"{ratio('AWD-LSTM', 'fused_ar_tar')} with an AWD-LSTM."
+    )
+
+
+def change(figures: Iterable[Figure]) -> str:
+    """Say by how much ratios differ from 1, as in "0 to 5% shorter"; 0 stands for one that cannot be told from 1."""
+    percents = [round(100 * (figure.median - 1)) if figure.differs_from(1) else 0 for figure in figures]
+    low, high = min(percents), max(percents)
+    if low < 0 < high:
+        return f"between {-low}% shorter and {high}% longer"
+    if low == high == 0:
+        return "the same within the error"
+    numbers = dict.fromkeys(f"{x}" for x in sorted(map(abs, (low, high))))
+    return f"{' to '.join(numbers)}% {'longer' if high > 0 else 'shorter'}"
+
+
+def means(part: Result) -> list[str]:
+    """Return the mean ratio of calls to the compiled formula, and to the eager one."""
+    return [f"{geometric_mean([case.over('fastreg', x) for case in part.of(BOTH)]).median:.2f}" for x in FORMULAS]
+
+
+def call(part: Result) -> str:
+    """Compare a call with both formulas, and count the cases in which it is not faster than the compiled one."""
+    compiled, eager = means(part)
+    cases = sorted(part.of(BOTH), key=lambda case: -math.prod(case.info["shape"]))
+    ties = [case for case in cases if not case.over("fastreg", "compiled").differs_from(1)]
+    which = "largest " * (ties == cases[: len(ties)])
+    tied = f" The {len(ties)} {which}of {len(cases)} cases tie with the compiled formula." * bool(ties)
+    return f"One call takes {compiled} of the compiled formula's time and {eager} of the eager formula's.{tied}"
+
+
+def with_memory_kept(part: Result) -> str:
+    return f"[If malloc keeps freed memory]({ALLOCATORS}): {' and '.join(means(part))}."
+
+
+def worst(result: Result) -> str:
+    """Name the row that loses most against a formula, and what is faster there."""
+    rows = [
+        (case.over(way, formula), case, way, formula)
+        for case, way, formula in product(result.cases, OURS, FORMULAS)
+        if {way, formula} <= {*case.ways}
+    ]
+    figure, case, way, formula = max(rows, key=lambda row: row[0])
+    slow, remedy = REMEDIES.get((case.info["pass"], way), (f"`{way}`", ""))
+    return f"{slow} takes [up to]({LOSING}) {figure} times the {formula} formula's time{remedy}."
