@@ -214,11 +214,11 @@ def gaps(study: Study) -> str:
     epoch = min(EARLY, *(len(run.valid_loss) for run in study.runs))
     soon = study.differences(tar, lambda run: run.perplexities[epoch - 1])
     late = study.differences(tar, lambda run: min(run.perplexities))
+    wider = judged(study.differences(tar, losses[-1]), "+.3f")
     return (
         f"At the best epochs TAR changes the loss of the training text {train}, the loss of the validation text "
-        f"{valid}, and the gap between them {gap}: {judged(study.differences(tar, losses[-1]), '+.3f')}. TAR changes "
-        f"the validation perplexity by {judged(soon, '+.2f')} after {epoch} epochs, and by {judged(late, '+.2f')} at the "
-        "best epochs.\n"
+        f"{valid}, and the gap between them {gap}: {wider}. TAR changes the validation perplexity by "
+        f"{judged(soon, '+.2f')} after {epoch} epochs, and by {judged(late, '+.2f')} at the best epochs.\n"
     )
 
 

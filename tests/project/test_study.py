@@ -80,7 +80,12 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     verdicts = [report.verdict(values) for values in ([2.3, 4.9], [-1.0, -2.43], [-1.0, -2.41], [-5.0])]
-    assert verdicts == ["higher", "not significant", "lower", "not told apart"]
+    assert verdicts == ["higher", "not significant", "lower", "not significant"]
+
+
+def test_the_share_of_a_penalty_is_taken_at_the_best_epoch():
+    run_with_both = Run(2.0, 1.0, 1, [3.0, 2.0], [5.0, 4.0], [0.9, 0.1], [0.9, 0.2], 2.5, 3.5, {}, {})
+    assert run_with_both.share == pytest.approx((2 * 0.1 + 0.2) / 2.5)
 
 
 def test_the_committed_studies_are_whole_and_their_pages_agree():
