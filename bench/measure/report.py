@@ -18,6 +18,7 @@ from bench.measure.machine import ROOT, commit_name, file_name
 from bench.measure.results import BOTH, COMPILED, RESULTS, STEP, Case, Figure, Result, geometric_mean
 
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
+BEGIN_SUMMARY = "<!-- summary, from bench/results by python -m bench.measure.report -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
 FORMULAS = {"compiled": "compiled formula", "eager": "formula"}  # in this order in all tables
@@ -246,6 +247,7 @@ def clock(result: Result) -> str:
 
 PARTS: list[Part] = [
     (ROOT / "README.md", BEGIN, speed_and_memory),
+    (ROOT / "docs" / "performance.md", BEGIN_SUMMARY, lambda results: table(sentences.summary(latest(results)))),
     (ROOT / "docs" / "performance.md", BEGIN, summary),
     (ROOT / "docs" / "performance.md", BEGIN_LOSING, losing),
 ]

@@ -1,4 +1,4 @@
-"""Sentences of the README about speed: whole steps, a call, and the worst row with its remedy."""
+"""The part of the README about speed, in sentences, and the summary of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from bench.measure.results import BOTH, STEP, Figure, Result, geometric_mean
 
 ALLOCATORS = "docs/performance.md#two-allocators"
 LOSING = "docs/performance.md#where-fastreg-loses"
+CHEAP, SMALL, LARGE = "8 elementwise layers", "LSTM", "AWD-LSTM"  # models of the steps that are compared
 FORMULAS = "compiled", "eager"
 OURS = "fastreg", "fused_ar_tar", "attach", "FusedRNNDropout", "compiled fastreg"
 REMEDIES = {  # the pass and the way that are slow -> words for both, and what is faster there
@@ -34,11 +35,10 @@ def steps(part: Result) -> str:
     def ratio(model: str, way: str) -> str:
         return change(case.over_faster_formula(way) for case in part.of(STEP) if case.info["model"] == model)
 
-    cheap, small = "8 elementwise layers", "LSTM"
     return (
-        f"Against the faster formula, a step with `fused_ar_tar` is {ratio(cheap, 'fused_ar_tar')} with cheap layers, "
-        f"{ratio(small, 'fused_ar_tar')} with small LSTMs (`attach`: {ratio(small, 'attach')}), and "
-        f"{ratio('AWD-LSTM', 'fused_ar_tar')} with an AWD-LSTM."
+        f"Against the faster formula, a step with `fused_ar_tar` is {ratio(CHEAP, 'fused_ar_tar')} with cheap layers, "
+        f"{ratio(SMALL, 'fused_ar_tar')} with small LSTMs (`attach`: {ratio(SMALL, 'attach')}), and "
+        f"{ratio(LARGE, 'fused_ar_tar')} with an AWD-LSTM."
     )
 
 
@@ -83,3 +83,20 @@ def worst(result: Result) -> str:
     figure, case, way, formula = max(rows, key=lambda row: row[0])
     slow, remedy = REMEDIES.get((case.info["pass"], way), (f"`{way}`", ""))
     return f"{slow} takes [up to]({LOSING}) {figure} times the {formula} formula's time{remedy}."
+
+
+def summary(result: Result) -> list[list[str]]:
+    """Return the rows of a table: the time of whole steps and of calls over the time with the faster formula."""
+    first, ways = result.parts()[0], ("fused_ar_tar", "attach", "FusedRNNDropout")
+    rows = [["time over the faster formula", *(f"`{way}`" for way in ways)]]
+    for model in (CHEAP, SMALL, LARGE):
+        cases = [case for case in first.of(STEP) if case.info["model"] == model]
+        cells = ["; ".join(f"{case.over_faster_formula(way)}" for case in cases) for way in ways]
+        rows.append([f"step, {'; '.join(case.label for case in cases)}", *cells])
+    for part in reversed(result.parts()):
+        alone, dropped = (
+            geometric_mean([case.over_faster_formula("fastreg") for case in part.of(x)]) for x in (BOTH, "dropout")
+        )
+        allocator = part.cases[0].info.get("allocator")
+        rows.append([", ".join(filter(None, ["call, mean", allocator])), f"{alone}", "", f"{dropped}"])
+    return rows
