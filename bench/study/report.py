@@ -231,7 +231,7 @@ def sizes(study: Study) -> str:
 
 def findings(study: Study) -> str:
     """Render the part in docs/coefficients.md."""
-    return "\n".join([summary(study), gaps(study), sizes(study)])
+    return f"{gaps(study)}\n{sizes(study)}"
 
 
 def averages_table(study: Study) -> str:
@@ -266,7 +266,8 @@ def page(study: Study, name: str) -> str:
     parts = [
         "# Do AR and TAR help?\n",
         f"Rendered from {name}.jsonl by `python -m bench.study.run`, which trains what is missing there.\n",
-        findings(study) if study.penalties else summary(study),
+        summary(study),
+        *([findings(study)] if study.penalties else []),
         method(study),
         averages_table(study),
         f"![Validation perplexity by epoch, and the differences in test perplexity]({name}.svg)\n",

@@ -2,7 +2,7 @@
 
 `python -m bench.study.two_rooms` adds each run as a line to bench/results/two_rooms.jsonl. Runs that the file has are
 not repeated, so an interrupted experiment continues. All runs take less than an hour on one core. Then it renders the
-page beside that file, and the parts in README.md and docs/recipes.md. No figure is typed:
+page beside that file, and the part in README.md. No figure is typed:
 tests/project/test_study.py fails when a page disagrees with the JSON lines.
 """
 
@@ -170,7 +170,7 @@ def headline(runs: list[Run]) -> str:
     return (
         f"In [two rooms](examples/two_rooms.py), a world model's plans succeed in {success:.0%} of trials with TAR and "
         f"{without:.0%} without, with the other weights tuned separately: {gain(tar[alone], anew[alone])}, and beside "
-        f"a distractor {gain(tar[distractor], anew[distractor])} ([table](docs/recipes.md#a-world-model-that-plans)).\n"
+        f"a distractor {gain(tar[distractor], anew[distractor])} ([table](bench/results/two_rooms.md)).\n"
     )
 
 
@@ -245,7 +245,7 @@ def page(runs: list[Run]) -> str:
     return "\n".join(parts)
 
 
-PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "recipes.md", BEGIN, summary)]
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline)]
 
 
 def pages(file: Path) -> dict[Path, str]:
