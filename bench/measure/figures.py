@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure.timing import DEVICE
@@ -117,13 +118,15 @@ def peak_bytes(call: Call, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
-def allocations(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Return the results of a call, and the bytes that each allocation on the CPU adds in order, negative if freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        results = call()
+def allocations(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, list[int]]:
+    """Return the result of a call, and the bytes that each allocation on a device adds in order, negative if freed."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=kinds, profile_memory=True) as profiled:
+        result = call()
     profiler: Any = profiled.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return results, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events = [event for event in events if (event.device_type() == DeviceType.CPU) == (device == "cpu")]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @functools.cache
