@@ -29,7 +29,6 @@ def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
     figures: dict[str, Any] = {"peak_bytes": peak_bytes(call, DEVICE)}
     if DEVICE == "cpu":
         return figures
-    figures |= {"host_seconds": host_seconds(call, sets)}
     try:
         seconds = graph_seconds(call, range(sets))
         figures |= {"graph_rotated_seconds": seconds, "launches": launches(call)}
@@ -78,17 +77,6 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times) / len(numbers)
-
-
-def host_seconds(call: Call, sets: int) -> float:
-    """Measure the seconds until a call returns, with an idle device whose queue is never full."""
-    times = []
-    for number in range(REPLAYS):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call(number % sets)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
 
 
 def launches(call: Call) -> int:

@@ -35,13 +35,6 @@ class Figure(NamedTuple):
         digits = 1 if self.median >= 10 else 2 if self.error >= 0.005 else 3
         return f"{self.median:.{digits}f}±{self.error:.{digits}f}" if self.differs_from(1) else "-"
 
-    def over(self, other: Figure) -> Figure:
-        """Return the ratio of two figures, with the error of independent ones; NaN if the other one is close to 0."""
-        if not self.median or abs(other.median) < 4 * other.error:
-            return Figure(math.nan, math.nan)
-        ratio = self.median / other.median
-        return Figure(ratio, abs(ratio) * math.hypot(self.error / self.median, other.error / other.median))
-
 
 def geometric_mean(figures: list[Figure]) -> Figure:
     """Return the geometric mean of independent figures, with its error."""
