@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 
+from bench.measure.figures import allocations
 from fastreg import FusedRNNDropout
 from fastreg.call.backends import TRITON, backend_for
 from fastreg.call.key import PLANS
@@ -195,12 +195,12 @@ def poison() -> Iterator[None]:
 
 
 def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
-    """Return how many bytes of a device's memory a call takes from PyTorch, and its result."""
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=kinds, profile_memory=True, acc_events=True) as record:  # torch 2.11 warns without
-        result = call()
-    name = "self_cpu_memory_usage" if device == "cpu" else "self_device_memory_usage"
-    return sum(max(getattr(event, name), 0) for event in record.events() or ()), result
+    """Return how many bytes of a device's memory a call takes from PyTorch, and its result.
+
+    Each allocation counts. The sum of an operator would lack what a garbage collection frees meanwhile.
+    """
+    result, allocated = allocations(call, device)
+    return sum(max(size, 0) for size in allocated), result
 
 
 @pytest.fixture

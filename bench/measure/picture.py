@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from bench.measure.machine import ROOT
-from bench.measure.results import Case, Figure
+from bench.measure.results import FORMULAS, Case, Figure
 
 FILE = ROOT / "docs" / "steps.svg"
 MODELS = {  # the label of a case, and the words for its model
@@ -25,7 +25,6 @@ WAYS = {
     "attach": "attach",
     "FusedRNNDropout": "FusedRNNDropout",
 }
-FORMULAS = "eager", "compiled"
 GREY, BLUE = "#7f7f7f", "#2c7bf3"  # of the formulas, text and axes; of fastreg
 
 

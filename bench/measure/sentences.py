@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 
-from bench.measure.results import BOTH, STEP, Figure, Result, geometric_mean
+from bench.measure.results import BOTH, FORMULAS, OURS, STEP, Case, Figure, Result, geometric_mean
 
 ALLOCATORS = "docs/performance.md#two-allocators"
 LOSING = "docs/performance.md#where-fastreg-loses"
 CHEAP, SMALL, LARGE = "8 elementwise layers", "LSTM", "AWD-LSTM"  # models of the steps that are compared
-FORMULAS = "compiled", "eager"
-OURS = "fastreg", "fused_ar_tar", "attach", "FusedRNNDropout", "compiled fastreg"
-REMEDIES = {  # the pass and the way that are slow -> words for both, and what is faster there
-    ("dropout", "fused_ar_tar"): (
-        "After a dropout, `fused_ar_tar`",
-        ": use `FusedRNNDropout`",
-    ),
+REMEDIES = {  # the pass and the way that are slow -> words for both, and a remedy
+    ("dropout", "fused_ar_tar"): ("After a dropout, `fused_ar_tar`", ": use `FusedRNNDropout`"),
     (STEP, "attach"): ("A step with `attach`", ": use the call"),
 }
 
 
-def of(result: Result) -> list[str]:
-    """Return sentences about the results of one machine."""
-    *kept, default = result.parts()
-    calls = " ".join([call(default), *(with_memory_kept(part) for part in kept)])
-    return [steps(result.parts()[0]), calls, worst(result)]
+def of(result: Result) -> Iterator[str]:
+    """Return sentences about the results of one machine: those whose cases were measured."""
+    parts = result.parts()
+    if {CHEAP, SMALL, LARGE} <= {case.info["model"] for case in parts[0].of(STEP)}:
+        yield steps(parts[0])
+    if measured := [part for part in reversed(parts) if part.of(BOTH)]:
+        yield " ".join([call(measured[0]), *map(with_memory_kept, measured[1:])])
+    yield worst(result)
 
 
 def steps(part: Result) -> str:
     """Compare whole steps with the faster formula, by kinds of models."""
 
     def ratio(model: str, way: str) -> str:
-        return change(case.over_faster_formula(way) for case in part.of(STEP) if case.info["model"] == model)
+        return change(over_faster([case for case in part.of(STEP) if case.info["model"] == model], way))
 
     return (
         f"Against the faster of both formulas, a step with `fused_ar_tar` is {ratio(CHEAP, 'fused_ar_tar')} with cheap "
@@ -73,30 +71,30 @@ def with_memory_kept(part: Result) -> str:
     return f"[If malloc keeps freed memory]({ALLOCATORS}): {' and '.join(means(part))}."
 
 
+def over_faster(cases: list[Case], way: str) -> list[Figure]:
+    """Return the ratios of a way to the faster formula."""
+    return [figure for case in cases if (figure := case.over_faster(way)) is not None]
+
+
 def worst(result: Result) -> str:
-    """Name the row that loses most against a formula, and what is faster there."""
-    rows = [
-        (case.over(way, formula), case, way, formula)
-        for case, way, formula in product(result.cases, OURS, FORMULAS)
-        if {way, formula} <= {*case.ways}
-    ]
-    figure, case, way, formula = max(rows, key=lambda row: row[0])
-    slow, remedy = REMEDIES.get((case.info["pass"], way), (f"`{way}`", ""))
-    return f"{slow} takes [up to]({LOSING}) {figure} times the {formula} formula's time{remedy}."
+    """Name the row that loses most against the faster formula, its allocator, and a remedy."""
+    rows = [(figure, case, way) for case, way in product(result.cases, OURS) if (figure := case.over_faster(way))]
+    figure, case, way = max(rows, key=lambda row: row[0])
+    slow, remedy = REMEDIES.get((case.info["pass"], way), (OURS[way], ""))
+    allocator = f" ({case.info['allocator']})" * bool(case.info.get("allocator"))
+    return f"{slow} takes [up to]({LOSING}) {figure} times as long{allocator}{remedy}."
 
 
 def summary(result: Result) -> list[list[str]]:
     """Return the rows of a table: the time of whole steps and of calls over the time with the faster formula."""
     first, ways = result.parts()[0], ("fused_ar_tar", "attach", "FusedRNNDropout")
-    rows = [["time over the faster formula", *(f"`{way}`" for way in ways)]]
+    rows = [["over the faster formula", *(OURS[way] for way in ways)]]
     for model in (CHEAP, SMALL, LARGE):
-        cases = [case for case in first.of(STEP) if case.info["model"] == model]
-        cells = ["; ".join(f"{case.over_faster_formula(way)}" for case in cases) for way in ways]
-        rows.append([f"step, {'; '.join(case.label for case in cases)}", *cells])
+        if cases := [case for case in first.of(STEP) if case.info["model"] == model]:
+            shapes = " and ".join(f"({', '.join(map(str, case.info['shape']))})" for case in cases)
+            rows.append([f"step, {model}, {shapes}", *("; ".join(map(str, over_faster(cases, way))) for way in ways)])
     for part in reversed(result.parts()):
-        alone, dropped = (
-            geometric_mean([case.over_faster_formula("fastreg") for case in part.of(x)]) for x in (BOTH, "dropout")
-        )
-        allocator = part.cases[0].info.get("allocator")
-        rows.append([", ".join(filter(None, ["call, mean", allocator])), f"{alone}", "", f"{dropped}"])
+        alone, dropped = (over_faster(part.of(kind), "fastreg") for kind in (BOTH, "dropout"))
+        means = [f"{geometric_mean(figures)}" if figures else "" for figures in (alone, [], dropped)]
+        rows.append([", ".join(filter(None, ["call, mean", part.cases[0].info.get("allocator")])), *means])
     return rows

@@ -244,15 +244,6 @@ def averages_table(study: Study) -> str:
     return table(rows)
 
 
-def runs_table(study: Study) -> str:
-    names = {pair: name for name, pair in PENALTIES.items()}
-    rows = [["penalty", "seed", *COLUMNS, "epochs"]]
-    for run in study.runs:
-        cells = [f"{value(run):{form}}".removesuffix(".0") for value, form in COLUMNS.values()]
-        rows.append([names[run.coefficients], str(run.seed), *cells, str(len(run.valid_loss))])
-    return table(rows)
-
-
 def method(study: Study) -> str:
     """Describe the trainings, their settings and their machines."""
     settings = study.runs[0].settings
@@ -271,8 +262,6 @@ def page(study: Study, name: str) -> str:
         method(study),
         averages_table(study),
         f"![Validation perplexity by epoch, and the differences in test perplexity]({name}.svg)\n",
-        "## All runs\n",
-        runs_table(study),
     ]
     return "\n".join(parts)
 

@@ -189,20 +189,6 @@ def summary(runs: list[Run]) -> str:
     return table(rows)
 
 
-def grid_tables(runs: list[Run]) -> tuple[str, str]:
-    """Render the success of all settings with the first seed: those without TAR, and those with it."""
-    first, *_ = ROUNDS
-    found = {run.weights: f"{run.success:.3f}" for run in runs if run.seed in first}
-    alone = [["variance", *(f"covariance {covariance:g}" for covariance in VICREG_ALONE)]]
-    for variance in VICREG_ALONE:
-        cells = [found[Weights(variance, covariance, 0.0)] for covariance in VICREG_ALONE]
-        alone.append([f"{variance:g}", *cells])
-    rows = [["variance, covariance", *(f"beta {beta:g}" for beta in BETAS)]]
-    for vicreg in product(VICREG, VICREG):
-        rows.append([", ".join(f"{x:g}" for x in vicreg), *(found[Weights(*vicreg, beta)] for beta in BETAS)])
-    return table(alone), table(rows)
-
-
 def choice_table(runs: list[Run]) -> str:
     """Render the means of the settings that trained with all seeds of the choice."""
     rows = [["variance, covariance, beta", "success"]]
@@ -227,7 +213,6 @@ def method(runs: list[Run]) -> str:
 
 def page(runs: list[Run]) -> str:
     """Render the page beside the JSON lines."""
-    alone, with_tar = grid_tables(runs)
     parts = [
         "# Two rooms: does TAR help a world model to plan?\n",
         "Rendered from two_rooms.jsonl by `python -m bench.study.two_rooms`, which does the missing runs.\n",
@@ -235,10 +220,6 @@ def page(runs: list[Run]) -> str:
         summary(runs),
         report.origin(runs),
         "## The choice\n",
-        "Success of the settings without TAR in the first round, with one seed:\n",
-        alone,
-        "The same with TAR:\n",
-        with_tar,
         "Mean success of the settings of the last round, over the four seeds of the choice:\n",
         choice_table(runs),
     ]
