@@ -182,13 +182,10 @@ def test_random_calls_give_the_numbers_of_the_formula() -> None:
     assert re.findall(r" 0 wrong: .*'calls': (\d+)", output) == [calls]
 
 
-def test_pages_show_the_docstrings_and_the_outcomes_of_the_code() -> None:
-    of_code = runpy.run_path(str(ROOT / "docs" / "api.py"))
-    api, hooks = ((ROOT / "docs" / page).read_text() for page in ("api.md", "hooks.md"))
-    assert (of_code["render"](api), of_code["with_outcomes"](hooks)) == (api, hooks), "run `python docs/api.py`"
+def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
+    of_code, api = runpy.run_path(str(ROOT / "docs" / "api.py")), (ROOT / "docs" / "api.md").read_text()
+    assert of_code["render"](api) == api, "run `python docs/api.py`"
     assert '"""Compute the penalty of activation and temporal activation regularization' in api
-    outcomes = re.findall(r"^\| [^|`]+ \| (error|warning|right) \|", hooks, re.MULTILINE)
-    assert {*outcomes} == {"error", "warning", "right"}
 
 
 def literals() -> list[str]:
