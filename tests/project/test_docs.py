@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import inspect
 import re
 import runpy
 import sys
@@ -17,6 +18,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
+import fastreg
 from fastreg import fused_ar_tar
 from tests.adapters.test_fastai1 import environment_with
 from tests.conftest import ROOT, more, python, skip_without
@@ -165,7 +167,11 @@ def test_pages_show_the_docstrings_and_the_outcomes_of_the_code() -> None:
     of_code = runpy.run_path(str(ROOT / "docs" / "api.py"))
     api, hooks = ((ROOT / "docs" / page).read_text() for page in ("api.md", "hooks.md"))
     assert (of_code["render"](api), of_code["with_outcomes"](hooks)) == (api, hooks), "run `python docs/api.py`"
-    assert '"""Compute the penalty of activation and temporal activation regularization' in api
+    for name in fastreg.__all__:
+        value, section = getattr(fastreg, name), api.split(f"### `fastreg.{name}`\n")[1].split("\n### ")[0]
+        parameters = {*inspect.signature(value).parameters} - {"loan"}  # which only hooks pass
+        assert all(re.search(rf"^.*\b{parameter}: .+$", section, re.MULTILINE) for parameter in parameters), name
+        assert " ".join(inspect.getdoc(value).partition("\n\n")[0].split()) in section
     outcomes = re.findall(r"^\| [^|`]+ \| (error|warning|right) \|", hooks, re.MULTILINE)
     assert {*outcomes} == {"error", "warning", "right"}
 
