@@ -72,22 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in kept]
 
 
-def stale(kernels: Path) -> list[Path]:
-    """List the C++ libraries in a folder that were not built from the sources beside them."""
-    built_from = cpu.sources(kernels).to_bytes(8, sys.byteorder)
-    return [library for library in sorted(kernels.glob("_cpu*.so")) if built_from not in library.read_bytes()]
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """End a run with libraries that were built from other sources, which would test the formula, or old code.
+    """End a run with libraries that do not run, such as those of other sources, because it would test the formula.
 
     Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
     Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
     """
-    if libraries := stale(ROOT / "kernels"):
-        names = ", ".join(library.name for library in libraries)
+    if CPU is None and any(ROOT.glob("kernels/_cpu*.so")):
         build = f"{sys.executable} setup.py --quiet build_ext"
-        pytest.exit(f"{names}: built from other sources than those in kernels/; build them again by\n    {build}", 1)
+        pytest.exit(f"{cpu.reason()}; in a checkout build them by\n    {build}", 1)
     config.stash[STDERR] = os.dup(2)  # which pytest captures later
     if INTERPRETED:
         interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language.core")

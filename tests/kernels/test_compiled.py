@@ -174,7 +174,7 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str) ->
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_registers(target: Any, dtype: torch.dtype) -> None:
+def test_registers_let_as_many_programs_run_at_once_as_planned(target: Any, dtype: torch.dtype) -> None:
     train(dtype)
     train(dtype, kind="marked")
     binaries = [*next(trained(masked=False)), *next(trained(masked=True))]

@@ -82,7 +82,7 @@ def test_peak_bytes(device: str) -> None:
 
 
 @gpu
-def test_launches() -> None:
+def test_fastreg_launches_two_kernels_and_the_formulas_more() -> None:
     """The formula launches 30 kernels in bfloat16, forward and backward, the compiled formula 6, and fastreg 2."""
     from bench import test_call
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import inspect
 import re
 import runpy
 import sys
@@ -17,6 +18,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
+import fastreg
 from fastreg import fused_ar_tar
 from tests.adapters.test_fastai1 import environment_with
 from tests.conftest import ROOT, more, python, skip_without
@@ -185,7 +187,11 @@ def test_random_calls_give_the_numbers_of_the_formula() -> None:
 def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
     of_code, api = runpy.run_path(str(ROOT / "docs" / "api.py")), (ROOT / "docs" / "api.md").read_text()
     assert of_code["render"](api) == api, "run `python docs/api.py`"
-    assert '"""Compute the penalty of activation and temporal activation regularization' in api
+    for name in fastreg.__all__:
+        value, section = getattr(fastreg, name), api.split(f"### `fastreg.{name}`\n")[1].split("\n### ")[0]
+        parameters = {*inspect.signature(value).parameters} - {"loan"}  # which only hooks pass
+        assert all(re.search(rf"^.*\b{parameter}: .+$", section, re.MULTILINE) for parameter in parameters), name
+        assert " ".join(inspect.getdoc(value).partition("\n\n")[0].split()) in section
 
 
 def literals() -> list[str]:
