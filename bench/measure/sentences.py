@@ -82,7 +82,7 @@ def worst(result: Result) -> str:
     figure, case, way = max(rows, key=lambda row: row[0])
     slow, remedy = REMEDIES.get((case.info["pass"], way), (OURS[way], ""))
     allocator = f" ({case.info['allocator']})" * bool(case.info.get("allocator"))
-    return f"{slow} takes [up to]({LOSING}) {figure} times as long{allocator}{remedy}."
+    return f"{slow} takes [up to]({LOSING}) {figure} times the formula's time{allocator}{remedy}."
 
 
 def summary(result: Result) -> list[list[str]]:

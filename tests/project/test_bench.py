@@ -315,7 +315,7 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
     assert "| Dropout with penalty, `fused_ar_tar` | (2, 3, 4), float32 |  | 2.300±0.000 |" in report.losing([result])
     said = report.speed_and_memory([result])
     assert "One call takes 0.25 of the compiled formula's time and 0.02 of the eager formula's." in said
-    assert " 2.300±0.000 times as long (default allocator): use `FusedRNNDropout`." in said
+    assert " 2.300±0.000 times the formula's time (default allocator): use `FusedRNNDropout`." in said
     assert ["step, LSTM, (2, 3, 4)", "", "1.20±0.02", ""] in sentences.summary(result)
     assert ["call, mean, memory kept", "0.250±0.000", "", ""] in sentences.summary(result)
     drawn = picture.shares(result.cases[0])
