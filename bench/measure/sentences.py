@@ -24,7 +24,7 @@ def of(result: Result) -> Iterator[str]:
         yield steps(parts[0])
     if measured := [part for part in reversed(parts) if part.of(BOTH)]:
         yield " ".join([call(measured[0]), *map(with_memory_kept, measured[1:])])
-    yield worst(result)
+    yield from worst(result)
 
 
 def steps(part: Result) -> str:
@@ -76,13 +76,14 @@ def over_faster(cases: list[Case], way: str) -> list[Figure]:
     return [figure for case in cases if (figure := case.over_faster(way)) is not None]
 
 
-def worst(result: Result) -> str:
-    """Name the row that loses most against the faster formula, its allocator, and a remedy."""
+def worst(result: Result) -> Iterator[str]:
+    """Name the row that loses most against the faster formula, if one loses, with its allocator and a remedy."""
     rows = [(figure, case, way) for case, way in product(result.cases, OURS) if (figure := case.over_faster(way))]
     figure, case, way = max(rows, key=lambda row: row[0])
-    slow, remedy = REMEDIES.get((case.info["pass"], way), (OURS[way], ""))
-    allocator = f" ({case.info['allocator']})" * bool(case.info.get("allocator"))
-    return f"{slow} takes [up to]({LOSING}) {figure} times the formula's time{allocator}{remedy}."
+    if figure.median > 1 and figure.differs_from(1):
+        slow, remedy = REMEDIES.get((case.info["pass"], way), (OURS[way], ""))
+        allocator = f" ({case.info['allocator']})" * bool(case.info.get("allocator"))
+        yield f"{slow} takes [up to]({LOSING}) {figure} times the formula's time{allocator}{remedy}."
 
 
 def summary(result: Result) -> list[list[str]]:
@@ -95,6 +96,6 @@ def summary(result: Result) -> list[list[str]]:
             rows.append([f"step, {model}, {shapes}", *("; ".join(map(str, over_faster(cases, way))) for way in ways)])
     for part in reversed(result.parts()):
         alone, dropped = (over_faster(part.of(kind), "fastreg") for kind in (BOTH, "dropout"))
-        means = [f"{geometric_mean(figures)}" if figures else "" for figures in (alone, [], dropped)]
-        rows.append([", ".join(filter(None, ["call, mean", part.cases[0].info.get("allocator")])), *means])
+        cells = [f"{geometric_mean(figures)}" if figures else "" for figures in (alone, [], dropped)]
+        rows.append([", ".join(filter(None, ["call, mean", part.cases[0].info.get("allocator")])), *cells])
     return rows
