@@ -12,8 +12,8 @@ Then the model plans. It gets an image of the goal, tries sequences of actions i
 action of the best sequences. A trial succeeds if the dot comes close to the goal within 50 steps. In half of the trials
 the goal is in the other room.
 
-A seed takes half a minute on one core, and less with `--steps 200`. One seed proves little: docs/recipes.md has the
-results of ten seeds, and the way in which the weights of the losses were chosen.
+A seed takes half a minute on one core, and less with `--steps 200`. One seed proves little:
+bench/results/two_rooms.md has the results of ten seeds, and the way in which the weights of the losses were tuned.
 """
 
 from __future__ import annotations
