@@ -97,7 +97,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lines", type=Path, help=text)
     limit = 90 if DEVICE == "cuda" else 600
     group.addoption("--limit", type=float, default=limit, help="end the process after so many seconds of one case")
-    text = "also measure the fastreg of another checkout, whose C++ kernels are built, as the way `before`"
+    text = (
+        "also measure the fastreg of another checkout, whose C++ kernels are built, as ways whose names end in `before`"
+    )
     group.addoption("--before", type=Path, metavar="CHECKOUT", help=text)
 
 
@@ -105,8 +107,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for option, why in REFUSED.items():
         if any(argument.partition("=")[0] == option for argument in config.invocation_params.args):
             raise pytest.UsageError(f"{option} has no effect here: {why}")
-    if checkout := config.getoption("before"):
-        before.load(checkout)
+    try:
+        before.refuse_formula()
+        if checkout := config.getoption("before"):
+            before.load(checkout)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
     file: Any = config.getoption("lines")
     config.stash[SESSION] = Session(Lines(file) if file else None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest writes its results after an interrupt
@@ -261,6 +267,21 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[SESSION].write(end=int(exitstatus))
 
 
+def comparison(way: str, about: dict[str, Any]) -> str:
+    """Say what a way adds to a step, and how its time compares with others.
+
+    A way by another checkout is compared with its counterpart, and a call with fastreg, or with all ways if it is
+    fastreg's. The figures are in seconds.
+    """
+    added, over, counterpart = about.get("added"), about["over"], way.removesuffix(before.BEFORE)
+    texts = ["adds {:.3f} ± {:.3f} ms".format(*(1e3 * x for x in added))] if added else []
+    if counterpart != way or not added:
+        closest = [other for other in (counterpart, "fastreg") if other in over]
+        chosen = {other: over[other] for other in closest[:1] or over}
+        texts += [f"{ratio:.3f} ± {error:.3f} of {other}" for other, (ratio, error) in chosen.items()]
+    return ", ".join(texts)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Print how ways compare by pairs of turns, which the medians in the tables of pytest-benchmark do not say."""
     rows = config.stash[SESSION].rows
@@ -268,13 +289,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("by pairs of turns, ± the standard error")
     for row in rows:
-        about = row.extra_info
-        if "added" in about:
-            text = "adds {:.3f} ± {:.3f} ms".format(*(1e3 * x for x in about["added"]))
-        else:
-            others = {other: ratio for other, ratio in about["over"].items() if other == "fastreg"} or about["over"]
-            text = ", ".join(f"{ratio:.3f} ± {error:.3f} of {other}" for other, (ratio, error) in others.items())
-        terminalreporter.line(f"{row.group}: {row.name}: {text}")
+        terminalreporter.line(f"{row.group}: {row.name}: {comparison(row.name, row.extra_info)}")
     busy = [row.extra_info["waiting"] for row in rows if row.extra_info["waiting"] > timing.MOST_WAITING]
     if busy:
         text = f"The machine was busy: threads of {len(busy)} rows, which no report shows, waited for a core for up to"

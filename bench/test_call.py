@@ -22,7 +22,7 @@ from bench.conftest import in_turns, name
 from bench.measure import before, figures, formulas
 from bench.measure.formulas import ALPHA, BETA
 from bench.measure.timing import DEVICE
-from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg import fused_ar_tar
 
 pytestmark = in_turns
 Measure = Callable[..., None]
@@ -32,9 +32,8 @@ Way = Callable[..., Tensor]
 WAYS: dict[str, Way] = {
     "eager": formulas.fastai,
     "compiled": torch.compile(formulas.fastai),
-    "fastreg": fused_ar_tar,
+    **before.both(lambda package: {"fastreg": package.fused_ar_tar}),
 }
-WAYS |= {"before": before.fastreg.fused_ar_tar} if before.fastreg else {}
 
 BFLOAT16, FLOAT32, FLOAT16 = torch.bfloat16, torch.float32, torch.float16
 DTYPES = BFLOAT16, FLOAT32
@@ -61,7 +60,7 @@ CPU_CACHE = 2**25  # bytes: more than most last-level caches give one process
 MOST_SETS = 64
 CALLS = 10 if DEVICE == "cuda" else 1  # of a turn
 # How often a way reads or writes each input: compiled code reads the inputs again in the backward.
-PASSES = {"compiled": 3, "fastreg": 2, "before": 2}
+PASSES = {"compiled": 3, "fastreg": 2}
 OTHERWISE = ("without lengths",)  # ways that compute something else
 
 
@@ -91,7 +90,7 @@ def measure_calls(
         first, *_ = sets()
         if first[0].numel() <= MOST_CHECKED:
             compare(way, first)
-        passes = PASSES.get(way) if about["pass"] == "forward + backward" else None
+        passes = PASSES.get(way.removesuffix(before.BEFORE)) if about["pass"] == "forward + backward" else None
         moved = passes * sum(x.nbytes for x in leaves_of(first)) if passes else None
         rotated = itertools.cycle(sets())
         return lambda: call(way, next(rotated)), figures.of(lambda i: call(way, sets()[i]), len(sets()), moved)
@@ -189,11 +188,15 @@ def test_unpredicted(measure: Measure, only: str, shape: Any, dtype: Any) -> Non
     run(measure, with_coefficients(WAYS), formulas.penalty, make, about, slopes=(1.0, 2.0))
 
 
+def with_lengths(package: Any) -> Way:
+    return lambda raw, dropped, lengths, alpha, beta: package.fused_ar_tar(raw, dropped, alpha, beta, lengths=lengths)
+
+
 PADDED_WAYS: dict[str, Way] = {  # (raw, dropped, lengths, alpha, beta) -> penalty
     "without lengths": lambda raw, dropped, lengths, alpha, beta: fused_ar_tar(raw, dropped, alpha, beta),
     "eager": formulas.padded,
     "compiled": torch.compile(formulas.padded),
-    "fastreg": lambda raw, dropped, lengths, alpha, beta: fused_ar_tar(raw, dropped, alpha, beta, lengths=lengths),
+    **before.both(lambda package: {"fastreg": with_lengths(package)}),
 }
 
 
@@ -213,10 +216,11 @@ def test_padded(measure: Measure, shape: Any, dtype: Any) -> None:
     run(measure, with_coefficients(PADDED_WAYS), formulas.padded_penalty, make, about)
 
 
+CHANGES: dict[str, Any] = {"alpha": 0.0, "beta": 1.0, "time_dim": 2}
 CHANGES_WAYS: dict[str, Way] = {  # (batch, channels, time, 1, 1) -> the mean of squared changes over time
     "eager": formulas.changes,
     "compiled": torch.compile(formulas.changes),
-    "fastreg": partial(fused_ar_tar, dropped=None, alpha=0.0, beta=1.0, time_dim=2),
+    **before.both(lambda package: {"fastreg": partial(package.fused_ar_tar, dropped=None, **CHANGES)}),
 }
 
 
@@ -276,14 +280,18 @@ def dropout_then(penalty: Way) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return both
 
 
+def dropouts_of(package: Any) -> dict[str, Any]:
+    fused = partial(package.fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA)
+    by_call = dropout_then(package.fused_ar_tar)
+    return {"fused_ar_tar": by_call, "compiled fastreg": torch.compile(fused), "fastreg": fused}
+
+
 DROPOUT_WAYS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {  # raw -> dropped and, if there is one, the penalty
     "dropout alone": dropped_by,
     "eager": dropout_then(formulas.fastai),
-    "fused_ar_tar": dropout_then(fused_ar_tar),
     "compiled dropout alone": torch.compile(dropped_by),
     "compiled": torch.compile(dropout_then(formulas.fastai)),
-    "compiled fastreg": torch.compile(fused := partial(fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA)),
-    "fastreg": fused,
+    **before.both(dropouts_of),
 }
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import fastreg
 from bench.conftest import in_turns, name
 from bench.measure import before, figures, nets, timing
 from bench.measure.formulas import ALPHA, BETA, fastai
 from bench.measure.nets import Activations, Batch, MakeDropout, Net, Stack
 from bench.measure.timing import DEVICE
 from bench.study.awd_lstm import LockedDropout
+from examples.every_layer import MinGRU
 
 pytestmark = in_turns
 Measure = Callable[..., None]
@@ -48,7 +48,7 @@ def by(penalty: Callable[..., Tensor]) -> Way:
     return Way(lambda net: lambda loss, layers: loss + sum(penalty(*layer, ALPHA, BETA) for layer in layers), True)
 
 
-def ours(package: Any, suffix: str = "") -> dict[str, Way]:
+def ours(package: Any) -> dict[str, Way]:
     """Return the ways of fastreg: a call, `attach`, and a fused dropout."""
 
     def by_call(net: Net) -> Add:
@@ -69,12 +69,11 @@ def ours(package: Any, suffix: str = "") -> dict[str, Way]:
         return lambda loss, _: loss + sum(dropout.take().penalty for dropout in dropouts)
 
     fused = partial(package.FusedRNNDropout, nets.P, ALPHA, BETA)
-    ways = {
+    return {
         "fused_ar_tar": Way(by_call, in_hand=True),
         "attach": Way(by_hooks),
         "FusedRNNDropout": Way(by_dropout, dropout=fused),
     }
-    return {f"{name}{suffix}": way for name, way in ways.items()}
 
 
 # The ways that are compared; `by(my_penalty)` makes one of your own.
@@ -83,8 +82,7 @@ WAYS: dict[str, Way] = {
     WITHOUT: Way(lambda net: lambda loss, _: loss),
     "eager": by(fastai),
     "compiled": by(torch.compile(fastai, dynamic=False)),
-    **ours(fastreg),
-    **(ours(before.fastreg, " before") if before.fastreg else {}),
+    **before.both(ours),
 }
 
 
@@ -102,7 +100,7 @@ MODELS = {
     "AWD-LSTM": Model(nets.AWDLSTMNet, [TREEBANK], seconds=6.0),
     "LSTM": Model(nets.LSTM, [(16, 35, 60), (8, 10, 16)]),
     "8 elementwise layers": Model(partial(Stack, nets.Tanh), [(4, 256, 256), (4, 512, 512), *MORE], seconds=3.0),
-    "8 minGRU layers": Model(partial(Stack, nets.MinGRU), [(4, 256, 256), *MORE], seconds=7.0),
+    "8 minGRU layers": Model(partial(Stack, MinGRU), [(4, 256, 256), *MORE], seconds=7.0),
 }
 
 
@@ -219,7 +217,10 @@ def test_step(measure: Measure, model: str, shape: Any) -> None:
     run(measure, model, shape)
 
 
-@pytest.mark.parametrize("way", [WITHOUT, "eager", "fused_ar_tar"], ids=name)
+WHOLE = [way for way in WAYS if way.removesuffix(before.BEFORE) in (WITHOUT, "eager", "fused_ar_tar")]
+
+
+@pytest.mark.parametrize("way", WHOLE, ids=name)
 @pytest.mark.parametrize("shape", [(16, 35, 60)], ids=name)
 def test_compiled_step(measure: Measure, shape: Any) -> None:
     """A step whose model, loss and penalty are compiled as one graph."""

@@ -1,4 +1,4 @@
-"""Render docs/api.md and the table of outcomes in docs/hooks.md from the code: `python docs/api.py`."""
+"""Render docs/api.md from the code: `python docs/api.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 from textwrap import dedent
 
 PAGE = Path(__file__).with_name("api.md")
-HOOKS = Path(__file__).with_name("hooks.md")
-TABLE = re.compile(r"(?<=<!-- outcomes, by python docs/api.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
-VALUE = re.compile(r"{.*?}")
 PACKAGE = PAGE.parent.parent / "fastreg"
 NAME = re.compile(r"^### `(fastreg[\w.]*)\.(\w+)`\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)
 PARTS = re.compile(r"^(Args|Attributes|Returns|Raises|Warns|Examples):\n", re.MULTILINE)  # of a docstring
@@ -122,17 +119,5 @@ def render(page: str) -> str:
     return NAME.sub(section, page).rstrip() + "\n"
 
 
-def with_outcomes(page: str) -> str:
-    """Return the page with the table of outcomes rendered anew; dots stand for the values in a message."""
-    from fastreg.attach.runs import OUTCOMES, WARNINGS
-
-    rows = ["| case | outcome | message |", "| --- | --- | --- |"]
-    for case, message in OUTCOMES.items():
-        outcome = "warning" if case in WARNINGS else "error" if message else "right"
-        rows.append(f"| {case} | {outcome} | {VALUE.sub('…', message)} |")
-    return TABLE.sub(lambda _: "\n".join(["", *rows, "", ""]), page)
-
-
 if __name__ == "__main__":
     PAGE.write_text(render(PAGE.read_text()))
-    HOOKS.write_text(with_outcomes(HOOKS.read_text()))

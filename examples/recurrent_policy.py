@@ -4,9 +4,8 @@ An episode may end at any time step, and the next episode then starts in the sam
 its state there, and TAR must not penalize the change into a start: `starts` leaves out this change, and no other. Each
 episode shows a cue only at its first step. The policy is rewarded as long as it acts on the cue.
 
-The flags here mark the first step of an episode. So do CleanRL's `dones` and Stable-Baselines3's `episode_starts`:
-these are floats, so pass `dones.bool()`. Flags that mark the last step, as Gymnasium's `terminated | truncated` do,
-have to be shifted by one step first.
+The flags here mark the first step of an episode. docs/masks.md says what to do with flags that mark the last step, and
+with the flags of CleanRL and Stable-Baselines3.
 
 The trainer, `update`, does not expose its loss, like the `train()` of Stable-Baselines3. So a forward hook adds the
 penalty: `with_penalty` returns a view of the policy's states, and the backward through the view also differentiates the

@@ -12,8 +12,8 @@ Then the model plans. It gets an image of the goal, tries sequences of actions i
 action of the best sequences. A trial succeeds if the dot comes close to the goal within 50 steps. In half of the trials
 the goal is in the other room.
 
-A seed takes half a minute on one core, and less with `--steps 200`. One seed proves little: docs/recipes.md has the
-results of ten seeds, and the way in which the weights of the losses were chosen.
+A seed takes half a minute on one core, and less with `--steps 200`. One seed proves little:
+bench/results/two_rooms.md has the results of ten seeds, and the way in which the weights of the losses were tuned.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Weights(NamedTuple):
 SETTINGS = {  # as bench/study/two_rooms.py has chosen them; the first has the weights that are best with TAR
     "without TAR": Weights(1.0, 0.3, 0.0),
     "with TAR": Weights(1.0, 0.3, 10.0),
-    "without TAR, weights chosen anew": Weights(0.03, 3.0, 0.0),
+    "without TAR, weights tuned without it": Weights(0.03, 3.0, 0.0),
 }
 
 
@@ -207,12 +207,12 @@ def plot(models: dict[str, WorldModel], file: str) -> None:
 
 def show(name: str, done: float, text: str) -> None:
     """Draw a progress bar over the one before it."""
-    print(f"\r{name:32} [{'#' * round(10 * done):.<10}] {text}", end="", flush=True)
+    print(f"\r{name:38} [{'#' * round(10 * done):.<10}] {text}", end="", flush=True)
 
 
 def average(values: list[float]) -> str:
     """Render a mean, and the standard error of two or more values."""
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    error = f"±{stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
     return f"{mean(values):.3f}{error}"
 
 
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("\nmean success, and its change to the first")
     for name, values in found.items():
         changes = [value - without for value, without in zip(values, plain, strict=True)]
-        print(f"{name:32}  {average(values):15} {average(changes)}")
+        print(f"{name:38}  {average(values):15} {average(changes)}")
     if args.plot:
         plot(models, args.plot)
 

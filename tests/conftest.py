@@ -23,8 +23,8 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 
+from bench.measure.figures import allocations
 from fastreg import FusedRNNDropout
 from fastreg.call.backends import TRITON, backend_for
 from fastreg.call.key import PLANS
@@ -72,22 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in kept]
 
 
-def stale(kernels: Path) -> list[Path]:
-    """List the C++ libraries in a folder that were not built from the sources beside them."""
-    built_from = cpu.sources(kernels).to_bytes(8, sys.byteorder)
-    return [library for library in sorted(kernels.glob("_cpu*.so")) if built_from not in library.read_bytes()]
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    """End a run with libraries that were built from other sources, which would test the formula, or old code.
+    """End a run with libraries that do not run, such as those of other sources, because it would test the formula.
 
     Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
     Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
     """
-    if libraries := stale(ROOT / "kernels"):
-        names = ", ".join(library.name for library in libraries)
+    if CPU is None and any(ROOT.glob("kernels/_cpu*.so")):
         build = f"{sys.executable} setup.py --quiet build_ext"
-        pytest.exit(f"{names}: built from other sources than those in kernels/; build them again by\n    {build}", 1)
+        pytest.exit(f"{cpu.reason()}; in a checkout build them by\n    {build}", 1)
     config.stash[STDERR] = os.dup(2)  # which pytest captures later
     if INTERPRETED:
         interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language.core")
@@ -195,12 +188,12 @@ def poison() -> Iterator[None]:
 
 
 def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
-    """Return how many bytes of a device's memory a call takes from PyTorch, and its result."""
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=kinds, profile_memory=True, acc_events=True) as record:  # torch 2.11 warns without
-        result = call()
-    name = "self_cpu_memory_usage" if device == "cpu" else "self_device_memory_usage"
-    return sum(max(getattr(event, name), 0) for event in record.events() or ()), result
+    """Return how many bytes of a device's memory a call takes from PyTorch, and its result.
+
+    Each allocation counts. The sum of an operator would lack what a garbage collection frees meanwhile.
+    """
+    result, allocated = allocations(call, device)
+    return sum(max(size, 0) for size in allocated), result
 
 
 @pytest.fixture

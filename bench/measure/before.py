@@ -1,35 +1,71 @@
-"""The fastreg of another checkout, in this process: the way "before" of a comparison of two commits."""
+"""The packages that are measured: this checkout's fastreg, and that of another one, in a comparison of two commits."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-fastreg: Any = None  # the package of the other checkout, where `--before=CHECKOUT` was given
+import torch
+
+import fastreg
+from bench.measure.machine import ROOT
+from bench.measure.timing import DEVICE
+
+BEFORE = " before"  # at the end of the name of a way by the other package
+package: Any = None  # the other one, where `--before=CHECKOUT` was given
 
 
 def load(checkout: Path) -> None:
-    """Import fastreg from another checkout, whose C++ kernels are built, beside this one's.
+    """Import fastreg from another checkout beside this one's.
 
-    Both packages have the same name, so `sys.modules` has the other one only during its import.
+    Both packages have the same name, so `sys.modules` has the other one by this name only during its import. After that
+    its modules have names of their own, by which torch.compile finds the globals of their functions.
+
+    Raises:
+        ValueError: the folder is no checkout, or its C++ kernels are not built.
     """
-    global fastreg
+    global package
+    if not (checkout / "fastreg" / "__init__.py").exists():
+        raise ValueError(f"--before: expected a checkout of fastreg, got {checkout}")
     own = taken_out()
     sys.path.insert(0, str(checkout))
     try:
-        fastreg = importlib.import_module("fastreg")
+        package = importlib.import_module("fastreg")
         importlib.import_module("fastreg.call.backends")  # which has imported the kernels
-        if checkout.resolve() not in Path(fastreg.__file__).resolve().parents:
-            raise FileNotFoundError(f"--before: expected a checkout of fastreg, got {checkout}")
     finally:
         sys.path.remove(str(checkout))
-        taken_out()
+        others = taken_out()
         sys.modules.update(own)
+    for name, module in others.items():
+        module.__name__ = f"before.{name}"
+        sys.modules[module.__name__] = module
+    refuse_formula(package, checkout)
 
 
 def taken_out() -> dict[str, Any]:
     """Take the modules of fastreg out of `sys.modules`, and return them."""
     names = [name for name in sys.modules if name.partition(".")[0] == "fastreg"]
     return {name: sys.modules.pop(name) for name in names}
+
+
+def refuse_formula(measured: Any = fastreg, checkout: Path = ROOT) -> None:
+    """Raise a ValueError if CPU tensors are measured, and a package runs the formula, as its kernels are not built."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        measured.fused_ar_tar(torch.ones(1, 2, 1), None, 0.0, 1.0)
+    why = [text for text in map(str, (x.message for x in caught)) if "runs the plain formula on CPUs" in text]
+    if why and DEVICE == "cpu":
+        build = f"(cd {checkout.resolve()} && {sys.executable} setup.py --quiet build_ext)"
+        raise ValueError(
+            f"{why[0]}\nBenchmarks need C++ kernels that were built from the sources in {checkout}:\n    {build}"
+        )
+
+
+def both(ways: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Return the ways that call this fastreg, by their names, and those that call the other one, if there is one."""
+    others = ways(package) if package else {}
+    return ways(fastreg) | {name + BEFORE: way for name, way in others.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure.timing import DEVICE
@@ -28,7 +29,6 @@ def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
     figures: dict[str, Any] = {"peak_bytes": peak_bytes(call, DEVICE)}
     if DEVICE == "cpu":
         return figures
-    figures |= {"host_seconds": host_seconds(call, sets)}
     try:
         seconds = graph_seconds(call, range(sets))
         figures |= {"graph_rotated_seconds": seconds, "launches": launches(call)}
@@ -79,17 +79,6 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
     return statistics.median(times) / len(numbers)
 
 
-def host_seconds(call: Call, sets: int) -> float:
-    """Measure the seconds until a call returns, with an idle device whose queue is never full."""
-    times = []
-    for number in range(REPLAYS):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        call(number % sets)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def launches(call: Call) -> int:
     """Count the kernels, copies and fills of one call, which are the nodes of its CUDA graph."""
     graph, count = capture(call, [0]), ctypes.c_size_t()
@@ -117,13 +106,15 @@ def peak_bytes(call: Call, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
 
 
-def allocations(call: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], list[int]]:
-    """Return the results of a call, and the bytes that each allocation on the CPU adds in order, negative if freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        results = call()
+def allocations(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, list[int]]:
+    """Return the result of a call, and the bytes that each allocation on a device adds in order, negative if freed."""
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with profile(activities=kinds, profile_memory=True) as profiled:
+        result = call()
     profiler: Any = profiled.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return results, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    events = [event for event in events if (event.device_type() == DeviceType.CPU) == (device == "cpu")]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 @functools.cache

@@ -33,23 +33,6 @@ class Net(nn.Module):
         return (torch.randint(self.words, (shape[0], shape[1] + 1), device=DEVICE),)
 
 
-class MinGRU(nn.Module):
-    """A minimal GRU over `(batch, time, hidden)`, computed by a parallel scan of logarithms.
-
-    Feng et al., "Were RNNs All We Needed?" (2024), appendix B.
-    """
-
-    def __init__(self, hidden: int):
-        super().__init__()
-        self.gate_and_new = nn.Linear(hidden, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, new = self.gate_and_new(x).chunk(2, -1)
-        decays = (-F.softplus(gate)).cumsum(1)
-        new = torch.where(new >= 0, (F.relu(new) + 0.5).log(), -F.softplus(-new))
-        return (decays + (new - F.softplus(-gate) - decays).logcumsumexp(1)).exp()
-
-
 class Tanh(nn.Module):
     """An elementwise layer, which is much faster than a recurrent one."""
 

@@ -1,4 +1,7 @@
-"""The picture of the README: time and memory that each way of adding the penalty adds to a training step."""
+"""The picture of the README: time and peak memory that each way of adding the penalty adds to a training step.
+
+Its two colors and its transparent background can be read on a white page and on a dark one.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,53 @@ import json
 from typing import Any
 
 from bench.measure.machine import ROOT
-from bench.measure.results import Case
+from bench.measure.results import FORMULAS, Case, Figure
 
 FILE = ROOT / "docs" / "steps.svg"
-CASES = {  # the label of a case, and its title
-    "8 elementwise layers, (4, 256, 256)": "8 layers of tanh(x * weight), 4 x 256 x 256",
-    "LSTM, (16, 35, 60)": "LSTM, 16 x 35 x 60",
+MODELS = {  # the label of a case, and the words for its model
+    "8 elementwise layers, (4, 256, 256)": "Eight cheap layers, tanh(x * weight)",
+    "LSTM, (16, 35, 60)": "A small LSTM",
+    "AWD-LSTM, (20, 70, 400)": "An AWD-LSTM",
 }
 WAYS = {
-    "eager": "eager formula",
-    "compiled": "compiled formula",
+    "eager": "formula, eager",
+    "compiled": "formula, compiled",
     "fused_ar_tar": "fused_ar_tar",
     "attach": "attach",
     "FusedRNNDropout": "FusedRNNDropout",
 }
-COLORS = {"eager": "#9aa5b1", "compiled": "#6b7785"}  # of the formulas; fastreg has OURS
-OURS = "#1f6feb"
+GREY, BLUE = "#7f7f7f", "#2c7bf3"  # of the formulas, text and axes; of fastreg
 
 
-def shares(case: Case) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return the added time and peak memory of each way, in percent of the step without the penalty, with its error."""
+def shares(case: Case) -> dict[str, dict[str, Figure]]:
+    """Return the time and the peak memory that each way adds, in percent of the step without the penalty."""
     without, ways = case.ways["no penalty"], [way for way in WAYS if way in case.ways]
-    time = {way: tuple(100 * x / without["median"] for x in case.added(way)) for way in ways}
-    memory = {way: (100 * (case.ways[way]["peak_bytes"] / without["peak_bytes"] - 1), 0.0) for way in ways}
-    return {"time": time, "memory": memory}
+    time = {way: Figure(*(100 * x / without["median"] for x in case.added(way))) for way in ways}
+    peaks = {way: 100 * (case.ways[way]["peak_bytes"] / without["peak_bytes"] - 1) for way in ways}
+    return {"time": time, "peak memory": {way: Figure(peak, 0.0) for way, peak in peaks.items()}}
+
+
+def words(share: Figure) -> str:
+    """Render a share with its standard error; it says so if it cannot be told from 0."""
+    percent = round(share.median)
+    number = f"{percent:+d}%" if percent else "0%"
+    if share.error:
+        number = f"{number[:-1]} ± {share.error:.0f}%" + ", not significant" * (not share.differs_from(0))
+    return number.replace("-", "\N{MINUS SIGN}")
+
+
+def labels(bars: dict[str, Figure], what: str) -> list[str]:
+    """Return the text behind each bar. It explains why the call takes more memory than both formulas, where it does."""
+    texts = {way: words(share) for way, share in bars.items()}
+    formulas = [bars[way].median for way in FORMULAS if way in bars]
+    if what == "peak memory" and bars["fused_ar_tar"].median > 10 + max(formulas):
+        texts["fused_ar_tar"] += ": two gradients\na layer are kept\nfor the backward"
+    return [*texts.values()]
 
 
 def draw(cases: list[Case], about: str, clock: str) -> None:
     """Draw the bars, unless the file has been drawn of the same data."""
-    shown = json.dumps([about, *map(shares, cases)])
+    shown = json.dumps([about, clock, *map(shares, cases)])
     data = f"data {hashlib.sha256(shown.encode()).hexdigest()[:12]}"
     if FILE.exists() and data in FILE.read_text():
         return
@@ -43,23 +64,32 @@ def draw(cases: list[Case], about: str, clock: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
+    keys = "text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"
     style: Any = {"svg.hashsalt": "steps", "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}
-    with plt.rc_context(style):
-        shared: dict[str, Any] = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
-        figure, axes = plt.subplots(2, len(cases), figsize=(8, 4.2), **shared)
-        for column, case in enumerate(cases):
-            for row, (what, bars) in enumerate(shares(case).items()):
-                ax, ways = axes[row][column], list(bars)
+    with plt.rc_context(style | dict.fromkeys(keys, GREY)):
+        figure, axes = plt.subplots(len(cases), 2, figsize=(8.4, 6.6), sharex="col", sharey=True, layout="constrained")
+        for row, case in zip(axes, cases, strict=True):
+            for ax, (what, bars) in zip(row, shares(case).items(), strict=True):
                 values, errors = zip(*bars.values(), strict=True)
-                colors = [COLORS.get(way, OURS) for way in ways]
-                drawn = ax.barh([WAYS[way] for way in ways], values, xerr=errors if row == 0 else None, color=colors)
-                ax.bar_label(drawn, [f"{round(value) + 0:+d}%" for value in values], padding=3)
-                ax.margins(x=0.2)
-                ax.axvline(0, color="black", linewidth=0.8)
+                colors = [GREY if way in FORMULAS else BLUE for way in bars]
+                names = [WAYS[way] for way in bars]
+                ax.barh(names, values, xerr=errors if any(errors) else None, color=colors, ecolor=GREY)
+                for name, value, error, text in zip(names, values, errors, labels(bars, what), strict=True):
+                    end = max(value + error, 0)
+                    ax.annotate(text, (end, name), (4, 0), textcoords="offset points", va="center")
+                ax.axvline(0, color=GREY, linewidth=0.8)
                 ax.spines[["top", "right"]].set_visible(False)
-                ax.set_xlabel(f"added {clock if what == 'time' else 'peak memory'}, % of the step")
-                ax.set_title(CASES[case.label] if row == 0 else "", fontsize=10)
+                ax.tick_params(labelbottom=True)
+                ax.set_xlabel(f"{what} added, % of the step without a penalty")
+            batch, time, hidden = case.info["shape"]
+            row[0].set_title(f"{MODELS[case.label]}: batch {batch}, time {time}, hidden {hidden}", loc="left")
+        for ax in axes[0]:
+            ax.set_xlim(right=1.4 * ax.get_xlim()[1])  # room for the labels
         axes[0][0].invert_yaxis()
-        figure.savefig(FILE, metadata={"Date": None, "Description": data})
+        handles = [Patch(color=GREY, label="the formula in PyTorch"), Patch(color=BLUE, label="fastreg")]
+        title = f"0 is the same step without a penalty. Time is {clock}, ± its standard error."
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, title=title)
+        figure.savefig(FILE, transparent=True, metadata={"Date": None, "Description": data})
         plt.close(figure)

@@ -13,21 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure import picture, results
+from bench.measure import picture, results, sentences
 from bench.measure.machine import ROOT, commit_name, file_name
-from bench.measure.results import BOTH, COMPILED, RESULTS, STEP, Case, Figure, Result, geometric_mean
+from bench.measure.results import BOTH, COMPILED, FORMULAS, OURS, RESULTS, STEP, Case, Figure, Result, geometric_mean
 
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
+BEGIN_SUMMARY = "<!-- summary, from bench/results by python -m bench.measure.report -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
-FORMULAS = {"compiled": "compiled formula", "eager": "formula"}  # in this order in all tables
-OURS = {  # the ways that call fastreg, as tables name them
-    "fastreg": "fastreg",
-    "fused_ar_tar": "`fused_ar_tar`",
-    "attach": "`attach`",
-    "FusedRNNDropout": "`FusedRNNDropout`",
-    "compiled fastreg": "compiled fastreg",
-}
 STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
 CALLS = {  # the pass of calls -> its title
     BOTH: "Forward and backward",
@@ -53,25 +46,26 @@ def table(rows: list[list[str]]) -> str:
 
 
 class Ratio(NamedTuple):
-    """The time of a way that calls fastreg over the time of a formula, in one case."""
+    """The time of a way that calls fastreg over the time of the faster formula, in one case."""
 
-    kind: str  # of case, the way and the allocator
-    case: Case
-    formula: str
+    kind: str  # of case, and the way
+    label: str  # of the case
     figure: Figure
 
 
-def ratios(result: Result) -> list[Ratio]:
-    found = []
+def ratios(result: Result) -> dict[str, list[Ratio]]:
+    """Return all ratios of a result by allocator, whose name is empty for a GPU."""
+    found: dict[str, list[Ratio]] = {}
     for case, way in product(result.cases, OURS):
-        parts = TITLES[case.info["pass"]], "" if way == "fastreg" else OURS[way], case.info.get("allocator")
-        for formula in (formula for formula in FORMULAS if {way, formula} <= {*case.ways}):
-            found.append(Ratio(", ".join(filter(None, parts)), case, formula, case.over(way, formula)))
+        if figure := case.over_faster(way):
+            kind = TITLES[case.info["pass"]] + f", {OURS[way]}" * (way != "fastreg")
+            found.setdefault(case.info.get("allocator") or "", []).append(Ratio(kind, case.label, figure))
     return found
 
 
-def by_formula(found: list[Ratio]) -> dict[str, list[Figure]]:
-    return {formula: [ratio.figure for ratio in found if ratio.formula == formula] for formula in FORMULAS}
+def lost(found: list[Ratio]) -> list[Ratio]:
+    """Return the ratios that are above 1."""
+    return [ratio for ratio in found if ratio.figure.differs_from(1) and ratio.figure.median > 1]
 
 
 def latest(results: list[Result]) -> Result:
@@ -83,26 +77,25 @@ def summary(results: list[Result]) -> str:
     """Render the part in docs/performance.md: means over each kind of case, and links to all rows."""
     result = latest(results)
     links = [f"[{x.machine['device']}](../bench/results/{page_of(x).name})" for x in results]
-    rows = [["", "cases", *(f"over the {formula}: mean, most" for formula in FORMULAS.values())]]
-    found = ratios(result)
-    for kind in dict.fromkeys(ratio.kind for ratio in found):
-        alike = [ratio for ratio in found if ratio.kind == kind]
-        columns = by_formula(alike)
-        cells = [f"{geometric_mean(figures)}, {max(figures)}" if figures else "" for figures in columns.values()]
-        rows.append([kind, f"{max(map(len, columns.values()))}", *cells])
+    columns = ratios(result)
+    rows = [["over the faster formula: mean, most (cases)", *columns]]
+    for kind in dict.fromkeys(ratio.kind for found in columns.values() for ratio in found):
+        alike = [[ratio.figure for ratio in found if ratio.kind == kind] for found in columns.values()]
+        rows.append([kind, *(f"{geometric_mean(x)}, {max(x)} ({len(x)})" if x else "" for x in alike)])
     measured = "" if any(x.on_gpu for x in results) else "\n**No GPU has been measured yet.**\n"
     return f"{where(result)}. All rows: {', '.join(links)}.\n\n{table(rows)}{measured}"
 
 
 def losing(results: list[Result]) -> str:
-    """Render each row in which a way that calls fastreg takes longer than a formula."""
+    """Render each case in which a way that calls fastreg takes longer than the faster formula."""
     result = latest(results)
-    lost = [ratio for ratio in ratios(result) if ratio.figure.differs_from(1) and ratio.figure.median > 1]
-    rows = [["", "longer than", "times as long"]]
-    for kind, formula in dict.fromkeys((ratio.kind, ratio.formula) for ratio in lost):
-        cases = [f"{x.case.label}: {x.figure}" for x in lost if (x.kind, x.formula) == (kind, formula)]
-        rows.append([kind, f"{FORMULAS[formula]}", "; ".join(cases)])
-    return f"On {result.machine['device']}, {len(lost)} of {len(ratios(result))} ratios are above 1:\n\n{table(rows)}"
+    columns = [{ratio[:2]: ratio.figure for ratio in found} for found in ratios(result).values()]
+    above = [ratio[:2] for found in ratios(result).values() for ratio in lost(found)]
+    rows = [["over the faster formula", "", *ratios(result)]]
+    for key in sorted({*above}):
+        rows.append([*key, *(f"{figures.get(key, '')}" for figures in columns)])
+    count = f"{len(above)} of {sum(map(len, columns))}"
+    return f"On {result.machine['device']}, {count} ratios are above 1:\n\n{table(rows)}"
 
 
 def speed_and_memory(results: list[Result]) -> str:
@@ -110,23 +103,13 @@ def speed_and_memory(results: list[Result]) -> str:
     result = latest(results)
     part = result.parts()[0]
     allocators = {case.info["allocator"] or "" for case in part.cases}
-    about = [result.machine["device"], *filter(None, allocators), f"PyTorch {result.machine['torch']}"]
-    if cases := part.of(STEP, picture.CASES):
+    about = [result.machine["device"], f"PyTorch {result.machine['torch']}", *filter(None, allocators)]
+    if cases := part.of(STEP, picture.MODELS):
         picture.draw(cases, ", ".join(about), clock(result))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
-    calls = by_formula([ratio for ratio in ratios(part) if ratio.case.info["pass"] == BOTH])
-    means = [f"{geometric_mean(found)} of the {formula} formula's time" for formula, found in calls.items() if found]
-    slowest = max((ratio.figure for ratio in ratios(result) if ratio.figure.differs_from(1)), default="-")
-    speed = (
-        f"A call takes {' and '.join(means)}; the [slowest row](docs/performance.md#where-fastreg-loses) takes "
-        f"{slowest} times as long as a formula."
-    )
-    gpu = (
-        "GPU: **not measured yet**; `bench/on_gpu.ipynb` measures it. The kernels are tested on the CPU, in Triton's "
-        "interpreter and our emulator of PTX."
-    )
-    lines = [shown, ", ".join(about) + ".", speed, *[gpu] * (not any(x.on_gpu for x in results))]
-    return "\n\n".join(lines) + "\n"
+    gpu = "GPU: **not measured yet**."
+    said = [*sentences.of(result), *[gpu] * (not any(x.on_gpu for x in results))]
+    return "\n\n".join([shown, f"Steps were measured on {', '.join(about)}.", "\n".join(f"- {x}" for x in said)]) + "\n"
 
 
 def all_rows(result: Result) -> str:
@@ -149,13 +132,14 @@ def tables(result: Result) -> Iterator[str]:
             yield f"## {', '.join(filter(None, [STEPS[kind], cases[0].info.get('allocator')]))}\n"
             yield f"Milliseconds, {clock(result)}:\n"
             yield step_table(cases)
-            yield ratio_table("added time", cases, lambda case, *ways: Figure.over(*map(case.added, ways)))
-            yield ratio_table("whole step", cases, Case.over)
+            yield faster_table(cases)
             yield peak_table(cases)
     for kind, title in CALLS.items():
         if cases := result.of(kind):
             yield f"## {title}\n"
             yield call_table(cases, result.on_gpu)
+            if len(ways_of(cases, OURS)) > 1:
+                yield from (faster_table(part.of(kind)) for part in result.parts() if part.of(kind))
     if cases := result.of("sweep"):
         yield "## Other values of the kernels' constants\n"
         yield sweep_table(cases)
@@ -177,12 +161,9 @@ def caveats(result: Result) -> str:
     tests: dict[str, list[str]] = {}
     for test, why in result.missing.items():
         tests.setdefault(why, []).append(test)
-    return "".join(f"- Not measured, {why}: {some(names)}.\n" for why, names in tests.items())
-
-
-def some(names: list[str]) -> str:
-    """List the first few names, and count the others."""
-    return ", ".join(names[:MOST_NAMES]) + f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+    more = {why: f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES) for why, names in tests.items()}
+    named = {why: ", ".join(names[:MOST_NAMES]) for why, names in tests.items()}
+    return "".join(f"- Not measured, {why}: {named[why]}{more[why]}.\n" for why in tests)
 
 
 def ways_of(cases: list[Case], ways: Iterable[str]) -> list[str]:
@@ -203,13 +184,17 @@ def step_table(cases: list[Case]) -> str:
     return table(rows)
 
 
-def ratio_table(title: str, cases: list[Case], ratio: Callable[[Case, str, str], Figure]) -> str:
-    """Render a ratio of each way that calls fastreg to each formula."""
-    ways, formulas = ways_of(cases, OURS), ways_of(cases, FORMULAS)
-    rows = [[f"{title}, over {'; '.join(FORMULAS[formula] for formula in formulas)}", *(OURS[way] for way in ways)]]
+def faster_table(cases: list[Case]) -> str:
+    """Render the ratio of each way that calls fastreg to the faster formula."""
+    ways = ways_of(cases, OURS)
+    rows = [
+        [
+            ", ".join(filter(None, ["over the faster formula", cases[0].info.get("allocator")])),
+            *(OURS[way] for way in ways),
+        ]
+    ]
     for case in cases:
-        cells = [[f"{ratio(case, way, x)}" for x in formulas if {way, x} <= {*case.ways}] for way in ways]
-        rows.append([case.label, *map("; ".join, cells)])
+        rows.append([case.label, *(f"{case.over_faster(way) or ''}" for way in ways)])
     return table(rows)
 
 
@@ -256,6 +241,7 @@ def clock(result: Result) -> str:
 
 PARTS: list[Part] = [
     (ROOT / "README.md", BEGIN, speed_and_memory),
+    (ROOT / "docs" / "performance.md", BEGIN_SUMMARY, lambda results: table(sentences.summary(latest(results)))),
     (ROOT / "docs" / "performance.md", BEGIN, summary),
     (ROOT / "docs" / "performance.md", BEGIN_LOSING, losing),
 ]

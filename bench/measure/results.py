@@ -16,6 +16,14 @@ from bench.measure.timing import MOST_WAITING
 RESULTS = ROOT / "bench" / "results"
 BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
 BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
+FORMULAS = {"compiled": "compiled formula", "eager": "formula"}  # in this order in all tables
+OURS = {  # the ways that call fastreg, as tables name them
+    "fastreg": "fastreg",
+    "fused_ar_tar": "`fused_ar_tar`",
+    "attach": "`attach`",
+    "FusedRNNDropout": "`FusedRNNDropout`",
+    "compiled fastreg": "compiled fastreg",
+}
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
@@ -34,13 +42,6 @@ class Figure(NamedTuple):
         """Render a ratio, or a dash if it cannot be told from 1."""
         digits = 1 if self.median >= 10 else 2 if self.error >= 0.005 else 3
         return f"{self.median:.{digits}f}±{self.error:.{digits}f}" if self.differs_from(1) else "-"
-
-    def over(self, other: Figure) -> Figure:
-        """Return the ratio of two figures, with the error of independent ones; NaN if the other one is close to 0."""
-        if not self.median or abs(other.median) < 4 * other.error:
-            return Figure(math.nan, math.nan)
-        ratio = self.median / other.median
-        return Figure(ratio, abs(ratio) * math.hypot(self.error / self.median, other.error / other.median))
 
 
 def geometric_mean(figures: list[Figure]) -> Figure:
@@ -68,6 +69,13 @@ class Case:
     def over(self, way: str, other: str) -> Figure:
         """Return the time of a way over the time of another one, by pairs of turns."""
         return Figure(*self.ways[way]["over"][other])
+
+    def over_faster(self, way: str) -> Figure | None:
+        """Return the time of a way over the time of the faster formula; `None` if one of them was not measured."""
+        formulas = [formula for formula in FORMULAS if formula in self.ways]
+        if way not in self.ways or not formulas:
+            return None
+        return self.over(way, min(formulas, key=lambda formula: self.ways[formula]["median"]))
 
     def added(self, way: str) -> Figure:
         """Return the seconds that a way adds to a step without the penalty, by pairs of turns."""

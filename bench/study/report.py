@@ -35,7 +35,7 @@ lowest validation loss, and all figures are of this epoch. {capped} of the {coun
 Losses and perplexities are of a word, in evaluation mode, without the penalties. The gap is the loss of the validation
 text minus the loss of the training text. AR and TAR are means over the epoch, in training. A seed has the same first
 weights, dropout masks and sequence lengths with all penalties, which makes pairs. ±: the standard error of the mean. A
-mean difference of at most {clear} standard errors is not told apart from 0.
+mean difference of at most {clear} standard errors is not significant.
 """
 
 
@@ -78,6 +78,12 @@ class Run:
     def gap(self) -> float:
         """Return the loss of the validation text minus the loss of the training text, after the best epoch."""
         return min(self.valid_loss) - self.best_train_loss
+
+    @property
+    def share(self) -> float:
+        """Return the penalty of the best epoch over the loss of the training text after it."""
+        epoch = self.best_epoch - 1
+        return (self.alpha * self.ar[epoch] + self.beta * self.tar[epoch]) / self.best_train_loss
 
 
 Value = Callable[[Run], float]
@@ -154,21 +160,21 @@ def standard_error(values: list[float]) -> float:
 
 def average(values: list[float], form: str) -> str:
     """Render the mean and, for two or more values, its standard error."""
-    error = f" ± {standard_error(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
+    error = f"±{standard_error(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{error}"
 
 
 def verdict(values: list[float]) -> str:
     """Say whether differences are below 0 or above it, in the mean."""
     if abs(mean(values)) <= CLEAR * standard_error(values):
-        return "not told apart"
+        return "not significant"
     return "lower" if mean(values) < 0 else "higher"
 
 
 def judged(values: list[float], form: str) -> str:
-    """Render the mean of differences and its standard error, and say if it is not told apart from 0."""
-    unclear = verdict(values) == "not told apart"
-    return average(values, form) + " (not told apart from 0)" * unclear
+    """Render the mean of differences and its standard error, and say if it is not significant."""
+    unclear = verdict(values) == "not significant"
+    return average(values, form) + " (not significant)" * unclear
 
 
 def summary(study: Study) -> str:
@@ -191,9 +197,10 @@ def headline(study: Study) -> str:
     """Render the part in the README."""
     ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in PENALTIES.values() if any(pair))
     return (
-        f"A small AWD-LSTM, trained with {len(study.plain)} seeds until its validation loss stops falling, has a test "
-        f"perplexity of {average([run.test for run in study.plain], '.2f')} without a penalty. AR changes it by {ar}, "
-        f"TAR by {tar}, and both by {both} ([study](bench/results/study.md)).\n"
+        f"A small AWD-LSTM, trained to convergence on {study.runs[0].settings['words']:,} words of the King James text "
+        f"({len(study.plain)} seeds), has a test perplexity of "
+        f"{average([run.test for run in study.plain], '.2f')}. AR changes it by {ar}, TAR by {tar}, and both by {both} "
+        "([study](bench/results/study.md)).\n"
     )
 
 
@@ -207,17 +214,24 @@ def gaps(study: Study) -> str:
     epoch = min(EARLY, *(len(run.valid_loss) for run in study.runs))
     soon = study.differences(tar, lambda run: run.perplexities[epoch - 1])
     late = study.differences(tar, lambda run: min(run.perplexities))
+    wider = judged(study.differences(tar, losses[-1]), "+.3f")
     return (
         f"At the best epochs TAR changes the loss of the training text {train}, the loss of the validation text "
-        f"{valid}, and the gap between them {gap}, by {judged(study.differences(tar, losses[-1]), '+.3f')}. The "
-        f"difference that TAR makes in validation perplexity is {judged(soon, '+.2f')} after {epoch} epochs, and "
-        f"{judged(late, '+.2f')} at the best epochs.\n"
+        f"{valid}, and the gap between them {gap}: {wider}. TAR changes the validation perplexity by "
+        f"{judged(soon, '+.2f')} after {epoch} epochs, and by {judged(late, '+.2f')} at the best epochs.\n"
     )
+
+
+def sizes(study: Study) -> str:
+    """Compare the penalties with the loss, as a reader does who looks for coefficients."""
+    shares = [f"{mean(run.share for run in study.of(pair)):.1%} with {name}" for name, pair in study.penalties.items()]
+    listed = " and ".join(filter(None, [", ".join(shares[:-1]), shares[-1]]))
+    return f"Relative to the loss of the training text at the best epochs, the penalty is {listed}.\n"
 
 
 def findings(study: Study) -> str:
     """Render the part in docs/coefficients.md."""
-    return f"{summary(study)}\n{gaps(study)}"
+    return f"{gaps(study)}\n{sizes(study)}"
 
 
 def averages_table(study: Study) -> str:
@@ -227,15 +241,6 @@ def averages_table(study: Study) -> str:
         if runs := study.of(pair):
             cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
             rows.append([name, str(len(runs)), *cells])
-    return table(rows)
-
-
-def runs_table(study: Study) -> str:
-    names = {pair: name for name, pair in PENALTIES.items()}
-    rows = [["penalty", "seed", *COLUMNS, "epochs"]]
-    for run in study.runs:
-        cells = [f"{value(run):{form}}".removesuffix(".0") for value, form in COLUMNS.values()]
-        rows.append([names[run.coefficients], str(run.seed), *cells, str(len(run.valid_loss))])
     return table(rows)
 
 
@@ -252,12 +257,11 @@ def page(study: Study, name: str) -> str:
     parts = [
         "# Do AR and TAR help?\n",
         f"Rendered from {name}.jsonl by `python -m bench.study.run`, which trains what is missing there.\n",
-        findings(study) if study.penalties else summary(study),
+        summary(study),
+        *([findings(study)] if study.penalties else []),
         method(study),
         averages_table(study),
         f"![Validation perplexity by epoch, and the differences in test perplexity]({name}.svg)\n",
-        "## All runs\n",
-        runs_table(study),
     ]
     return "\n".join(parts)
 

@@ -31,6 +31,8 @@ PACKED, OTHER = (pack_padded_sequence(X, tensor(n), batch_first=True) for n in (
 DECORATED = PackedSequence(OTHER.data, OTHER.batch_sizes.as_subclass(Decorated))
 HALVES = PackedSequence(PACKED.data, PACKED.batch_sizes.float())
 ROWS_OF_ROWS = tuple.__new__(PackedSequence, (PACKED.data[None], PACKED.batch_sizes, None, None))
+MANY, ONES = torch.randn(101, 5, 8), torch.ones(101, 5).long()  # more values than Python compares one by one
+TOO_LOW, TOO_HIGH = (ONES.index_fill(0, tensor(50), value) for value in (-1, 6))
 LOWEST = -(2**63) + 1  # sums and differences of such sizes wrap
 WRONG_SIZES = [tensor(x) for x in ([1, LOWEST, 1, LOWEST, 4], [1, 1, 2, 2, 2], [8, 1, -1], [2, 2, 2, 1])]
 WRONG_SIZES += [WRONG_SIZES[1].as_subclass(Decorated)]
@@ -57,24 +59,35 @@ OF_BOTH: list[Any] = [
     ("lengths: ", TypeError, {"lengths": LENGTHS.to_sparse()}),
     (r"lengths: .*; use \.long\(\), or pass a mask as valid=", TypeError, {"lengths": LENGTHS > 3}),
     (r"lengths: .*; use torch\.tensor\(\)", TypeError, {"lengths": [5, 3]}),
-    ("lengths: ", ValueError, {"lengths": LENGTHS[:1]}, {"raw": X[0], "lengths": LENGTHS, "time_dim": 0}),
+    ("lengths: ", ValueError, {"raw": X[0], "lengths": LENGTHS, "time_dim": 0}),
     ("lengths: ", ValueError, {"lengths": LENGTHS + 1}, {"lengths": LENGTHS - 4}, {"lengths": LENGTHS.to("meta")}),
+    (r"lengths: .* to the 5 time steps .*, got -1$", ValueError, {"raw": MANY, "lengths": TOO_LOW[:, 0]}),
+    (r"lengths: .* to the 5 time steps .*, got 6$", ValueError, {"raw": MANY, "lengths": TOO_HIGH[:, 0]}),
+    (r"lengths: expected shape \(2,\), .*, got \(1,\)$", ValueError, {"lengths": LENGTHS[:1]}),
+    ("valid: .*, got -1$", ValueError, {"raw": MANY, "valid": TOO_LOW}),
     ("valid: ", ValueError, {"valid": STARTS.to("meta")}),
     (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}),
     (r"valid: .*; a mask of lengths is torch\.arange", ValueError, {"valid": LENGTHS}),
     (r"valid: .* \(5, 2\), .* in every layout", ValueError, {"valid": STARTS, "batch_first": False}),
-    ("starts: ", ValueError, {"starts": STARTS[0]}, {"starts": STARTS.int() * 2}),
+    (r"starts: expected shape \(2, 5\), .*, got \(5,\)$", ValueError, {"starts": STARTS[0]}),
+    ("starts: .*, got 2$", ValueError, {"starts": STARTS.int() * 2}),
+    ("starts: .*, got 6$", ValueError, {"raw": MANY, "starts": TOO_HIGH}),
 ]
 OF_PENALTY: list[Any] = [
     ("raw: ", TypeError, {"raw": 1}),
     ("raw: .* only if beta is 0", TypeError, {"raw": None}),
     ("dropped: .* only if alpha is 0", TypeError, {"dropped": None}),
     ("dropped: ", TypeError, {"dropped": X.to(torch.complex64)}, {"dropped": JAGGED}),
-    ("dropped: ", ValueError, {"dropped": X[:, :4]}, {"dropped": X.to("meta")}),
+    (r"dropped: .* shape of raw, \(2, 5, 8\), got \(2, 4, 8\)$", ValueError, {"dropped": X[:, :4]}),
+    ("dropped: expected a tensor on cpu, .* got one on meta$", ValueError, {"dropped": X.to("meta")}),
     ("raw: ", ValueError, {"raw": []}),
     ("raw and dropped: ", ValueError, {"raw": [X, X], "dropped": [X]}),
     ("raw and dropped: .*an RNN returns", ValueError, {"raw": (X, X[:, :1]), "dropped": X}),
-    (r"dropped\[1\]: .* shape of raw\[1\]", ValueError, {"raw": [X, X], "dropped": [X, X[..., :3]]}),
+    (
+        r"dropped\[1\]: .* raw\[1\], \(2, 5, 8\), got \(2, 5, 3\)$",
+        ValueError,
+        {"raw": [X, X], "dropped": [X, X[..., :3]]},
+    ),
     (rf"raw\[0\]: {TWO_AXES}", ValueError, {"raw": [*X.unbind(1)]}),
     (r"raw\[1\]: ", TypeError, {"raw": [X, None], "dropped": [X, X]}),
     (r"raw\[1\]: .*an RNN returns", TypeError, {"raw": [X, (X, X)], "dropped": [X, X]}),
@@ -95,7 +108,8 @@ OF_DROPOUT: list[Any] = [
     ("p: ", ValueError, {"p": Fraction(10**20 - 1, 10**20)}),
     ("training: ", TypeError, {"training": "no"}),
     ("mask: ", TypeError, {"mask": 1}, {"mask": X.double()}),
-    ("mask: ", ValueError, {"mask": X[:, :3]}, {"mask": X.to("meta")}),
+    (r"mask: .* \(2, 1, 8\) or .* \(2, 5, 8\), got \(2, 3, 8\)$", ValueError, {"mask": X[:, :3]}),
+    ("mask: ", ValueError, {"mask": X.to("meta")}),
     ("mask: .* requires no gradient", ValueError, {"mask": X.clone().requires_grad_()}),
 ]
 OF_MODULE: list[Any] = [
@@ -114,8 +128,11 @@ BAD: dict[Any, tuple[list[Any], dict[str, Any]]] = {  # and the arguments that a
 @pytest.mark.parametrize(
     ("function", "message", "error", "options"),
     [(f, *row[:2], good | bad) for f, (rows, good) in BAD.items() for row in rows for bad in row[2:]],
+    ids=[f"{f.__name__}-{row[0]}" for f, (rows, _) in BAD.items() for row in rows for _ in row[2:]],
 )
-def test_bad_arguments(function: Any, message: str, error: type[Exception], options: dict[str, Any]) -> None:
+def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(
+    function: Any, message: str, error: type[Exception], options: dict[str, Any]
+) -> None:
     if function is fused_ar_tar:
         options = {"dropped": options["raw"]} | options
     with pytest.raises(error, match=f"^{message}") as raised:

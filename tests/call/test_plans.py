@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import TRITON
-from fastreg.kernels import prediction
-from fastreg.kernels.prediction import OnDevice, OnHost
 from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import PLANS, compiled, memory_of, skip_on_formula
 from tests.kernels.stand_in import h100
@@ -233,33 +230,6 @@ def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None
             assert memory_after(range(3, 4)) < 100_000  # nothing else keeps what belonged to them
         finally:
             tracemalloc.stop()
-
-
-def test_a_new_plan_on_a_cpu_expects_the_last_upstream_gradient_of_any_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OnHost, "latest", 1.0)
-    first, second = OnHost(), OnHost()
-    first.learn(torch.tensor(3.0))
-    assert (first.expected(), second.expected(), OnHost().expected()) == (3.0, 1.0, 3.0)
-
-
-def test_plans_on_a_gpu_draw_memory_in_their_first_backward_and_share_it_in_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Until its first backward, a plan reads the memory of the last backward."""
-    filled = mock.Mock(side_effect=lambda count, *_: torch.ones(count))
-    monkeypatch.setattr(prediction, "RESERVE", 4)
-    monkeypatch.setattr(prediction, "filled", filled)
-    for memory in ("_cells", "_latest"):
-        monkeypatch.setattr(OnDevice, memory, {})
-    first, second, *others = [OnDevice(torch.float32, torch.device("cpu")) for _ in range(20)]
-    upstream = torch.ones(())
-    assert first.expected() is first.learn(upstream) is second.expected()
-    assert second.learn(upstream) is second.expected() is others[0].expected()
-    assert second.expected() is not first.expected()
-    assert len({id(x.learn(upstream)) for x in (first, second, *others)}) == 4
-    assert filled.call_count == 1
-    monkeypatch.setattr(prediction, "is_captured", lambda _: True)
-    assert OnDevice(torch.float32, torch.device("cpu")).expected() is not others[-1].expected()
 
 
 def test_batched_upstream_gradients_take_the_formula() -> None:

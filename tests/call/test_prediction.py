@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels import prediction
 from tests.calls import CALLS, leaves
-from tests.conftest import INTERPRETED, memory_of, skip_on_formula
+from tests.conftest import INTERPRETED, PLANS, memory_of, skip_on_formula
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 pytestmark = pytest.mark.numbers
@@ -61,6 +61,18 @@ def test_a_backward_that_was_expected_reads_no_activations(device: str) -> None:
     torch.autograd.grad(fused_ar_tar(leaf, leaf, 2.0, 1.0), leaf, grad)  # expected from now on
     got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
     leaf.data.zero_()  # behind the back of autograd
+    assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
+
+
+def test_a_new_plan_expects_the_last_upstream_gradient_of_any_plan(device: str) -> None:
+    skip_on_formula(device)
+    (other, _), (leaf, _) = leaves(5, device=device), leaves(7, device=device)
+    grad = torch.tensor(3.0, device=device)
+    want = alone(lambda: fused_ar_tar(leaf, leaf, 2.0, 1.0), grad, (leaf,))
+    PLANS.clear()
+    torch.autograd.grad(fused_ar_tar(other, other, 2.0, 1.0), other, grad)
+    got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
+    leaf.data.zero_()
     assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
 
 

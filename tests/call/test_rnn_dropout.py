@@ -85,6 +85,7 @@ def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
     torch.testing.assert_close(taken, fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True, **layout, **masks))
     assert dropout(raw) is raw  # by its own p
     torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, raw, axis))  # pyright: ignore
+    assert FusedRNNDropout(0.25, ALPHA, BETA, **layout)(raw, 0.0) is raw  # which is no missing p
     dropout(raw, 0.25)
     assert dropout.eval()(raw, 0.25, **masks) is raw
     assert dropout.take() is None

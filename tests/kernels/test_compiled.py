@@ -6,8 +6,10 @@ With a stand-in for the driver of a GPU, `fused_ar_tar` on CPU tensors compiles 
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from packaging.version import Version
 from bench.offline import registers
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import more, python, skip_without
-from tests.kernels.stand_in import StandInDriver, active
+from tests.kernels.stand_in import StandInDriver, active, h100
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
@@ -172,13 +174,15 @@ def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype, kind: str) ->
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
-def test_registers(target: Any, dtype: torch.dtype) -> None:
+def test_registers_let_as_many_programs_run_at_once_as_planned(target: Any, dtype: torch.dtype) -> None:
     train(dtype)
     train(dtype, kind="marked")
     binaries = [*next(trained(masked=False)), *next(trained(masked=True))]
     found = [int(re.findall(r"REG:(\d+)", registers.usage_of(binary))[0]) for binary in binaries]
     assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
     assert registers.figures(binaries[0])[2] == "8 of 8", "loads in the table of bench/NOTES.md"
+    for binary in binaries:  # the L1 cache may have old values of what other programs have stored
+        assert binary.asm["ptx"].count("ld.global.cg.") == PARTIAL_SUMS
 
 
 @more
@@ -267,6 +271,50 @@ def test_a_variable_of_the_environment_switches_direct_launches_off() -> None:
     script = "from fastreg.kernels import launch; print(launch.description())"
     said = python("-c", script, FASTREG_DIRECT_LAUNCH="0").stdout
     assert said == "launched by Triton's JIT launcher (FASTREG_DIRECT_LAUNCH is 0)\n"
+
+
+@pytest.mark.parametrize(("hip", "lanes"), [(None, 32), ("6.4", 64)])
+def test_a_program_has_as_many_threads_with_warps_of_32_and_of_64_lanes(
+    hip: str | None, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert runpy.run_path(tiling.__file__)["WARPS"] * lanes == tiling.THREADS
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Replace the current device, which there is none of, by the last item of a list."""
+    devices = [0]
+
+    @contextmanager
+    def device_index(index: int) -> Iterator[None]:
+        devices.append(index)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.accelerator, "device_index", device_index)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: devices[-1])
+    return devices
+
+
+def test_a_launch_is_on_its_device_and_on_the_stream_of_this_device(
+    current: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+    run = lambda x, y, z, stream, *_: launched.append((current[-1], stream))  # noqa: E731
+    code = SimpleNamespace(function=0, packed_metadata=(), run=run)
+    monkeypatch.setattr(launch.Launch, "why_jit", None)
+    with h100():
+        for index in (0, 3):
+            one = launch.Launch({(4, 1, 1): lambda *_, **__: code}, (), 4, torch.device("cuda", index), draws=False)
+            for _ in range(3):
+                one()
+    assert launched == [(0, 0)] * 2 + [(3, 3)] * 2, "the first launch compiles, and the others are direct"
+
+
+def test_a_capture_on_one_device_is_none_on_another(current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 3)
+    assert [streams.is_captured(torch.device("cuda", index)) for index in (0, 3)] == [False, True]
 
 
 def test_tickets_are_ready_when_a_launch_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import sys
 from ast import literal_eval
 from ctypes import string_at
 from functools import cache
@@ -22,7 +23,7 @@ from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import CPP
 from fastreg.kernels import cpu
 from tests.conftest import CPU, ROOT, memory_of, python
-from tests.exact import spoil
+from tests.exact import spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 pytestmark = [
@@ -153,6 +154,33 @@ def test_the_same_bits_for_any_number_of_threads(dtypes: Any, layout: Any, lengt
         with threads(number):
             got.append(step(raw, dropped, lengths))
         assert all(x.equal(y) for x, y in zip(got[0], got[-1], strict=True))
+
+
+def test_more_items_than_programs_are_shared_by_all_programs() -> None:
+    """A batch of short sequences has an item for each of them, in each of two walks."""
+    raw, dropped = (torch.randn(1100, 5, 100, dtype=DOUBLE) for _ in range(2))
+    with threads(2):
+        got = fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True)
+    torch.testing.assert_close([*got], [*truth(raw, dropped, ALPHA, BETA)], rtol=1e-12, atol=0)
+
+
+COUNT_THREADS = """
+import os, torch
+from fastreg import fused_ar_tar
+x = torch.randn(64, 70, 400)
+for count in (1, 3):
+    torch.set_num_threads(count)
+    fused_ar_tar(x, x, 2.0, 1.0)
+    print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the entries of /proc/self/task")
+def test_a_call_takes_as_many_threads_as_pytorch_has_been_told() -> None:
+    if "one thread" in cpu.description():
+        pytest.skip("the compiler had no GNU OpenMP")
+    one, three = map(int, python("-c", COUNT_THREADS, OMP_NUM_THREADS="1").stdout.split())
+    assert three == one + 2
 
 
 def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:

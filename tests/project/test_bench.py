@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, gpu, more, python, skip_without
+import fastreg
+from fastreg import fused_ar_tar
+from tests.conftest import ROOT, gpu, more, python, skip_on_formula, skip_without
 
 skip_without("matplotlib", "pytest_benchmark")
 
-from bench.measure import before, figures, lines, machine, picture, report, results, timing  # noqa: E402
+from bench.measure import before, figures, lines, machine, nets, picture, report, results, sentences, timing  # noqa: E402
 from bench.measure.timing import Rounds  # noqa: E402
 
 pytestmark = pytest.mark.main
@@ -78,7 +82,7 @@ def test_peak_bytes(device: str) -> None:
 
 
 @gpu
-def test_launches() -> None:
+def test_fastreg_launches_two_kernels_and_the_formulas_more() -> None:
     """The formula launches 30 kernels in bfloat16, forward and backward, the compiled formula 6, and fastreg 2."""
     from bench import test_call
 
@@ -88,17 +92,99 @@ def test_launches() -> None:
         assert figures.launches(lambda _, penalty=penalty: torch.autograd.grad(penalty(), inputs, one)) == count, way
 
 
-def test_the_fastreg_of_another_checkout_is_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastreg
+@pytest.fixture
+def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Make a checkout whose penalty is a multiple of the sum of raw; forget it after the test."""
+    package = tmp_path / "fastreg"
+    (package / "call").mkdir(parents=True)
+    (package / "call" / "backends.py").write_text("FACTOR = 7\n")
+    penalty = "from fastreg.call.backends import FACTOR\ndef fused_ar_tar(raw, *_): return FACTOR * raw.sum()\n"
+    (package / "__init__.py").write_text(penalty)
+    monkeypatch.setattr(before, "package", None)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("before.")]:
+        del sys.modules[name]
 
-    monkeypatch.setattr(before, "fastreg", None)
-    before.load(ROOT)
-    assert before.fastreg.fused_ar_tar is not fastreg.fused_ar_tar
-    assert sys.modules["fastreg"] is fastreg
-    x = torch.randn(3, 5, 8)
-    assert before.fastreg.fused_ar_tar(x, x, 2.0, 1.0) == fastreg.fused_ar_tar(x, x, 2.0, 1.0)
-    with pytest.raises((FileNotFoundError, ModuleNotFoundError)):
+
+@pytest.mark.usefixtures("dynamo")
+def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(other: Path) -> None:
+    """Compiled code, too, which looks modules up by their names."""
+    assert before.both(lambda package: {"way": package}) == {"way": fastreg}
+    before.load(other)
+    ways = before.both(lambda package: {"way": package.fused_ar_tar})
+    assert [*ways] == ["way", "way before"]
+    assert ways["way"] is fused_ar_tar is sys.modules["fastreg"].fused_ar_tar
+    compiled = torch.compile(lambda x: ways["way before"](x), backend="eager", fullgraph=True)
+    assert ways["way before"](torch.ones(2)) == compiled(torch.ones(2)) == 14
+    with pytest.raises(ValueError, match=r"^--before: expected a checkout of fastreg, got "):
         before.load(ROOT / "docs")
+
+
+def test_each_way_of_fastreg_in_each_benchmark_has_one_of_the_other_checkout() -> None:
+    skip_on_formula("cpu")
+    said = python("-m", "pytest", "bench", "--collect-only", "-q", f"--before={ROOT}").stdout
+    ways: dict[str, set[str]] = {}
+    for test, way in re.findall(r"::(\w+)\[(?:.*-)?(\w+)\]$", said, re.MULTILINE):
+        ways.setdefault(test, set()).add(way)
+    ours = {"fastreg", "fused_ar_tar", "compiled_fastreg", "attach", "FusedRNNDropout"}
+    assert len(ways) == 9
+    for test, found in ways.items():
+        assert {way for way in found if way.endswith("_before")} == {f"{way}_before" for way in found & ours}, test
+        assert found & ours or test == "test_sweep"
+
+
+def test_kernels_that_are_missing_or_older_than_their_sources_are_refused(tmp_path: Path) -> None:
+    """Benchmarks would measure the formula, of this checkout or of another one."""
+    skip_on_formula("cpu")
+    own, others = tmp_path / "own", tmp_path / "others"
+    for folder, ignored in ((own, "__pycache__"), (others, "*.so")):
+        for name in ("fastreg", "kernels", "bench", "examples"):
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns(ignored))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+    with (own / "kernels" / "cpu_rows.h").open("a") as header:
+        header.write("// another version\n")
+    collect = "-m", "pytest", "bench", "--collect-only", "-q", "-p", "no:cacheprovider"
+    older = python(*collect, folder=own, fails=True)
+    missing = python(*collect, f"--before={others}", fails=True)
+    for done, folder in ((older, own), (missing, others)):
+        build = rf"\(cd {re.escape(str(folder))} && \S+ setup\.py --quiet build_ext\)"
+        assert re.search(rf"^ERROR: fastreg runs the plain formula on CPUs: .*\n.*\n {{4}}{build}$", done.stderr, re.M)
+
+
+def test_each_way_of_a_step_adds_the_penalty_as_its_name_says() -> None:
+    from bench import test_step
+
+    kinds = {}
+    for way, chosen in test_step.WAYS.items():
+        net = nets.LSTM(8, chosen.dropout)
+        chosen.start(net)
+        ((rnn, dropout),) = net.pairs
+        hooked = bool({**rnn._forward_hooks, **rnn._forward_pre_hooks})
+        kinds[way] = "hooks" if hooked else type(dropout).__name__ if chosen.in_hand is False else "activations"
+    in_hand = dict.fromkeys(["eager", "compiled", "fused_ar_tar"], "activations")
+    assert kinds == in_hand | {
+        "no penalty": "LockedDropout",
+        "attach": "hooks",
+        "FusedRNNDropout": "FusedRNNDropout",
+    }
+
+
+@pytest.mark.parametrize(
+    ("way", "text"),
+    [
+        ("attach", "adds 12.300 ± 0.400 ms"),
+        ("attach before", "adds 12.300 ± 0.400 ms, 1.012 ± 0.003 of attach"),
+        ("fastreg before", "1.250 ± 0.002 of fastreg"),
+        ("mine", "1.250 ± 0.002 of fastreg"),
+        ("fastreg", "1.012 ± 0.003 of attach, 0.500 ± 0.100 of eager"),
+    ],
+)
+def test_what_a_way_adds_is_printed_in_milliseconds_and_its_ratio_to_its_counterpart(way: str, text: str) -> None:
+    from bench.conftest import comparison
+
+    over = {"attach": [1.012, 0.003], "fastreg": [1.25, 0.002], "eager": [0.5, 0.1]}
+    about: dict[str, Any] = {"over": {other: ratio for other, ratio in over.items() if other != way}}
+    assert comparison(way, about | ({"added": [0.0123, 0.0004]} if "attach" in way else {})) == text
 
 
 def bench(folder: Path, *options: str, fails: bool = True, script: bool = False) -> str:
@@ -164,7 +250,7 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     own = f"--benchmark-storage={tmp_path}", "-k", f"{SHAPE} and (fastreg or before)", f"--before={ROOT}"
     bench(tmp_path, *own, "--benchmark-save=one", fails=False)
     output = bench(tmp_path, *own, "--benchmark-compare", f"--benchmark-histogram={tmp_path}/drawn", fails=False)
-    assert re.search(rf"{CASE}: before: [01]\.\d+ ± 0\.\d+ of fastreg", output)
+    assert re.search(rf"{CASE}: fastreg before: [01]\.\d+ ± 0\.\d+ of fastreg", output)
     assert "(0001_one)" in output
     assert [*tmp_path.glob("drawn*.svg")]
 
@@ -185,6 +271,79 @@ def test_rows_of_a_busy_machine_are_missing() -> None:
     assert f"threads waited for a core during more than 10% of the time: {busy['group']}/{busy['name']}." in page
 
 
+def row(group: str, name: str, about: dict[str, Any], seconds: float, **found: Any) -> dict[str, Any]:
+    """Make up a row of (2, 3, 4), in float32 and with memory kept, unless `about` says otherwise."""
+    info = {"shape": [2, 3, 4], "dtype": "float32", "allocator": machine.KEPT} | about
+    return {"group": group, "name": name, "extra_info": info | found, "stats": {"median": seconds}}
+
+
+def test_each_table_shows_what_is_computed_by_hand() -> None:
+    step, sweep = {"pass": results.STEP, "model": "LSTM"}, {"pass": "sweep", "programs": 1024}
+    call, half = {"pass": results.BOTH}, {"pass": results.BOTH, "dtype": "bfloat16"}
+    default = {"pass": "dropout", "allocator": machine.DEFAULT}
+    over = {"compiled": [0.75, 0.0], "eager": [1.2, 0.02]}
+    rows = [
+        row("a", "no penalty", step, 0.010, peak_bytes=100e6),
+        row("a", "compiled", step, 0.016, peak_bytes=150e6, added=[0.006, 0.001]),
+        row("a", "eager", step, 0.010, peak_bytes=160e6, added=[0.0, 0.0]),  # the faster formula
+        row("a", "attach", step, 0.012, peak_bytes=125e6, added=[0.0017, 0.0001], over=over),
+        *(row("b", way, call, seconds) for way, seconds in {"compiled": 0.004, "eager": 0.050}.items()),
+        row("b", "fastreg", call, 0.002, over={"compiled": [0.5, 0.0], "eager": [0.04, 0.0]}),
+        *(row("c", way, half, seconds) for way, seconds in {"compiled": 0.004, "eager": 0.050}.items()),
+        row("c", "fastreg", half, 0.0005, over={"compiled": [0.125, 0.0], "eager": [0.01, 0.0]}),
+        row("d", "compiled", default, 0.001),
+        row("d", "fastreg", default, 0.001, over={"compiled": [1.0, 0.0], "fused_ar_tar": [0.43, 0.0]}),
+        row("d", "fused_ar_tar", default, 0.0023, over={"compiled": [2.3, 0.0]}),
+        row("e", "8", sweep, 0.001, graph_rotated_seconds=5e-6),
+    ]
+    facts = {"device": "X", "torch": "2", "python_version": "3", "threads": 2}
+    commit = {"version": "1", "id": "f", "dirty": False, "source": "5"}
+    about = {"machine_info": facts, "commit_info": commit, "datetime": "", "missing": {}, "benchmarks": rows}
+    result = results.result_of(about)
+    page = "\n".join(report.tables(result)).splitlines()
+    for line in (
+        "| LSTM, (2, 3, 4) | 10 | +6.000±1.000 | +0.000±0.000 | +1.700±0.100 |",  # added milliseconds
+        "| LSTM, (2, 3, 4) | 1.20±0.02 |",
+        "| LSTM, (2, 3, 4) | 100 | +50% | +60% | +25% |",  # peak memory
+        "| (2, 3, 4), bfloat16 | 0.5 | 0.125±0.000 | 0.010±0.000 | memory kept |",
+        "| (2, 3, 4), float32 | - | 2.300±0.000 |",
+        "| (2, 3, 4), float32 | 1024 |  | 5 |  |",  # microseconds with other constants
+    ):
+        assert line in page, line
+    assert "| Forward and backward | 0.250±0.000, 0.500±0.000 (2) |  |" in report.summary([result])
+    assert "2 of 5 ratios are above 1" in report.losing([result])
+    assert "| Dropout with penalty, `fused_ar_tar` | (2, 3, 4), float32 |  | 2.300±0.000 |" in report.losing([result])
+    said = report.speed_and_memory([result])
+    assert "One call takes 0.25 of the compiled formula's time and 0.02 of the eager formula's." in said
+    assert " 2.300±0.000 times the formula's time (default allocator): use `FusedRNNDropout`." in said
+    assert ["step, LSTM, (2, 3, 4)", "", "1.20±0.02", ""] in sentences.summary(result)
+    assert ["call, mean, memory kept", "0.250±0.000", "", ""] in sentences.summary(result)
+    drawn = picture.shares(result.cases[0])
+    assert (drawn["time"]["attach"], drawn["peak memory"]["attach"]) == (pytest.approx((17, 1)), pytest.approx((25, 0)))
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        (((0.95, 0.02), (0.99, 0.02)), "0 to 5% shorter"),  # the second cannot be told from 1
+        (((1.04, 0.01), (1.11, 0.01)), "4 to 11% longer"),
+        (((0.87, 0.01), (0.87, 0.01)), "13% shorter"),
+        (((0.96, 0.01), (1.02, 0.005)), "between 4% shorter and 2% longer"),
+        (((0.97, 0.08),), "the same within the error"),
+    ],
+)
+def test_the_change_of_a_step_is_told_in_percent(ratios: tuple[tuple[float, float], ...], words: str) -> None:
+    assert sentences.change([results.Figure(*ratio) for ratio in ratios]) == words
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [((-2.4, 2.7), "-2 ± 3%, not significant"), ((37.0, 2.0), "+37 ± 2%"), ((0.2, 0.0), "0%"), ((-4.8, 0.0), "-5%")],
+)
+def test_a_share_in_the_picture_says_if_it_cannot_be_told_from_0(share: tuple[float, float], words: str) -> None:
+    assert picture.words(results.Figure(*share)) == words.replace("-", "\N{MINUS SIGN}")
+
+
 def test_what_is_committed_is_what_was_measured() -> None:
     """Every row is on the page of its machine, and every kind in the summary."""
     found, drawn = [results.load(file) for file in results.RESULTS.glob("*.json")], picture.FILE.read_text()
@@ -194,7 +353,11 @@ def test_what_is_committed_is_what_was_measured() -> None:
             title = report.TITLES[case.info["pass"]]
             below = [part for part in report.all_rows(result).split("## ") if part.startswith(title)]
             assert any(f"| {case.label} |" in part for part in below), f"{case.name} is missing"
-            assert f"| {title}, " in report.summary([result])
+            assert f"| {title}" in report.summary([result])
+        lines_of_page = report.all_rows(result).splitlines()
+        for ratio in (ratio for found in report.ratios(result).values() for ratio in report.lost(found)):
+            shown = [line for line in lines_of_page if line.startswith(f"| {ratio.label} |")]
+            assert any(f"| {ratio.figure} |" in line for line in shown), f"{ratio} is only in the summary"
     for page, text in (report.pages(found) | {picture.FILE: drawn}).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
 

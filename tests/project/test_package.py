@@ -16,7 +16,7 @@ import torch
 import fastreg
 import fastreg.__main__ as main
 from fastreg.call import backends
-from tests.conftest import CPU, ROOT, more, python, skip_on_formula, without
+from tests.conftest import ROOT, more, python, skip_on_formula, without
 
 HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
@@ -50,9 +50,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_libraries_that_were_built_run() -> None:
-    """Otherwise the tests of the C++ kernels are skipped, though nothing is missing."""
-    assert CPU is not None or not any(ROOT.glob("kernels/_cpu*.so"))
+def test_the_wheel_has_all_modules_and_the_file_that_says_they_are_typed(clone: Path, tmp_path: Path) -> None:
+    python("setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path), folder=clone)
+    modules = [x.relative_to(ROOT) for x in (*ROOT.glob("fastreg/**/*.py"), *ROOT.glob("fastreg/kernels/*.py"))]
+    built = {x.relative_to(tmp_path) for x in tmp_path.rglob("*") if x.is_file()}
+    assert built == {*modules, Path("fastreg", "py.typed")}
 
 
 @more
@@ -61,6 +63,7 @@ def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: 
     """Kernels that were never built mean the formula."""
     tree = shutil.copytree(clone, tmp_path / "tree", symlinks=True)
     (tree / "tests").mkdir()
+    (tree / "bench").symlink_to(ROOT / "bench")
     for name in ("__init__.py", "conftest.py", "language_model.py"):
         shutil.copy(ROOT / "tests" / name, tree / "tests")
     (tree / "tests" / "test_nothing.py").write_text("def test_nothing(): pass\n")
@@ -75,7 +78,7 @@ def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: 
     with (tree / "kernels" / "cpu_rows.h").open("a") as header:
         header.write("// another version\n")
     said = python(*run, folder=tree, fails=True).stderr
-    assert re.search(rf"{built.name}: built from other sources .*\n {{4}}\S+ {' '.join(build)}\n", said), said
+    assert re.search(rf"{built.name} was built from another version .*\n {{4}}\S+ {' '.join(build)}\n", said), said
     python(*build, folder=tree)
     assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
 
@@ -172,6 +175,7 @@ def test_other_installations_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "fastreg").mkdir()
     (tmp_path / "fastreg" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     hidden = f"the installation in {tmp_path / 'fastreg'} is hidden, because "
     monkeypatch.chdir(ROOT)
     assert f"{hidden}Python looks into the current folder first" in report()[1]

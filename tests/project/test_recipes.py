@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +119,38 @@ def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(loss, want)
     with pytest.raises(AttributeError, match="missing"):
         names["activity_regularizer"](model, {"missing": 0.5})
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+def test_hubert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the mask of frames with the model's own, and the logged terms with the formula."""
+    skip_without("transformers")
+    monkeypatch.chdir(tmp_path)
+    names = recipe("frames").__globals__
+    model, trainer = names["model"], names["trainer"]
+    kept: list[Tensor] = []
+    masks: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, options: dict[str, Tensor], output: Any) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+
+    def keep_mask(module: torch.nn.Module, args: Any, options: dict[str, Tensor]) -> None:
+        masks.append(options["attention_mask"])
+
+    model.get_submodule(names["last"]).register_forward_hook(keep, with_kwargs=True)
+    model.register_forward_pre_hook(keep_mask, with_kwargs=True)
+    trainer.train()
+    assert len(kept) == len(masks) == 2
+    for x, samples, entry in zip(kept, masks, trainer.state.log_history[-3:], strict=False):
+        mask = names["frames"]({"attention_mask": samples})
+        torch.testing.assert_close(mask, model._get_feature_vector_attention_mask(x.shape[1], samples))
+        assert 0 < mask.sum() < mask.numel()
+        assert entry["ar"] == pytest.approx(x[mask].square().mean().item(), rel=1e-5)
+        assert entry["tar"] == pytest.approx(squares(x, mask).mean().item(), rel=1e-5)
+    options = {"rnn": "hubert.feature_projection", "valid": names["frames"], "train_dataset": names["data"]}
+    projection = names["RegularizedTrainer"](model, names["args"], alpha=1.0, beta=0.0, **options)
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        projection.train()
 
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium

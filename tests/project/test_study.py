@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from math import exp
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -80,7 +83,32 @@ def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     verdicts = [report.verdict(values) for values in ([2.3, 4.9], [-1.0, -2.43], [-1.0, -2.41], [-5.0])]
-    assert verdicts == ["higher", "not told apart", "lower", "not told apart"]
+    assert verdicts == ["higher", "not significant", "lower", "not significant"]
+
+
+def test_the_share_of_a_penalty_is_taken_at_the_best_epoch():
+    run_with_both = Run(2.0, 1.0, 1, [3.0, 2.0], [5.0, 4.0], [0.9, 0.1], [0.9, 0.2], 2.5, 3.5, {}, {})
+    assert run_with_both.share == pytest.approx((2 * 0.1 + 0.2) / 2.5)
+
+
+def test_the_pages_show_means_that_are_computed_by_hand():
+    """From the JSON lines, without the code that renders them."""
+    records = [json.loads(line) for line in report.COMMITTED.read_text().splitlines()]
+    plain, tar = (
+        {x["seed"]: exp(x["test_loss"]) for x in records if (x["alpha"], x["beta"]) == (0, b)} for b in (0, 1)
+    )
+    apart = [tar[seed] - plain[seed] for seed in plain]
+    error, lower = stdev(apart) / len(apart) ** 0.5, sum(x < 0 for x in apart)
+    row = f"| TAR | 0 | 1 | {mean(apart):+.2f}±{error:.2f} | {lower} of {len(apart)} seeds | lower |"
+    assert row in report.COMMITTED.with_suffix(".md").read_text()
+    assert f"| none | {len(plain)} | {mean(plain.values()):.2f}±" in report.COMMITTED.with_suffix(".md").read_text()
+    records = [json.loads(line) for line in two_rooms.COMMITTED.read_text().splitlines()]
+    weights = example.SETTINGS["with TAR"]
+    fresh = [x for x in records if x["weights"] == [*weights] and x["seed"] in two_rooms.FRESH_SEEDS]
+    found = [x for x in fresh if not x["distractor"] and x["settings"]["steps"] == two_rooms.STEPS]
+    success = mean((x["same_room"] + x["other_room"]) / 2 for x in found)
+    row = f"| only the dot | with TAR | {', '.join(f'{x:g}' for x in weights)} | {success:.3f}±"
+    assert row in two_rooms.COMMITTED.with_suffix(".md").read_text()
 
 
 def test_the_committed_studies_are_whole_and_their_pages_agree():

@@ -67,7 +67,7 @@ NEXT = "xor.b32 %r3, %r2, 128;"  # the value of a thread of the next warp
     ],
 )
 @pytest.mark.parametrize("seed", range(3))
-def test_refused(body: str, message: str, seed: int) -> None:
+def test_code_that_it_does_not_know_and_faults_are_refused(body: str, message: str, seed: int) -> None:
     """In the body of a kernel of two warps that has 64 numbers at %base0."""
     executor, code = Executor(), KERNEL.format(body.replace("; ", ";\n"))
     executor.random.seed(seed)
