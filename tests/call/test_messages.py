@@ -82,11 +82,7 @@ OF_PENALTY: list[Any] = [
     ("raw: ", ValueError, {"raw": []}),
     ("raw and dropped: ", ValueError, {"raw": [X, X], "dropped": [X]}),
     ("raw and dropped: .*an RNN returns", ValueError, {"raw": (X, X[:, :1]), "dropped": X}),
-    (
-        r"dropped\[1\]: .* raw\[1\], \(2, 5, 8\), got \(2, 5, 3\)$",
-        ValueError,
-        {"raw": [X, X], "dropped": [X, X[..., :3]]},
-    ),
+    (r"dropped\[1\]: .*raw\[1\], .* got \(2, 5, 3\)$", ValueError, {"raw": [X, X], "dropped": [X, X[..., :3]]}),
     (rf"raw\[0\]: {TWO_AXES}", ValueError, {"raw": [*X.unbind(1)]}),
     (r"raw\[1\]: ", TypeError, {"raw": [X, None], "dropped": [X, X]}),
     (r"raw\[1\]: .*an RNN returns", TypeError, {"raw": [X, (X, X)], "dropped": [X, X]}),
