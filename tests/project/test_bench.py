@@ -247,10 +247,9 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     assert [*tmp_path.glob("drawn*.svg")]
 
 
-@pytest.mark.parametrize("option", ["--benchmark-timer=time.time", "--benchmark-cprofile=tottime"])
-def test_options_without_effect_are_refused(option: str) -> None:
-    done = python("-m", "pytest", "bench", option, "--collect-only", fails=True)
-    assert f"{option.partition('=')[0]} has no effect here: " in done.stderr
+def test_options_without_effect_are_refused() -> None:
+    done = python("-m", "pytest", "bench", "--benchmark-cprofile=tottime", "--collect-only", fails=True)
+    assert "--benchmark-cprofile has no effect here: " in done.stderr
 
 
 def test_rows_of_a_busy_machine_are_missing() -> None:
