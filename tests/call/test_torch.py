@@ -273,7 +273,7 @@ def test_vmap_of_marks(device: str) -> None:
     assert_close(got, torch.stack(want))
 
 
-def test_compiled_autograd_reads_the_steps_of_each_call() -> None:
+def test_compiled_autograd() -> None:
     """Nodes keep steps, orders and coefficients beside the saved tensors."""
 
     def call(raw: Tensor, dropped: Tensor, values: Tensor) -> Tensor:
