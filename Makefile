@@ -33,7 +33,7 @@ help:
 	@echo "make test-more   run the others: more releases of fastai, the study, the notebook, installations, longer sequences"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
-	@echo "             tables of the README and docs: eight minutes on two idle cores (python -m pytest bench for some)"
+	@echo "             tables of the README and docs: eight minutes on two idle cores (.venv/bin/python -m pytest bench for some)"
 	@echo "make lint    check style, types and imports"
 	@echo "make docs    build the documentation site in build/site, and check its links"
 	@echo "make clean   remove the environments, caches and build folders"

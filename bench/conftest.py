@@ -268,7 +268,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def comparison(way: str, about: dict[str, Any]) -> str:
-    """Say what a way adds to a step, and how its time compares with others.
+    """Render the time that a way adds to a step, and ratios of its time to others.
 
     A way by another checkout is compared with its counterpart, and a call with fastreg, or with all ways if it is
     fastreg's. The figures are in seconds.

@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """End a run with libraries that do not run, such as those of other sources, because it would test the formula.
+    """End a run with libraries that were built from other sources, because it would test the formula.
 
     Turn oneDNN off on processors without AVX-512, for which it has no LSTM in bfloat16; PyTorch's own takes over.
     Let Triton's interpreter search its language for functions once, and not in each call of a function in a kernel.
@@ -190,7 +190,7 @@ def poison() -> Iterator[None]:
 def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
     """Return how many bytes of a device's memory a call takes from PyTorch, and its result.
 
-    Each allocation counts. The sum of an operator would lack what a garbage collection frees meanwhile.
+    Each allocation counts. The profiler's sum for an operator lacks memory that a garbage collection frees meanwhile.
     """
     result, allocated = allocations(call, device)
     return sum(max(size, 0) for size in allocated), result

@@ -1,4 +1,4 @@
-"""The packages that are measured: this checkout's fastreg, and that of another one, in a comparison of two commits."""
+"""The packages that are measured: fastreg of this checkout and, in a comparison of two commits, of another checkout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load(checkout: Path) -> None:
     """Import fastreg from another checkout beside this one's.
 
     Both packages have the same name, so `sys.modules` has the other one by this name only during its import. After that
-    its modules have names of their own, by which torch.compile finds the globals of their functions.
+    the names of its modules begin with `before`; by these names torch.compile finds the globals of their functions.
 
     Raises:
         ValueError: the folder is no checkout, or its C++ kernels are not built.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.measure.timing import DEVICE
@@ -113,7 +112,7 @@ def allocations(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, list
         result = call()
     profiler: Any = profiled.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    events = [event for event in events if (event.device_type() == DeviceType.CPU) == (device == "cpu")]
+    events = [event for event in events if event.device_type().name.lower() == device]
     return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 

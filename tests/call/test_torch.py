@@ -119,7 +119,7 @@ class TestCompile:
         check(torch.compile(step, fullgraph=True, backend="aot_eager"), step, **tolerance)
 
     @pytest.mark.parametrize("name", COMPILED)
-    def test_export(self, name: str) -> None:
+    def test_an_exported_program_takes_other_lengths(self, name: str) -> None:
         class Module(nn.Module):
             def forward(self, raw: Tensor, dropped: Tensor) -> Any:
                 return COMPILED[name](raw, dropped)
@@ -205,7 +205,7 @@ def test_tensors_without_data(call: Call) -> None:
 
 @calls(but=("module", "module_of_raw"))  # the penalty must be taken outside
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoint(call: Call, use_reentrant: bool) -> None:
+def test_a_checkpointed_call_has_the_same_gradients(call: Call, use_reentrant: bool) -> None:
     block = functools.partial(block_of, call)
     from_seed(block, xs := leaves()).backward()
     want = [x.grad for x in xs]

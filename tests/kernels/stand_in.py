@@ -49,7 +49,7 @@ class StandInDriver:
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        return device  # each device has a stream of its own
+        return device  # each device has another stream
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 2**16}

@@ -181,7 +181,7 @@ def test_registers_let_as_many_programs_run_at_once_as_planned(target: Any, dtyp
     found = [int(re.findall(r"REG:(\d+)", registers.usage_of(binary))[0]) for binary in binaries]
     assert all(x <= most for x, most in zip(found, REGISTERS[dtype], strict=True)), found
     assert registers.figures(binaries[0])[2] == "8 of 8", "loads in the table of bench/NOTES.md"
-    for binary in binaries:  # the L1 cache may have old values of what other programs have stored
+    for binary in binaries:  # the L1 cache does not see the stores of other programs
         assert binary.asm["ptx"].count("ld.global.cg.") == PARTIAL_SUMS
 
 
