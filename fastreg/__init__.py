@@ -9,12 +9,12 @@ import warnings
 if sys.argv[:1] == ["-m"]:  # in `python -m fastreg` a warning of PyTorch would come before the report
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")
 
-from fastreg.attach.mark import with_penalty
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.call.dropout import fused_dropout_ar_tar
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.problem import ARTAR
 from fastreg.call.rnn_dropout import FusedRNNDropout
+from fastreg.call.with_penalty import with_penalty
 
 __all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar", "with_penalty"]
 

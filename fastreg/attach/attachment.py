@@ -23,9 +23,9 @@ from fastreg.attach.runs import Alarm, Calls, Run
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
 from fastreg.call.problem import ARTAR, Options, TimeAxis, axes_of, data_of, is_on
-from fastreg.call.rnn_dropout import CALL, Call, FusedRNNDropout
+from fastreg.call.rnn_dropout import Call, FusedRNNDropout, calls_in
 from fastreg.call.selectors import selectors_of
-from fastreg.call.torch_state import current, transformed, untraced, version_of
+from fastreg.call.torch_state import current, hooks_on_saved, transformed, untraced, version_of
 
 SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
@@ -63,6 +63,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.calls, self.time_steps, self._shown = Calls(), 0, ""
         self.alarm = ALARMS.setdefault(source.module, Alarm(self.names["module"]))
         self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
+        self._key = f"_fastreg_call_{id(self)}"  # the attribute of raw that holds a call
         self._ar_of_raw = isinstance(source.dropout, FusedRNNDropout) and source.dropout.ar_of == "raw"
         self._handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
         attachments.append(self)
@@ -120,7 +121,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             return self._after_module(*given)
         if module is self.source.dropout:
             return self._after_dropout(*given)
-        if module.training and self._handles:
+        if module.training:
             raise RuntimeError(SHARED.format(type(module).__name__))
         return None
 
@@ -138,8 +139,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         rows, regularizer = data_of(raw), self.regularizer
         given, again = (regularizer.alpha, regularizer.beta), current() != -1
         run = Run(self, is_held=source.dropout is not None and not again)
-        if rows.requires_grad and any(map(is_on, given)):
-            self.alarm.count(run)  # also in a recomputation, as only it shows that a reentrant checkpoint loses a run
+        # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses a run.
+        if rows.requires_grad and any(map(is_on, given)) and not (again and hooks_on_saved(False)):
+            self.alarm.count(run)
         call = Call(
             attachment=self,
             run=None if again else run,
@@ -152,9 +154,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         if source.dropout is None:
             self._form(call, call.run, rows, rows)
         else:
-            setattr(rows, CALL, call)
+            setattr(rows, self._key, call)
             if rows.grad_fn is not None:  # the graph keeps a run that waits for its dropout, as raw itself may be gone
-                rows.grad_fn.metadata[CALL] = call  # pyright: ignore[reportIndexIssue]
+                rows.grad_fn.metadata[self._key] = call  # pyright: ignore[reportIndexIssue]
         if again:
             return None  # what a backward computes again needs no marks
         self._runs.append(ref(run))
@@ -216,9 +218,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         """Return the call of the module whose raw is among the arguments of the dropout, and raw; or `None` twice."""
         for x in (*args, *kwargs.values()):
             raw = data_of(x)
-            call = raw.__dict__.get(CALL) if isinstance(raw, Tensor) else None
-            if isinstance(call, Call) and call.attachment is self:
-                return call, raw
+            for call in calls_in(raw):
+                if call.attachment is self:
+                    return call, raw
         return None, None
 
     def _form(self, call: Call, run: Run | None, raw: Tensor, dropped: Tensor, terms: ARTAR | None = None) -> None:
@@ -234,7 +236,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             terms = penalize(pair, call.coefficients, selectors, options)
         if run is None:
             return
-        needs_gradient = terms is not None and terms.penalty.requires_grad and any(map(is_on, call.coefficients))
+        needs_gradient = terms is not None and terms.penalty.requires_grad
         steps = raw.shape[call.time_axis.number()] if call.packed is None else len(call.packed.batch_sizes)
         run.terms, run.is_held = terms, needs_gradient or dropped.requires_grad
         run.is_one_step = steps == 1 and is_on(call.coefficients[1])

@@ -262,10 +262,11 @@ class RNNRegularizer:
         once, with the coefficients of that run's forward. A loss depends on a run through the output of the dropout, or
         through raw without a dropout, or through another tensor that the module returned, such as a state. Runs in
         evaluation, runs without gradients, runs of frozen modules, and recomputations of activation checkpointing do
-        not count. The model may be compiled before or after.
+        not count. Attach before the model is compiled, or call `torch.compiler.reset()` after `attach`.
 
-        Keep the regularizer in a variable, as the hooks go with it. If the penalties of many runs in a row get no
-        gradient, because `on_backward_begin` was forgotten or its result is not used, a warning names the module.
+        The last attach wins: the hooks of an earlier one are taken off the module, whoever set them. If 100 runs or
+        losses in a row bring no gradient of a penalty of the module, because `on_backward_begin` was forgotten or its
+        result is not used, a warning names the module.
 
         The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
         place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
@@ -294,13 +295,12 @@ class RNNRegularizer:
 
         Raises:
             TypeError: an argument has the wrong type, or the dropout comes before the RNN; in a step, the module's
-                output contains no raw, or a raw that no view can replace, or a dictionary that refuses new items, or
-                the dropout returns no tensor, or a `FusedRNNDropout` gets packed data.
+                output contains no raw, or is a list of layers, or the dropout returns no tensor.
             ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
                 the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
-                a single time step.
-            RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the penalty
-                would be wrong or lost. The message names the remedy.
+                a single time step, or the data of a `PackedSequence` in a `FusedRNNDropout`.
+            RuntimeError: the module is attached with another dropout, and has not run since, or `on_loss_begin` is in
+                use; in a step, raw was changed in place, or the dropout gets it twice, or the module is a shallow copy.
         """
         source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).with_time_axis()
         if self.layers is not None:

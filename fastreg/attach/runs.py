@@ -137,6 +137,10 @@ class Alarm:
         if lost >= LIMIT:
             warnings.warn(LOST.format(name=self.name, count=lost), stacklevel=level_of_caller())
 
+    def is_due(self) -> bool:
+        """Return whether a penalty has to show by a hook that it gets a gradient."""
+        return len(self.runs) >= HOOKED or self.next_look > LIMIT
+
     def settle(self) -> None:
         """Count anew, as a penalty has got a gradient."""
         self.runs, self.losses, self.next_look = [], 0, LIMIT
@@ -186,7 +190,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     terms, alarms = total([run.end() for run in found], loss.device), {run.attachment.alarm for run in found}
     for run in found:
         run.attachment.calls = Calls()
-    if terms.penalty.requires_grad and any([len(x.runs) >= HOOKED for x in alarms]):  # a hook takes 10 us
+    if terms.penalty.requires_grad and any(map(Alarm.is_due, alarms)):  # a hook takes 10 us
         terms.penalty.register_hook(partial(_settle, alarms))
     return terms
 
@@ -222,4 +226,4 @@ def _settle(alarms: Iterable[Alarm], gradient: Tensor | None) -> None:
 def total(formed: Sequence[ARTAR], device: torch.device) -> ARTAR:
     """Add up the penalties and terms of runs, which may be on several devices."""
     on = [x if x.penalty.device == device else ARTAR(*[y.to(device) for y in x]) for x in formed]
-    return on[0] if len(on) == 1 else reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), on)
+    return reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), on)

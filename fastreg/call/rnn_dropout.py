@@ -31,7 +31,6 @@ UNTAKEN = (
     "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of take() to the "
     "loss after each forward, or attach() the module to a regularizer, or use another dropout"
 )
-CALL = "_fastreg_call"  # the attribute of raw that holds its call
 
 
 @dataclass(eq=False)
@@ -58,6 +57,11 @@ class Call:
 
     def __reduce__(self) -> Any:
         return OrderedDict, ()  # raw may be saved, and loaded with `weights_only=True` where fastreg is not installed
+
+
+def calls_in(raw: object) -> list[Call]:
+    """Return the calls in raw, one for each attached module that has returned it."""
+    return [x for x in raw.__dict__.values() if isinstance(x, Call)] if isinstance(raw, Tensor) else []
 
 
 class Formed(NamedTuple):
@@ -185,10 +189,8 @@ class FusedRNNDropout(nn.Module):
 
         In compiled code there is none: the hooks compute the penalty, as each coefficient would compile the code again.
         """
-        if torch.compiler.is_compiling() or not isinstance(raw, Tensor):
-            return None
-        call = raw.__dict__.get(CALL)
-        return call if isinstance(call, Call) and call.attachment.is_dropout(self) else None
+        calls = [] if torch.compiler.is_compiling() else calls_in(raw)
+        return next((call for call in calls if call.attachment.is_dropout(self)), None)
 
     def take_of(self, call: Call) -> ARTAR | None:
         """Return the penalty that the last forward has computed for a call of an attached module, once."""

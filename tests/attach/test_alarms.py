@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastreg import FusedRNNDropout
 from tests import language_model as lm
-from tests.attach import frozen, no_grad, reentrant, steps
+from tests.attach import cp, frozen, no_grad, reentrant, steps
 from tests.language_model import PLAIN, Attached, each_dropout, inputs, warned
 
 LIMIT = 100
@@ -96,10 +96,18 @@ def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, alpha: float, 
     assert "loss = regularizer.on_backward_begin(loss)" in message
 
 
+@pytest.mark.filterwarnings("ignore:on_backward_begin. the loss gets no penalty")
 def test_each_silence_is_warned_of() -> None:
     m = Losing(nn.LSTM, PLAIN)
-    for _ in range(2):
-        assert len(alarms(m.forgotten)) == 1
+
+    def in_evaluation() -> None:
+        m.eval()
+        m.reg.on_backward_begin(m.loss()).backward()
+        m.train()
+
+    for silence in (m.forgotten, in_evaluation, m.forgotten):
+        messages = alarms(silence).values()
+        assert sum("no penalty got a gradient" in x for x in messages) == 1
         for _ in range(2):
             m.right()
 
@@ -186,6 +194,13 @@ class Right(Model):
             losses.append(run.loss)
         self.regularized(torch.stack(losses).sum())
 
+    def checkpointed_windows_in_one_backward(self) -> None:
+        losses = [cp(lambda x: self(x).loss, inputs()) for _ in range(130)]
+        self.regularized(torch.stack(losses).sum())
+
+    def losses_without_a_gradient(self) -> None:
+        assert self.reg.on_backward_begin(torch.zeros(())) == 0
+
     def penalties_in_one_backward(self) -> None:
         torch.stack([self.reg.on_backward_begin(self.loss()) for _ in range(130)]).sum().backward()
 
@@ -248,7 +263,13 @@ class Right(Model):
 
 
 LONG = {"windows_in_one_backward": 2, "penalties_in_one_backward": 2, "encoders_in_turn": 2, "gradual_unfreezing": 2}
-LONG |= {"evaluations": 2, "accumulated": 4, "lbfgs": 10, "attacks": 20}  # steps, and how often
+LONG |= {
+    "checkpointed_windows_in_one_backward": 2,
+    "evaluations": 2,
+    "accumulated": 4,
+    "lbfgs": 10,
+    "attacks": 20,
+}  # steps, and how often
 
 
 @each_dropout
