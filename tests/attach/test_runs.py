@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import tracemalloc
-from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -95,7 +93,6 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "evaluation and a loss of something else": lambda m, x: m.eval().head(x).sum(),
         "evaluation of a frozen module": lambda m, x: frozen(m).eval()(x).loss,
         "frozen": lambda m, x: frozen(m)(x).loss,
-        "frozen after a right step": lambda m, x: frozen(m.trained())(x).loss,
         "frozen, in evaluation beside another": Model.beside_a_frozen_evaluation,
         "frozen beside another": lambda m, x: m.head(m.trained().beside_a_frozen_run().kept).sum(),
         "frozen, the second loss": lambda m, x: frozen(m).second_loss(x),
@@ -104,7 +101,6 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "no gradients": lambda m, x: no_grad(m)(x).loss,
         "no gradients in inference mode": lambda m, x: torch.inference_mode()(m)(x).loss,
         "no gradients beside a run": lambda m, x: no_grad(m.after_a_run())(x).loss,
-        "no gradients after a right step": lambda m, x: no_grad(m.trained())(x).loss,
         "a loss that needs no gradient": lambda m, x: m.head(x).sum().detach(),
     },
     "1 calls in training mode, 0 of them without gradients, and 0 runs": {
@@ -119,7 +115,6 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
     },
     "1 calls in training mode, 1 of them without gradients, and 0 runs": {
         "raw has no gradient": Model.without_gradients,
-        "raw has no gradient after a right step": lambda m, x: m.trained().without_gradients(x),
         "a reentrant checkpoint": reentrant,
         "a transform of torch.func": Model.transformed,
     },
@@ -314,31 +309,3 @@ def test_a_recomputation_is_no_run_that_waits_for_its_dropout() -> None:
         with set_checkpoint_early_stop(False):  # the recomputation runs the hook on the RNN, too
             raw, _ = cp(model.rnn, lm.inputs())
         model.reg.on_backward_begin(model.dropout(raw).sum()).backward()
-
-
-def instructions(function: Callable[[], Any]) -> int:
-    """Count the instructions of Python that a call takes in this package, which are the same on each machine."""
-    counted = Counter[str]()
-
-    def count(frame: Any, event: str, _: Any) -> Any:
-        frame.f_trace_opcodes = True
-        counted[event] += 1
-        return count
-
-    sys.settrace(lambda frame, *_: count(frame, *_) if "fastreg" in frame.f_code.co_filename else None)
-    function()
-    sys.settrace(None)
-    return counted["opcode"]
-
-
-def test_a_run_costs_no_more_among_1000_and_a_loss_no_more_after_1000_runs_whose_graphs_are_kept() -> None:
-    model, x, kept = Attached(nn.Identity(), PLAIN, batch_first=True), torch.ones(1, 2, 2).requires_grad_(), list[Any]()
-
-    def step(count: int) -> None:
-        raws = [model.dropout(model.rnn(2 * x)) for _ in range(count)]
-        kept.append(model.reg.on_backward_begin(torch.stack(raws).sum()))
-
-    step(1)
-    before, few, many, _, after = (instructions(partial(step, count)) / count for count in (1, 100, 1000, 1, 1))
-    assert 0 < many < 1.1 * few
-    assert 0 < after < 1.1 * before
