@@ -14,7 +14,7 @@ from fastreg.attach.attachment import described
 from fastreg.attach.captures import check_output
 from fastreg.attach.source import Masks, batch_first_of, check_callable
 from fastreg.call.arguments import time_axis_of
-from fastreg.call.problem import Coefficient, data_of, is_list, sizes_of
+from fastreg.call.problem import Coefficient, axes_of, data_of, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
 UNFUSED = "unfuse: this learner trains without AR and TAR now, as fastai's own callback cannot regularize its model"
@@ -132,8 +132,9 @@ class Paths:
         """
         raw, time_axis = check_output(output)[1], time_axis_of(self.batch_first, self.time_dim)
         raw = raw[-1] if is_list(raw) else raw
-        _, steps = sizes_of(data_of(raw), time_axis.number())
-        masks = {name: mask[:, -steps:] for name, mask in self.masks.of(*batch).items() if mask is not None}
+        axis = axes_of(data_of(raw), time_axis.number())[0]
+        last = (slice(None),) * min(axis, 1) + (slice(-data_of(raw).shape[axis], None),)  # the mask's axis of time
+        masks = {name: mask[last] for name, mask in self.masks.of(*batch).items() if mask is not None}
         begin(output, batch_first=self.batch_first, time_dim=self.time_dim, **masks)
         if say is not None and not self.is_said:
             self.is_said = True

@@ -61,7 +61,8 @@ class Masks:
             mask = masks[name] = None if function is None else call(name, function, *args, **kwargs)
             if mask is not None and not (isinstance(mask, Tensor) and mask.dim() > 0):
                 got = "a tensor without axes" if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"{name}: expected the callable to return a mask, (batch, time), or None, got {got}")
+                words = "the callable to return a mask, with raw's batch and time axes, or None"
+                raise TypeError(f"{name}: expected {words}, got {got}")
         return masks
 
     def of_batch(self, batch: Callable[[], Sequence[Any]]) -> Masks:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.problem import TimeAxis, axes_of, is_list, sizes_of
+from fastreg.call.problem import TimeAxis, is_list, mask_axes_of, sizes_of
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
 
@@ -290,20 +290,34 @@ def check_selectors(lengths: object, valid: object, starts: object) -> None:
 def check_selectors_of(x: Any, time_dim: int, selectors: Mapping[str, Any]) -> None:
     """Check that the shapes and devices of lengths, valid and starts fit a layer."""
     check_no_parts(x)
-    batch, time = sizes_of(x, time_dim)
+    batch, _ = sizes_of(x, time_dim)
     for name, given in selectors.items():
-        shape = list(given.shape)
         if name == "lengths":
-            _expect(shape == [batch], name, "shape ({},), one length a sequence, got {}", batch, given.shape)
+            fits = list(given.shape) == [batch]
+            _expect(fits, name, "shape ({},), one length a sequence, got {}", batch, given.shape)
         else:
-            fits = shape == [batch, time] or (shape == [time] and axes_of(x, time_dim)[1] is None)
-            layout = ", in every layout" if time_dim == -len(x.shape) else ""
-            words = "shape ({}, {}), batch and time steps{}, got {}{}"
-            are_lengths = not fits and shape == [batch]
-            remedy = "; a mask of lengths is torch.arange(time) < lengths[:, None]" if are_lengths else ""
-            _expect(fits, name, words, batch, time, layout, given.shape, remedy)
+            _check_mask_shape(name, given, x, mask_axes_of(x, time_dim))
         words = "a tensor on {}, or another device with memory, got one on meta"
         _expect(x.is_meta or not given.is_meta, name, words, x.device)
+
+
+def _check_mask_shape(name: str, mask: Tensor, x: Tensor, axes: Mapping[str, int]) -> None:
+    """Check that a mask of time steps has the batch and time axes of activations, in their order."""
+    given, expected = list(mask.shape), [x.shape[axis] for axis in axes.values()]
+    if given == expected:
+        return
+    remedy = ""
+    if given == expected[::-1]:
+        remedy = f", which is transposed; use {name}.T"
+    elif len(axes) > 1 and given == [x.shape[axes["batch"]]]:
+        is_time_first = axes["time"] < axes["batch"]
+        made = "arange(time)[:, None] < lengths" if is_time_first else "arange(time) < lengths[:, None]"
+        remedy = f"; a mask of lengths is torch.{made}"
+    elif mask.shape == x.shape:  # of two axes, which are read as time and hidden
+        remedy = f"; if the activations are numbers, (time, batch), pass their .T and {name}.T with time_dim=1"
+    names = f"({', '.join(axes)}{',' * (len(axes) == 1)})"
+    words = "shape {} = {}, as the activations have these axes, got {}{}"
+    _expect(False, name, words, names, torch.Size(expected), mask.shape, remedy)
 
 
 def check_no_parts(x: Any) -> None:

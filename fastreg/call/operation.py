@@ -19,7 +19,7 @@ from fastreg.call import arguments
 from fastreg.call.backends import backend_for
 from fastreg.call.fold import fold_of
 from fastreg.call.key import PLANS, facts_of, keep, key_of
-from fastreg.call.problem import ARTAR, Coefficient, Options, compute_dtype, is_on, sizes_of
+from fastreg.call.problem import ARTAR, Coefficient, Options, axes_of, compute_dtype, is_on, sizes_of
 from fastreg.call.torch_state import keepable, observed, plain, untraced, version_of
 from fastreg.kernels.view import Spec, Values, layout_of
 
@@ -109,6 +109,7 @@ class Plan:
     Attributes:
         spec: what is computed; `None` if no term reads anything.
         sizes: the numbers of sequences and of time steps.
+        is_time_first: whether masks of time steps are `(time, batch)`.
         backend: the code that runs; `None` if the formula computes the calls.
         encoder: a function that encodes checked selectors; `None` until some are checked.
         fold: the fold of the tensors of a call.
@@ -124,6 +125,7 @@ class Plan:
     """
 
     spec: Any = None
+    is_time_first: bool = False
     backend: Any = None
     encoder: Any = None
     fold: Any = None
@@ -145,6 +147,8 @@ class Plan:
         arguments.check_devices(coefficients, pair)
         x, *_ = pair.values()
         axis = time_axis.number() % x.dim() - x.dim()
+        time, batch = axes_of(x, axis)
+        self.is_time_first = batch is not None and time < batch
         self.sizes, self.backend = sizes_of(x, axis), backend_for(x.device) if is_kept else None
         dtype = options.dtype or compute_dtype(pair.values())
         of_raw = options.ar_of_raw or raw is dropped

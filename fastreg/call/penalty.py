@@ -89,18 +89,17 @@ def fused_ar_tar(
         lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
             nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
             error; on other devices they are clamped, because a check would wait for the device.
-        valid: a mask of the time steps that count, instead of lengths: `(batch, time)` in every layout, bool or
-            integers 0 and 1, such as an `attention_mask`. It is the inverse of PyTorch's `key_padding_mask`, which is
-            true at padding. A change counts if both of its steps count. Other steps count
-            in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
-            devices they count as 1.
-        starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
-            `(batch, time)` in every layout, like valid, by itself or beside lengths or valid. The change into such a
-            step does not count. The step itself counts in AR and in the change that follows. In reinforcement learning,
-            flags that mark the first step of an episode are starts as they are: CleanRL's `dones`, as `dones[step] =
-            next_done`, and SB3's `episode_starts`, both floats, so pass `.bool()`. Flags that mark its last step, the
-            `terminated | truncated` of the step that ended it, shift by one: `starts[:, 1:] = ended[:, :-1]`. It cannot
-            be given with a `PackedSequence`.
+        valid: a mask of the time steps that count, instead of lengths: bool, or integers 0 and 1. It has the batch and
+            time axes of raw, in the order in which raw has them: `(batch, time)`, such as an `attention_mask`; `(time,
+            batch)` with `batch_first=False`; `(time,)` for one sequence. Layers of a list share one mask. It is the
+            inverse of PyTorch's `key_padding_mask`, which is true at padding. A change counts if both of its steps
+            count. Other steps count in neither sums nor divisors, and their gradient is 0. On the CPU other integers
+            are an error; on other devices they count as 1.
+        starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream. Its
+            shape and dtype are as for valid, and it may be given beside lengths or valid. The change into such a step
+            does not count. The step itself counts in AR and in the change that follows. A rollout of `(time, batch)`
+            takes `batch_first=False, starts=dones.bool()` if its flags mark the first step of an episode; "Starts of
+            segments" in docs/behaviour.md says whose flags do. It cannot be given with a `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -125,6 +124,11 @@ def fused_ar_tar(
         >>> lengths = torch.tensor([10, 7, 3, 1])
         >>> terms = fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0, lengths=lengths, return_terms=True)
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
+
+        Leave the changes out that lead into a new episode of a rollout, `(time, batch, hidden)`:
+
+        >>> states, dones = torch.randn(16, 6, 8), torch.rand(16, 6) < 0.1
+        >>> penalty = fused_ar_tar(states, states, 2.0, 1.0, batch_first=False, starts=dones)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
     return penalize((raw, dropped), (alpha, beta), selectors_of(lengths, valid, starts), options)

@@ -116,6 +116,14 @@ def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
     return 1 if batch is None else x.shape[batch], x.shape[time]
 
 
+def mask_axes_of(x: Any, time_dim: int) -> dict[str, int]:
+    """Return the axes of a mask of time steps, counted in `x`, by their names: batch and time, in the order of `x`."""
+    time, batch = axes_of(x, time_dim)
+    if batch is None:
+        return {"time": time}
+    return {"time": time, "batch": batch} if time < batch else {"batch": batch, "time": time}
+
+
 def is_list(value: object) -> bool:
     """Return whether a value is a list or tuple of layers; a `PackedSequence` is a tuple, too, but is one layer."""
     return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)

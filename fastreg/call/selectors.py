@@ -51,6 +51,8 @@ class Selectors:
             arguments.check_selectors_of(x, plan.spec.time_dim, {name: y for name, y in named if y is not None})
             plan.encoder = partial(encoded, plan.sizes) if plan.backend is None else plan.backend.encoder(*layer)
         if self.encoded_for != layer:
+            if plan.is_time_first:  # kernels read (batch, time)
+                named = [(name, y if y is None or name == "lengths" else y.transpose(0, 1)) for name, y in named]
             given = [y if y is None else _brought(name, y, *layer) for name, y in named]
             self.encoded_for, self.steps = layer, plan.encoder(*given)
         return self.steps

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings("error")  # what is right is silent
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
+FIRST = {"time_dim": 0}
+META = X.to("meta")  # a device other than the CPU
 LENGTHS, STARTS = tensor([5, 3]), tensor([[1, 0, 0, 1, 0]] * 2) > 0
 PACKED, OTHER = (pack_padded_sequence(X, tensor(n), batch_first=True) for n in ([5, 3], [4, 4]))
 DECORATED = PackedSequence(OTHER.data, OTHER.batch_sizes.as_subclass(Decorated))
@@ -60,9 +62,15 @@ OF_BOTH: list[Any] = [
     ("lengths: ", ValueError, {"lengths": LENGTHS[:1]}, {"raw": X[0], "lengths": LENGTHS, "time_dim": 0}),
     ("lengths: ", ValueError, {"lengths": LENGTHS + 1}, {"lengths": LENGTHS - 4}, {"lengths": LENGTHS.to("meta")}),
     ("valid: ", ValueError, {"valid": STARTS.to("meta")}),
-    (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}),
+    (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}, {"raw": META, "valid": META[..., 0]}),
     (r"valid: .*; a mask of lengths is torch\.arange", ValueError, {"valid": LENGTHS}),
-    (r"valid: .* \(5, 2\), .* in every layout", ValueError, {"valid": STARTS, "batch_first": False}),
+    (r"valid: .*\(batch, time\) = \(2, 5\), .* is transposed; use valid\.T", ValueError, {"valid": STARTS.t()}),
+    (r"valid: .* < lengths", ValueError, {"valid": LENGTHS[:1].expand(5), "batch_first": False}),
+    (r"starts: .*; use \.bool\(\)", TypeError, {"starts": STARTS.double()}, {"raw": META, "starts": META[..., 0]}),
+    (r"starts: .*\(time, batch\) = \(2, 5\), ", ValueError, {"starts": STARTS.t(), "batch_first": False}),
+    (r"starts: .*\(time,\) = \(5,\), .*\(1, 5\)$", ValueError, {"raw": X[0], "starts": STARTS[:1]} | FIRST),
+    (r"starts: .*their \.T and starts\.T .*time_dim=1", ValueError, {"raw": STARTS.float(), "starts": STARTS} | FIRST),
+    (r"starts: .*\(batch, time\) = \(2, 8\), ", ValueError, {"starts": torch.ones(8, 2) > 0, "time_dim": -1}),
     ("starts: ", ValueError, {"starts": STARTS[0]}, {"starts": STARTS.int() * 2}),
 ]
 OF_PENALTY: list[Any] = [
