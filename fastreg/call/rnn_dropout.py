@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
 from fastreg.call.operation import coefficient
+from fastreg.call.private import current, version_of
 from fastreg.call.problem import ARTAR, Coefficient, Options, TimeAxis, is_on
-from fastreg.call.selectors import selectors_of
-from fastreg.call.torch_state import current, level_of_caller, version_of
+from fastreg.call.steps import given_steps
+from fastreg.call.torch_state import level_of_caller
 
 NO_COEFFICIENTS = (
     "there is no penalty, because the module has neither alpha nor beta, and did not get the output of an RNN that a "
@@ -151,9 +152,10 @@ class FusedRNNDropout(nn.Module):
         elif loan is not None:  # the hooks compute the penalty, as each coefficient would compile the code again
             loan = Loan(0.0, 0.0, loan.time_axis)
         lender, time_axis = (self, self.time_axis()) if loan is None else (loan, loan.time_axis)
-        coefficients, selectors = (lender.alpha, lender.beta), selectors_of(None, valid, starts)
-        options = Options(*time_axis, "mean", True, self.ar_of == "raw")
-        dropped, formed = drop_and_penalize(raw, coefficients, selectors, options, Drop(self.p if p is None else p))
+        coefficients, steps = (lender.alpha, lender.beta), given_steps(None, valid, starts)
+        batch_first, time_dim = time_axis
+        options = Options(batch_first, time_dim, measured=True, ar_of_raw=self.ar_of == "raw")
+        dropped, formed = drop_and_penalize(raw, coefficients, steps, options, Drop(self.p if p is None else p))
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if loan is not None:
