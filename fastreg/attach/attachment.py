@@ -24,10 +24,11 @@ from fastreg.attach.outputs import address_of, mapped, tensors_in
 from fastreg.attach.runs import FROZEN, NEVER, NO_GRADIENTS, RUN, Run, Runs, Tally, report
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
+from fastreg.call.private import current, version_of
 from fastreg.call.problem import Options, TimeAxis, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import FusedRNNDropout, Loan
-from fastreg.call.selectors import selectors_of
-from fastreg.call.torch_state import current, recomputes, transformed, untraced, version_of
+from fastreg.call.steps import given_steps
+from fastreg.call.torch_state import recomputes, transformed, untraced
 
 SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its own weights "
@@ -343,9 +344,9 @@ class Attachment(AbstractContextManager["Attachment"]):
             pair: Any = raw, raw if isinstance(dropout, FusedRNNDropout) and dropout.ar_of == "raw" else dropped
             if call.packed is not None:
                 pair = [call.packed._replace(data=x) for x in pair]
-            options = Options(*self.source.time_axis_of_raw(pair[0]), "mean", True, predicts=False)
-            selectors = selectors_of(None, call.masks["valid"], call.masks["starts"])
-            terms = penalize(pair, call.coefficients, selectors, options)
+            batch_first, time_dim = self.source.time_axis_of_raw(pair[0])
+            options = Options(batch_first, time_dim, measured=True, predicts=False)
+            terms = penalize(pair, call.coefficients, given_steps(None, **call.masks), options)
         if run is None:
             return None
         time_axis = self.source.time_axis

@@ -22,9 +22,10 @@ from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.runs import Runs, total
 from fastreg.attach.source import Masks, Source
-from fastreg.call.arguments import check_coefficient, check_count, check_selectors, time_axis_of
+from fastreg.call.arguments import check_coefficient, check_count, check_steps, time_axis_of
 from fastreg.call.operation import coefficient
 from fastreg.call.penalty import fused_ar_tar
+from fastreg.call.private import check_backwards_show
 from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
 
@@ -169,7 +170,7 @@ class RNNRegularizer(KnownAttributes):
                 batch. Each warning comes once.
         """
         time_axis = time_axis_of(batch_first, time_dim)
-        check_selectors(lengths, valid, starts)
+        check_steps(lengths, valid, starts)
         if self._runs.attachments:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         decoded, raw, dropped = check_output(output)
@@ -312,6 +313,7 @@ class RNNRegularizer(KnownAttributes):
             RuntimeError: a module is compiled or attached already, or `on_loss_begin` is in use; in a step, the penalty
                 would be wrong or lost. The message names the remedy.
         """
+        check_backwards_show()
         source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).with_time_axis()
         if self.layers is not None:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")

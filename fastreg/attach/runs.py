@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.attach.mark import reached
+from fastreg.call.private import version_of
 from fastreg.call.problem import ARTAR, Coefficient, is_on
-from fastreg.call.torch_state import level_of_caller, untraced, version_of
+from fastreg.call.torch_state import level_of_caller, untraced
 
 # The cases of a loss, and at the end the cases of a run. A case without a message is as it should be, the cases in
 # WARNINGS are warned of, once for a module, and all others are errors.
