@@ -96,7 +96,7 @@ def is_current(library: Path) -> bool:
 def replace(old: Path, new: Path) -> None:
     """Replace a library by a copy, as other processes may have loaded it."""
     old.parent.mkdir(parents=True, exist_ok=True)
-    beside = old.with_name(f"{old.name}.new")
+    beside = old.with_name(f"new{old.name}")  # not as libraries are named, which are found by the names' beginnings
     shutil.copy2(new, beside)
     os.replace(beside, old)
 

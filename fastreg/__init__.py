@@ -6,8 +6,10 @@ __distribution__ = "fastreg-rnn"  # see fastreg/call/__init__.py
 import sys
 import warnings
 
-if sys.argv[:1] == ["-m"]:  # in `python -m fastreg` a warning of PyTorch would come before the report
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+with warnings.catch_warnings():
+    if sys.argv[:1] == ["-m"] and "fastreg" in sys.orig_argv:  # `python -m fastreg`, whose report comes first
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
 
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.call.dropout import fused_dropout_ar_tar

@@ -60,7 +60,7 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &st
     const Factors by = factors(metadata, steps, memory);
     const Rows raw(memory.raw, metadata.raw, metadata.raw_dtype);
     const Rows mask(memory.mask, metadata.mask, metadata.raw_dtype);
-    const Rows arrived(memory.arrived, metadata.arrived, metadata.raw_dtype);
+    const Rows upstream_dropped(memory.upstream_dropped, metadata.upstream_dropped, metadata.raw_dtype);
     const Rows dropped(memory.dropped, metadata.dropped, metadata.dropped_dtype);
     const Rows grad_raw(memory.grad_raw, metadata.grad_raw, metadata.raw_dtype);
     const Rows grad_dropped(memory.grad_dropped, metadata.grad_dropped, metadata.dropped_dtype);
@@ -78,8 +78,9 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &st
         return flag(metadata.sum_ar, SUM_AR) | flag(grad.base && metadata.grad_ar, GRAD_AR);
     };
     const Flags tar = flag(metadata.sum_tar, SUM_TAR) | flag(grad_raw.base && metadata.grad_tar, GRAD_TAR);
-    add(Pass(steps, raw, mask, arrived, drops ? dropped : grad_raw),
-        flag(mask.base, MASKED) | flag(drops, DROPS) | flag(arrived.base, ARRIVED) | flag(grad_raw.base, WRITES),
+    add(Pass(steps, raw, mask, upstream_dropped, drops ? dropped : grad_raw),
+        flag(mask.base, MASKED) | flag(drops, DROPS) | flag(upstream_dropped.base, UPSTREAM) |
+            flag(grad_raw.base, WRITES),
         tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && metadata.ar_of_raw, AR_OF_RAW));
     if (!mask.base)  // dropped is null if AR is the mean square of raw
         add(Pass(steps, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));

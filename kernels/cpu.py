@@ -9,7 +9,7 @@ PyTorch does.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
@@ -17,13 +17,12 @@ from hashlib import sha256
 from math import nan
 from pathlib import Path
 from struct import Struct
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.kernels.prediction import OnHost
-from fastreg.kernels.view import Layout, Operands, Spec, Values, View, allocator, switches
+from fastreg.kernels.prediction import OnHost, Prediction
+from fastreg.kernels.view import Layout, Operands, Spec, Steps, Tensors, Values, View, allocator, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
@@ -32,15 +31,12 @@ _LIBRARIES = {
     "_cpu_v3": (3, "processors with AVX2"),
     "_cpu": (0, "all processors"),
 }
-_CAPABILITIES = {"AVX512": 4, "AVX2": 3}  # PyTorch's capabilities, as levels of x86-64
+_CAPABILITIES = {"AVX512": 4, "AVX2": 3, "NO AVX": 0, "DEFAULT": 0}  # PyTorch's, as levels of x86-64
 _INSTALL = "install fastreg-rnn again"
 
 
 class Forward:
-    """Apply dropout masks, compute penalties, and write the gradients that the backward is expected to ask for.
-
-    It has the interface of `fastreg.kernels.ar_tar.Forward`.
-    """
+    """A `fastreg.kernels.backend.Forward`; `fastreg.kernels.ar_tar.Forward` describes its arguments."""
 
     def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
         self.function, self.metadata = library().forward, _metadata(view, spec, True)
@@ -48,9 +44,9 @@ class Forward:
         penalty, both = (Layout(shape, (1,) * len(shape), spec.dtype, device, True) for shape in (_ONE, _TWO))
         self.penalty, self.terms = allocator(penalty), allocator(both) if spec.measured else None
 
-    def __call__(self, tensors: Sequence[Tensor | None], values: Values) -> tuple[Tensor, Tensor | None, float]:
+    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, float]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
-        alpha, beta, *steps = values
+        alpha, beta, steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
         expected = self.prediction.expected()
         memory = *tensors, None, *steps, penalty, terms  # kept alive during the call
@@ -60,44 +56,39 @@ class Forward:
 
 
 class Backward:
-    """Compute the gradients of penalties, and add those that arrive.
+    """A `fastreg.kernels.backend.Backward`; `fastreg.kernels.ar_tar.Backward` describes its arguments."""
 
-    It has the interface of `fastreg.kernels.ar_tar.Backward`.
-    """
-
-    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Any = None) -> None:
+    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[float] | None) -> None:
         self.function, self.metadata = library().backward, _metadata(view, spec, False)
         self.prediction = prediction
 
-    def __call__(
-        self, upstream: Tensor | None, tensors: Sequence[Tensor | None], values: Values, expected: float | None = None
-    ) -> None:
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, written_for: float | None) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        alpha, beta, *steps = values
+        alpha, beta, steps = values
         memory = *tensors, upstream, *steps, None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        other = nan if expected is None else expected
-        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), other), _threads())
-        if writes and expected is not None:
+        number = nan if written_for is None else written_for
+        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), number), _threads())
+        if writes and written_for is not None and upstream is not None and self.prediction is not None:
             self.prediction.learn(upstream)
 
 
 class Encoder:
-    """Encode and count the time steps of sequences that count, as `fastreg.kernels.steps.Encoder` does."""
+    """A `fastreg.kernels.backend.Encoder`; its arguments are as for `fastreg.kernels.steps.Encoder`."""
 
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape, self.encode = shape, library().encode_steps
         bits = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
         self.bits, self.counts = allocator(bits), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
 
-    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the bits and counts of `Values`; the arguments are as for `fastreg.kernels.steps.Encoder`."""
+    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+        """Return the steps that count."""
         bits, counts = self.bits(), self.counts()
         if lengths is not None:
             lengths = lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, bits, counts)]
         self.encode(_pack_encoding(*addresses), *self.shape)
-        return bits, counts
+        return Steps(bits, counts)
 
 
 def reason() -> str | None:
@@ -109,8 +100,16 @@ def reason() -> str | None:
     return None
 
 
+class Library(ctypes.CDLL):
+    """Hold a library that is loaded, with its path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
 @cache
-def library() -> ctypes.CDLL:
+def library() -> Library:
     """Load the best library that runs here.
 
     Raises:
@@ -131,9 +130,9 @@ def runnable() -> list[Path]:
     return [path for name, (level, _) in _LIBRARIES.items() if level <= highest for path in _files(name)]
 
 
-def opened(path: Path) -> ctypes.CDLL:
+def opened(path: Path) -> Library:
     """Load a library that the processor can run, check its sources, and declare its functions to ctypes."""
-    loaded = ctypes.CDLL(str(path))
+    loaded = Library(path)
     try:
         built_from = c_uint64.in_dll(loaded, "sources").value
     except ValueError:  # the library lacks this symbol
@@ -143,7 +142,6 @@ def opened(path: Path) -> ctypes.CDLL:
     loaded.forward.argtypes = loaded.backward.argtypes = [c_char_p, c_char_p, c_int]
     loaded.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
     loaded.forward.restype = loaded.encode_steps.restype = None
-    loaded.path = path  # pyright: ignore[reportAttributeAccessIssue]
     return loaded
 
 
@@ -169,8 +167,8 @@ def _why_not(level: int, processors: str) -> str:
 
 
 def _allowed_level() -> int:
-    """Return the level that PyTorch itself uses; `ATEN_CPU_CAPABILITY` limits it."""
-    return _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), 0)
+    """Return the level that PyTorch itself uses; `ATEN_CPU_CAPABILITY` limits it, and an unknown one is no limit."""
+    return _CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), max(_CAPABILITIES.values()))
 
 
 def processor_level() -> int:
@@ -199,9 +197,9 @@ _ADDRESSES = Struct(f"{len(Operands._fields) + 5}P3d")  # and two coefficients, 
 
 def _metadata(view: View, spec: Spec, is_forward: bool) -> bytes:
     """Return the metadata of calls as C knows them."""
-    raw, _, _, dropped, *_ = view.operands
-    strides = [stride for x in view.operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
-    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (raw, dropped)]
+    operands = view.operands
+    strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
+    dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (operands.raw, operands.dropped)]
     numbers = *view[:3], *strides, *view.divisors(spec.reduction), *dtypes, _DTYPES[spec.dtype]
     return _METADATA.pack(*numbers, *switches(view, spec, is_forward))
 

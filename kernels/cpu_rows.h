@@ -39,21 +39,21 @@ constexpr Flags GRAD_TAR = 8;    // the gradient has TAR's part
 constexpr Flags AR_OF_RAW = 16;  // AR is the mean square of raw, not of raw times the mask
 constexpr Flags MASKED = 32;     // there is a mask
 constexpr Flags DROPS = 64;      // write raw times the mask
-constexpr Flags ARRIVED = 128;   // add a gradient that arrives
+constexpr Flags UPSTREAM = 128;  // add the upstream gradient of dropped
 constexpr Flags WRITES = 256;    // write the gradient
-constexpr Flags BEFORE = 512;    // the change from the row before counts
-constexpr Flags BEHIND = 1024;   // the change to the row behind counts
+constexpr Flags INTO = 512;      // the change into the row counts
+constexpr Flags FROM = 1024;     // the change from the row counts
 
 /// Pointers to a row in each tensor, and to the rows before and behind it; null if there is none.
 struct Pointers {
     const char *previous, *current, *following;
-    const char *mask, *arrived;
+    const char *mask, *upstream_dropped;
     char *out;     // dropped, or a gradient
     bool streams;  // out is written past the caches
 
     Pointers after(int64_t bytes) const {
         const auto at = [=](auto *row) { return row ? row + bytes : nullptr; };
-        return {at(previous), at(current), at(following), at(mask), at(arrived), at(out), streams};
+        return {at(previous), at(current), at(following), at(mask), at(upstream_dropped), at(out), streams};
     }
 };
 
@@ -72,7 +72,7 @@ class Tail {
         out = rows.out;
         return {at(copies[0], rows.previous), at(copies[1], rows.current),
                 at(copies[2], rows.following), at(copies[3], rows.mask),
-                at(copies[4], rows.arrived),   out ? written : nullptr,
+                at(copies[4], rows.upstream_dropped), out ? written : nullptr,
                 false};
     }
 
@@ -149,31 +149,31 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, 
 }
 
 /// Apply the formula: compute raw times the mask, the sums of squares for AR and TAR, and the gradient. The gradient
-/// has AR's part, TAR's part, and a gradient that arrives. The latter passes the mask, and so does AR's part if AR is
-/// of masked raw.
+/// has AR's part, TAR's part, and the upstream gradient of dropped. The latter passes the mask, and so does AR's part
+/// if AR is of masked raw.
 template <class A, class T, class F>
 inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
     const A ar_factor = factors.ar, tar_factor = factors.tar;
     return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
         const bool masked_ar = (flags & (MASKED | GRAD_AR | AR_OF_RAW)) == (MASKED | GRAD_AR);
         const Pair<A> value = read<A, T>(at.current, lane);
-        Pair<A> mask{}, kept = value, arriving{}, leaving{}, gradient{}, through{};
+        Pair<A> mask{}, kept = value, change_into{}, change_from{}, gradient{}, through{};
         if (flags & MASKED) mask = read<A, T>(at.mask, lane);
         if (flags & DROPS) kept = write<A, T>(at.out, lane, value * mask, at.streams);
         if (flags & AR_OF_RAW) kept = value;
-        if (flags & BEFORE) arriving = value - read<A, T>(at.previous, lane);
+        if (flags & INTO) change_into = value - read<A, T>(at.previous, lane);
         if (flags & SUM_AR) ar += kept * kept;
-        if (flags & SUM_TAR) tar += arriving * arriving;
+        if (flags & SUM_TAR) tar += change_into * change_into;
         if (!(flags & WRITES)) return;
-        if (flags & BEHIND) leaving = read<A, T>(at.following, lane) - value;
-        if (flags & GRAD_TAR) gradient = (arriving - leaving) * tar_factor;
+        if (flags & FROM) change_from = read<A, T>(at.following, lane) - value;
+        if (flags & GRAD_TAR) gradient = (change_into - change_from) * tar_factor;
         if (flags & GRAD_AR && !masked_ar) gradient = flags & GRAD_TAR ? gradient + value * ar_factor : value * ar_factor;
-        if (flags & ARRIVED) through = read<A, T>(at.arrived, lane);
+        if (flags & UPSTREAM) through = read<A, T>(at.upstream_dropped, lane);
         if (masked_ar) through += rounded<A, T>(value * mask) * ar_factor;
         // If nothing passes the mask, nothing is multiplied by it: 0 * inf would be NaN.
-        if (flags & MASKED && (flags & ARRIVED || masked_ar)) through *= mask;
+        if (flags & MASKED && (flags & UPSTREAM || masked_ar)) through *= mask;
         const bool is_own = flags & GRAD_TAR || (flags & GRAD_AR && !masked_ar);  // in padding -0 stays -0
-        if (flags & ARRIVED || masked_ar) gradient = is_own ? through + gradient : through;
+        if (flags & UPSTREAM || masked_ar) gradient = is_own ? through + gradient : through;
         write<A, T>(at.out, lane, gradient, at.streams);
     });
 }
@@ -183,7 +183,7 @@ inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factor
 /// One copy of the formula's loop. A copy whose flags are constants ignores its argument `flags`.
 using RowLoop = Partials (*)(const Pointers &rows, int64_t lanes, const Factors &factors, Flags flags);
 
-/// The loops of the formula, with all flags except BEFORE and BEHIND, which each row adds.
+/// The loops of the formula, with all flags except INTO and FROM, which each row adds.
 struct RowCode {
     Flags flags, usual_flags;
     RowLoop usual, any;  // the loop for the usual flags, if there is one; the loop for any flags
@@ -191,8 +191,8 @@ struct RowCode {
 
     Partials operator()(const Pointers &rows, int64_t lanes) const {
         Flags now = flags;
-        if (flags & (SUM_TAR | GRAD_TAR) && rows.previous) now |= BEFORE;
-        if (flags & GRAD_TAR && rows.following) now |= BEHIND;
+        if (flags & (SUM_TAR | GRAD_TAR) && rows.previous) now |= INTO;
+        if (flags & GRAD_TAR && rows.following) now |= FROM;
         return (now == usual_flags ? usual : any)(rows, lanes, factors, now);
     }
 };
@@ -210,7 +210,7 @@ Partials usual_loop(const Pointers &rows, int64_t lanes, const Factors &factors,
 /// Find the loops for some flags. The usual flags have both neighbours, which only the first and the last row lack.
 template <class A, class T, Flags... KNOWN>
 RowCode code_of(Flags flags, Factors factors) {
-    const Flags usual = flags | (flags & (SUM_TAR | GRAD_TAR) ? BEFORE : 0) | (flags & GRAD_TAR ? BEHIND : 0);
+    const Flags usual = flags | (flags & (SUM_TAR | GRAD_TAR) ? INTO : 0) | (flags & GRAD_TAR ? FROM : 0);
     RowCode code{flags, usual, any_loop<A, T>, any_loop<A, T>, factors};
     ((usual == KNOWN && (code.usual = usual_loop<A, T, KNOWN>)), ...);
     return code;
@@ -219,8 +219,8 @@ RowCode code_of(Flags flags, Factors factors) {
 /// Find the loops for some flags; common sets of flags have their own copies.
 template <class A, class T>
 RowCode usual_code(Flags flags, Factors factors) {
-    constexpr Flags AR = SUM_AR, TAR = SUM_TAR | BEFORE, DROP = MASKED | DROPS, BACK = MASKED | ARRIVED | WRITES;
-    constexpr Flags BY_AR = WRITES | GRAD_AR, BY_TAR = WRITES | GRAD_TAR | BEFORE | BEHIND, BY_BOTH = BY_AR | BY_TAR;
+    constexpr Flags AR = SUM_AR, TAR = SUM_TAR | INTO, DROP = MASKED | DROPS, BACK = MASKED | UPSTREAM | WRITES;
+    constexpr Flags BY_AR = WRITES | GRAD_AR, BY_TAR = WRITES | GRAD_TAR | INTO | FROM, BY_BOTH = BY_AR | BY_TAR;
     return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                                // the penalty
                    AR | BY_AR, TAR | BY_TAR, AR | TAR | BY_BOTH,                                   // with gradients
                    DROP, DROP | AR, DROP | TAR, DROP | AR | TAR, DROP | AR_OF_RAW | AR | TAR,      // dropout

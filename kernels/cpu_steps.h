@@ -36,10 +36,10 @@ struct Tile {
 
 /// Whether a time step of a sequence counts, and whether the changes into it and out of it count.
 struct State {
-    bool counted, arrives, leaves;
+    bool counted, into, from;
 
     bool operator==(const State &other) const {
-        return counted == other.counted && arrives == other.arrives && leaves == other.leaves;
+        return counted == other.counted && into == other.into && from == other.from;
     }
 };
 
@@ -127,7 +127,7 @@ class Steps {
     /// others.
     int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
         if (!now.state.counted) return end(sequence, step, now.stop);
-        if (!now.state.arrives || !now.state.leaves) return step + 1;
+        if (!now.state.into || !now.state.from) return step + 1;
         return std::min(end(sequence, step, std::min(now.stop + 1, sizes.time)) - 1, now.stop);
     }
 

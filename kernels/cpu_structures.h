@@ -20,9 +20,9 @@ struct Strides {  // in elements
 /// both.
 struct Metadata {
     Sizes sizes;
-    Strides raw, mask, arrived, dropped, grad_raw, grad_dropped;
+    Strides raw, mask, upstream_dropped, dropped, grad_raw, grad_dropped;
     double ar_divisor, tar_divisor;  // the divisors of the sums, in calls without counts
-    int32_t raw_dtype, dropped_dtype, compute_dtype;  // mask and arrived have raw's dtype
+    int32_t raw_dtype, dropped_dtype, compute_dtype;  // mask and upstream_dropped have raw's dtype
     int32_t sum_ar, sum_tar, grad_ar, grad_tar;       // whether each term is summed, and has a gradient
     int32_t ar_of_raw;                                // AR is the mean square of raw, not of dropped
 };
@@ -31,8 +31,8 @@ struct Metadata {
 /// needed, or for a result that is not needed.
 struct Addresses {
     const void *raw, *mask;
-    const void *arrived;  // a gradient that arrives at dropped, if there is a mask
-    void *dropped;        // written in a forward that has a mask
+    const void *upstream_dropped;  // the upstream gradient of dropped, in a call that has a mask
+    void *dropped;                 // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
     const void *upstream;      // () in the dtype of the computation: the gradient of the penalty
     const uint8_t *bits;       // (outer, time), `Steps.bits`; null if all steps count

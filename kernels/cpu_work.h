@@ -97,19 +97,20 @@ class MaskRows {
 /// One walk over a tensor, and over the tensors that are read and written beside it.
 struct Pass {
     Tiling tiling;
-    Rows x, mask, arrived, out;  // x is raw, or dropped in a walk without raw
+    Rows x, mask, upstream_dropped, out;  // x is raw, or dropped in a walk without raw
     bool dense;                  // the rows of all tensors are adjacent
     bool streams = false;        // out is written past the caches
     RowCode code, padding;       // for rows that count, and for padding
 
     Pass() = default;
-    Pass(const Steps &steps, const Rows &x, const Rows &mask, const Rows &arrived, const Rows &out)
-        : x(x), mask(mask), arrived(arrived), out(out) {
+    Pass(const Steps &steps, const Rows &x, const Rows &mask, const Rows &upstream_dropped, const Rows &out)
+        : x(x), mask(mask), upstream_dropped(upstream_dropped), out(out) {
         const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
-        const Strides all[] = {x.strides, or_x(mask), or_x(arrived), or_x(out)};
+        const Strides all[] = {x.strides, or_x(mask), or_x(upstream_dropped), or_x(out)};
         tiling = Tiling(steps.view(all));
         dense = true;
-        for (const Rows *rows : {&x, &arrived, &out}) dense = dense && (!rows->base || tiling.dense(rows->strides));
+        for (const Rows *rows : {&x, &upstream_dropped, &out})
+            dense = dense && (!rows->base || tiling.dense(rows->strides));
         dense = dense && (!mask.base || !mask.strides.time || tiling.dense(mask.strides));
     }
 
@@ -159,15 +160,15 @@ struct Pass {
 
     Partials visit(const Tile &tile, const Span &span, MaskRows &masks) const {
         char *to = out.row(tile.sequence, span.step, span.lane);
-        if (!span.counted && !mask.base && !arrived.base) {
+        if (!span.counted && !mask.base && !upstream_dropped.base) {
             std::memset(to, 0, span.lanes * out.itemsize);
             return {};
         }
-        const Pointers rows{span.arrives ? x.row(tile.sequence, span.step - 1, span.lane) : nullptr,
+        const Pointers rows{span.into ? x.row(tile.sequence, span.step - 1, span.lane) : nullptr,
                             x.row(tile.sequence, span.step, span.lane),
-                            span.leaves ? x.row(tile.sequence, span.step + 1, span.lane) : nullptr,
+                            span.from ? x.row(tile.sequence, span.step + 1, span.lane) : nullptr,
                             masks.of(span),
-                            arrived.row(tile.sequence, span.step, span.lane),
+                            upstream_dropped.row(tile.sequence, span.step, span.lane),
                             to,
                             streams && bits_of<std::uintptr_t>(to) % ALIGNED == 0};
         return (span.counted ? code : padding)(rows, span.lanes);

@@ -79,7 +79,7 @@ class Launch:
             with torch.accelerator.device_index(index):  # Triton launches on the current device
                 self(*values)
             return
-        stream = None if index is None else driver.active.get_current_stream(index)
+        stream = None if index is None else driver.active.get_current_stream(index)  # pyright: ignore[reportAttributeAccessIssue]
         ticket = self.ticket(stream, grid[0]) if self.draws else None
         before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         # From Triton 3.5 on a hook is a chain, which may be empty.

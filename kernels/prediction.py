@@ -5,23 +5,25 @@ A forward writes gradients ahead for the upstream gradient that it expects. A wr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastreg.kernels.streams import RESERVE, filled, is_captured
 
+Gradients: TypeAlias = Sequence[Tensor | None]
+Written: TypeAlias = Tensor | float  # the upstream gradient for which gradients were written
+Guess = TypeVar("Guess", Tensor, float)
 PATIENCE = 16  # forwards whose gradients no backward took, after which forwards write none
 
 
-class Prediction:
+class Prediction(Generic[Guess]):
     """Count the forwards without a backward; each backend has a subclass that knows the expected upstream gradient.
 
-    A subclass has two methods. `expected` returns the upstream gradient that a forward expects, or the memory that
-    holds it. `learn` takes the upstream gradient of a backward, which forwards expect from then on.
+    A `Guess` is the upstream gradient that a forward expects, or the memory that holds it.
 
     Attributes:
         lost: the number of forwards in a row whose gradients were freed before a backward took them.
@@ -33,32 +35,40 @@ class Prediction:
         """Return whether a backward is expected."""
         return self.lost < PATIENCE
 
+    def expected(self) -> Guess:
+        """Return the guess that a forward reads."""
+        raise NotImplementedError
+
+    def learn(self, upstream: Tensor) -> Guess:
+        """Expect an upstream gradient from now on."""
+        raise NotImplementedError
+
 
 class Ahead:
     """Hold the gradients that a forward has written ahead, until a backward takes them.
 
     Args:
         prediction: the prediction of the plan, which counts gradients that are freed before a backward takes them.
-        expected: the last result of the forward.
+        written_for: the upstream gradient for which they were written, as the forward has returned it.
         gradients: the gradients.
     """
 
-    __slots__ = "expected", "gradients", "prediction"
+    __slots__ = "gradients", "is_taken", "prediction", "written_for"
 
-    def __init__(self, prediction: Prediction, expected: Any, gradients: Any) -> None:
-        self.prediction, self.expected, self.gradients = prediction, expected, gradients
+    def __init__(self, prediction: Prediction[Any], written_for: Written | None, gradients: Gradients) -> None:
+        self.prediction, self.written_for, self.gradients, self.is_taken = prediction, written_for, gradients, False
 
     def __del__(self) -> None:
-        if self.gradients is not None:
+        if not getattr(self, "is_taken", True):  # an interrupt may have come before the attributes
             self.prediction.lost += 1
 
-    def take(self) -> tuple[Any, Any]:
-        """Return the expected upstream gradient, and the gradients, to a backward that now owns them."""
-        gradients, self.gradients = self.gradients, None
-        return self.expected, gradients
+    def take(self) -> tuple[Written | None, Gradients]:
+        """Return the upstream gradient that was expected, and the gradients, to a backward that now owns them."""
+        self.is_taken = True
+        return self.written_for, self.gradients
 
 
-class OnHost(Prediction):
+class OnHost(Prediction[float]):
     """Predict on a CPU, where forwards take the expected upstream gradient as a number.
 
     A plan expects the upstream gradient of its last backward. A new plan expects the upstream gradient of the last
@@ -74,12 +84,13 @@ class OnHost(Prediction):
         """Return the upstream gradient that a forward expects."""
         return self.gradient
 
-    def learn(self, upstream: Tensor) -> None:
+    def learn(self, upstream: Tensor) -> float:
         """Expect an upstream gradient."""
         self.gradient = OnHost.latest = upstream.item()
+        return self.gradient
 
 
-class OnDevice(Prediction):
+class OnDevice(Prediction[Tensor]):
     """Predict on a GPU, where kernels read and write the expected upstream gradient in memory that is never freed.
 
     Before its first backward a plan expects the upstream gradient of the last backward of any plan on the device, and

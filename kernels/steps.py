@@ -1,20 +1,12 @@
-"""The time steps that count, on GPUs: one launch in each call encodes them as bytes, and counts them."""
+"""The time steps that count, on GPUs: one kernel encodes them as bytes, and counts them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastreg.kernels.launch import Launch
 from fastreg.kernels.reduction import CHUNK, is_last
-from fastreg.kernels.tiling import LARGE, ceil_div
-from fastreg.kernels.view import Layout, allocator
 
-SHARE = 4096  # steps: the least that a program gets
 AT_ONCE = 1024  # steps that a program encodes at once
 
 
@@ -83,35 +75,3 @@ def steps_kernel(
         for i in tl.static_range(2):  # .cg: past the L1 cache, which other programs' stores do not reach
             at = partials + i * programs + columns
             tl.store(counts + i, tl.sum(tl.load(at, mask=columns < programs, other=0, cache_modifier=".cg")))
-
-
-class Encoder:
-    """Encode and count the time steps of sequences that count, once for all launches of a call.
-
-    Args:
-        shape: `(sequences, time)`.
-        device: the device of the activations.
-    """
-
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        total = shape[0] * shape[1]
-        programs = min(ceil_div(total, SHARE), CHUNK.value)
-        share = ceil_div(ceil_div(total, programs), AT_ONCE) * AT_ONCE
-        index = tl.int64 if total >= LARGE else tl.int32
-        self.launch = Launch(steps_kernel, (total, shape[1], share, index, AT_ONCE), programs, device)
-        self.bits = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
-        self.counts, self.partials = (
-            allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)
-        )
-
-    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the bits and counts of `Values`.
-
-        Args:
-            lengths: `(sequences,)` integers on the device: how many time steps count; `None` if all count.
-            valid: `(sequences, time)` contiguous bool on the device: which time steps count; `None` if all count.
-            starts: like valid: the steps into which no change counts.
-        """
-        bits, counts, partials = self.bits(), self.counts(), self.partials()
-        self.launch(lengths, valid, starts, bits, counts, partials)
-        return bits, counts

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a gradient
 
 
 class Layout(NamedTuple):
@@ -20,34 +22,32 @@ class Layout(NamedTuple):
     aligned: bool  # to 16 bytes
 
 
-def layout_of(x: Any) -> Any:
-    """Return the layout of a plain, dense tensor, or `None` for `None`."""
-    return None if x is None else Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+def layout_of(x: Tensor) -> Layout:
+    """Return the layout of a plain, dense tensor."""
+    return Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
 
 
-def nothing(*_: Any) -> None:
+def nothing(*_: object) -> None:
     """Allocate nothing."""
 
 
-def allocator(layout: Layout | None, like: Layout | None = None) -> Callable[..., Any]:
+def allocator(layout: Layout, like: Layout | None = None) -> Callable[..., Tensor]:
     """Return a function that allocates memory of a dense layout, all of which a kernel will write.
 
     In deterministic mode PyTorch would fill the memory first.
 
     Args:
-        layout: the layout, or `None`; then the function returns `None`.
+        layout: the layout.
         like: the layout of the tensors that the function will be called with; `None` if it takes no argument.
     """
-    if layout is None:
-        return nothing
-    if torch._C._get_deterministic_algorithms():
+    if torch.are_deterministic_algorithms_enabled():
         return partial(_unfilled, layout)
     if like is not None and like.stride == layout.stride:
         return torch.empty_like  # which takes three quarters of the time
     return _new(layout)
 
 
-def _unfilled(layout: Layout, *_: Any) -> Tensor:
+def _unfilled(layout: Layout, *_: Tensor) -> Tensor:
     """Allocate memory by a storage, which PyTorch never fills."""
     shape, stride, dtype, device, _aligned = layout
     storage = torch.UntypedStorage(shape.numel() * dtype.itemsize, device=device)
@@ -70,20 +70,35 @@ class Operand(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Hold the tensors of a walk, or facts about them, in the order in which backends take them; None if there is none.
+    """Describe the tensors of a walk, in the order in which backends take them; None if there is none.
 
     raw, dropped            activations before and after dropout; a forward that has a mask writes dropped
     mask                    the dropout mask, already scaled
-    arrived                 a gradient that arrives at dropped, in a call that has a mask
+    upstream_dropped        the upstream gradient of dropped, in a call that has a mask
     grad_raw, grad_dropped  gradients to write
     """
 
-    raw: Any = None
-    mask: Any = None
-    arrived: Any = None
-    dropped: Any = None
-    grad_raw: Any = None
-    grad_dropped: Any = None
+    raw: Operand | None = None
+    mask: Operand | None = None
+    upstream_dropped: Operand | None = None
+    dropped: Operand | None = None
+    grad_raw: Operand | None = None
+    grad_dropped: Operand | None = None
+
+    def writes_gradients(self) -> bool:
+        """Return whether the walk writes gradients."""
+        return self.grad_raw is not None or self.grad_dropped is not None
+
+
+class Tensors(NamedTuple):
+    """Hold the tensors of a walk, with the fields of `Operands`."""
+
+    raw: Tensor | None = None
+    mask: Tensor | None = None
+    upstream_dropped: Tensor | None = None
+    dropped: Tensor | None = None
+    grad_raw: Tensor | None = None
+    grad_dropped: Tensor | None = None
 
 
 class View(NamedTuple):
@@ -97,10 +112,6 @@ class View(NamedTuple):
     def without_gradients(self) -> View:
         """Return the view of a launch that writes no gradients."""
         return self._replace(operands=self.operands._replace(grad_raw=None, grad_dropped=None))
-
-    def writes(self) -> bool:
-        """Return whether a launch writes gradients."""
-        return self.operands[4:] != (None, None)
 
     def divisors(self, reduction: str) -> tuple[int, int]:
         """Return the divisors of the sums of AR and TAR in a call in which all steps count; neither is 0."""
@@ -132,23 +143,34 @@ class Spec(NamedTuple):
 
 def switches(view: View, spec: Spec, is_forward: bool) -> Sequence[bool]:
     """Return the switches of a launch: sum AR, sum TAR, write AR's gradient, write TAR's; and whether AR is of raw."""
-    raw, _, _, dropped, *_ = view.operands
-    writes, ar, tar = view.writes(), spec.by_ar or spec.measured, spec.by_tar or spec.measured
-    sum_ar = is_forward and ar and (spec.ar_of_raw or dropped is not None)
-    sum_tar = is_forward and tar and raw is not None
+    operands, ar, tar = view.operands, spec.by_ar or spec.measured, spec.by_tar or spec.measured
+    writes = operands.writes_gradients()
+    sum_ar = is_forward and ar and (spec.ar_of_raw or operands.dropped is not None)
+    sum_tar = is_forward and tar and operands.raw is not None
     return sum_ar, sum_tar, writes and spec.by_ar, writes and spec.by_tar, spec.ar_of_raw and ar
+
+
+class Steps(NamedTuple):
+    """Say which time steps count, on the device of the activations.
+
+    bits    (outer, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; None if all count
+    counts  (2,) int64: how many steps and changes count; None if all do, or if the sums are not divided
+    """
+
+    bits: Tensor | None = None
+    counts: Tensor | None = None
+
+
+ALL_STEPS = Steps()
 
 
 class Values(NamedTuple):
     """Hold the values that a launch reads beside activations; no plan depends on them.
 
     alpha, beta  coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
-    bits         (outer, time) uint8 on the same device: bit 0 is set if the time step counts, bit 1 if the change into
-                 it counts; None if all steps count
-    counts       (2,) int64 there: how many steps and changes count; None if all do, or if the sums are not divided
+    steps        the time steps that count
     """
 
-    alpha: Any
-    beta: Any
-    bits: Tensor | None = None
-    counts: Tensor | None = None
+    alpha: Coefficient
+    beta: Coefficient
+    steps: Steps = ALL_STEPS

@@ -63,6 +63,10 @@ def starts_for(x: Tensor) -> Tensor:
     return ~marks_for(x).roll(2)
 
 
+def time_first(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: mask(x).t()
+
+
 def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
     """Take the first rows of a tensor, of any number of axes, for packed ones."""
     return PackedSequence(x.flatten(0, -2)[: sum(sizes)], torch.tensor(sizes))
@@ -134,7 +138,9 @@ CALLS: dict[str, Call] = {
 # Further ones, for derivatives.
 MORE_CALLS: dict[str, Call] = {
     "valid": partial(pair, valid=marks_for),
-    "marks_time_first": partial(pair, axes=(0, 1), time_dim=0, valid=marks_for, starts=starts_for),
+    "marks_time_first": partial(
+        pair, axes=(0, 1), time_dim=0, valid=time_first(marks_for), starts=time_first(starts_for)
+    ),
     "packed": of_packed,
     "tensors": partial(of_tensors, pair),
     "full_mask": partial(dropout, mask=full_mask_for),

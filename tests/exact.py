@@ -31,14 +31,20 @@ def steps_of(
     batch = 0 if axis else 1 if x.dim() > 2 else None
     shape = [n if i in (axis, batch) else 1 for i, n in enumerate(x.shape)]
     steps = torch.ones(1 if batch is None else x.shape[batch], x.shape[axis], dtype=torch.bool)
+
+    def by_sequence(mask: Tensor) -> Tensor:
+        """Return a mask, which has the axes of x in their order, as (batch, time) bool."""
+        assert list(mask.shape) == [x.shape[i] for i in sorted({axis, batch} - {None})]
+        return (mask if axis else mask.t()).cpu().reshape(steps.shape) != 0
+
     if lengths is not None:
         steps = torch.arange(x.shape[axis]) < lengths.cpu().unsqueeze(-1)
     elif valid is not None:
-        steps = valid.cpu().reshape(steps.shape) != 0
+        steps = by_sequence(valid)
     changes = steps & steps.roll(1, 1)
     changes[:, :1] = False
     if starts is not None:
-        changes &= starts.cpu().reshape(steps.shape) == 0
+        changes &= ~by_sequence(starts)
     along, into = ((marks if axis else marks.t()).reshape(shape).to(x.device) for marks in (steps, changes))
     return along, into
 

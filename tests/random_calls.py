@@ -122,16 +122,17 @@ class Kind:
         return memory(values.to(self.device), self.draw, expands).requires_grad_(self.need_gradients[i])
 
     def steps(self) -> dict[str, Tensor]:
-        """Draw lengths, valid steps and starts."""
+        """Draw lengths, valid steps and starts; masks have the axes of batch and time in the order of the shape."""
         batch, time = 0 if self.axis else 1, self.shape[self.axis]
-        sequences = self.shape[batch] if self.axis or len(self.shape) > 2 else 1
+        axes = sorted([batch, self.axis]) if self.axis or len(self.shape) > 2 else [self.axis]
+        sequences = self.shape[batch] if len(axes) > 1 else 1
         given = {}
         if "lengths" in self.marks:
             lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
             given["lengths"] = lengths.to(self.draw.choice(INTEGERS[time > 127 :]))
         for name in [x for x in self.marks if x != "lengths"]:
             share = self.draw.choice([0.3, 0.8, 1.0]) if name == "valid" else 0.3
-            marks = torch.rand(sequences, time, generator=self.bits) < share
+            marks = torch.rand([self.shape[axis] for axis in axes], generator=self.bits) < share
             given[name] = marks.to(self.draw.choice([torch.bool, *INTEGERS]))
         for name, x in given.items():
             given[name] = self.draw.choice([x, x, x.t().contiguous().t(), torch.stack([x] * 2, -1)[..., 0]])

@@ -22,10 +22,11 @@ from fastreg.attach.mark import mapped, mark, tensors_in
 from fastreg.attach.runs import Alarm, Calls, Run
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
+from fastreg.call.private import current, hooks_on_saved, version_of
 from fastreg.call.problem import ARTAR, Options, TimeAxis, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import Call, FusedRNNDropout, calls_in
-from fastreg.call.selectors import selectors_of
-from fastreg.call.torch_state import current, hooks_on_saved, transformed, untraced, version_of
+from fastreg.call.steps import given_steps
+from fastreg.call.torch_state import transformed, untraced
 
 SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
@@ -231,19 +232,20 @@ class Attachment(AbstractContextManager["Attachment"]):
         whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
         if terms is None and (raw.requires_grad or dropped.requires_grad):
             pair = whole, dropped if call.packed is None else call.packed._replace(data=dropped)
-            options = Options(*call.time_axis, "mean", True, self._ar_of_raw, predicts=False)
-            selectors = selectors_of(None, call.masks.get("valid"), call.masks.get("starts"))
-            terms = penalize(pair, call.coefficients, selectors, options)
+            batch_first, time_dim = call.time_axis
+            options = Options(batch_first, time_dim, measured=True, ar_of_raw=self._ar_of_raw, predicts=False)
+            steps = given_steps(None, call.masks.get("valid"), call.masks.get("starts"))
+            terms = penalize(pair, call.coefficients, steps, options)
         if run is None:
             return
         needs_gradient = terms is not None and terms.penalty.requires_grad
-        steps = raw.shape[call.time_axis.number()] if call.packed is None else len(call.packed.batch_sizes)
+        time_steps = raw.shape[call.time_axis.number()] if call.packed is None else len(call.packed.batch_sizes)
         run.terms, run.is_held = terms, needs_gradient or dropped.requires_grad
-        run.is_one_step = steps == 1 and is_on(call.coefficients[1])
+        run.is_one_step = time_steps == 1 and is_on(call.coefficients[1])
         if not run.is_held:
             self.calls.constant += 1
             self.alarm.forget(run)
-        self.time_steps, self._shown = steps, self._shown or described(whole, call.time_axis, call.masks)
+        self.time_steps, self._shown = time_steps, self._shown or described(whole, call.time_axis, call.masks)
 
 
 def described(raw: Tensor | PackedSequence, time_axis: TimeAxis, masks: Mapping[str, Tensor]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
+from fastreg.call.private import apply_of
+
 
 class FastregAttach(Function):  # PyTorch's error for a change in place shows this name
     """Pass a tensor and its gradient on, and hold a run.
@@ -32,9 +34,8 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
         return None, None, gradient
 
 
-# `mark(run, as_view, x)` returns a tensor that needs a gradient behind a node that holds a run. It is `Function.apply`
-# without its part for transforms of torch.func, under which nothing is marked; this saves 3 us.
-mark: Any = super(Function, FastregAttach).apply  # pyright: ignore[reportAttributeAccessIssue]
+# `mark(run, as_view, x)` returns a tensor that needs a gradient behind a node that holds a run.
+mark: Any = apply_of(FastregAttach)
 
 
 def runs_of(loss: Tensor) -> Iterator[Any]:

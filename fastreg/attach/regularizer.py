@@ -22,9 +22,10 @@ from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.runs import take
 from fastreg.attach.source import Masks, Source
-from fastreg.call.arguments import check_coefficient, check_count, check_selectors, time_axis_of
+from fastreg.call.arguments import check_coefficient, check_count, check_steps, time_axis_of
 from fastreg.call.operation import coefficient
 from fastreg.call.penalty import fused_ar_tar
+from fastreg.call.private import check_backwards_show
 from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
 from fastreg.call.torch_state import level_of_caller
 
@@ -158,7 +159,7 @@ class RNNRegularizer:
                 batch. Each warning comes once.
         """
         time_axis = time_axis_of(batch_first, time_dim)
-        check_selectors(lengths, valid, starts)
+        check_steps(lengths, valid, starts)
         if self._attachments:
             raise RuntimeError("on_loss_begin: modules are attached; remove() their handles, or leave out this call")
         decoded, raw, dropped = check_output(output)
@@ -302,6 +303,7 @@ class RNNRegularizer:
             RuntimeError: the module is attached with another dropout, and has not run since, or `on_loss_begin` is in
                 use; in a step, raw was changed in place, or the dropout gets it twice, or the module is a shallow copy.
         """
+        check_backwards_show()
         source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).with_time_axis()
         if self.layers is not None:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")

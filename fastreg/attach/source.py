@@ -65,7 +65,8 @@ class Masks:
                 masks[name] = mask
             elif mask is not None:
                 got = "a tensor without axes" if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"{name}: expected the callable to return a mask or None, got {got}")
+                words = "the callable to return a mask, with raw's batch and time axes, or None"
+                raise TypeError(f"{name}: expected {words}, got {got}")
         return masks
 
 

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.problem import TimeAxis, axes_of, is_list, sizes_of
+from fastreg.call.problem import ARTAR, Coefficient, One, TimeAxis, axes_of, is_list, names_of, sizes_of
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# The arguments that select the time steps that count: their dtypes, the dtypes in words, the remedy for another dtype.
-MASK = (torch.bool, *INTEGERS), "a bool or integer tensor", "; use .bool()"
-SELECTORS: dict[str, tuple[Sequence[torch.dtype], str, str]] = {
+# The arguments that say which time steps count: their dtypes, the dtypes in words, the remedy for another dtype.
+MARKS = (torch.bool, *INTEGERS), "a bool or integer tensor", "; use .bool()"
+STEPS: dict[str, tuple[Sequence[torch.dtype], str, str]] = {
     "lengths": (INTEGERS, "an integer tensor", "; use .long(), or pass a mask as valid="),
-    "valid": MASK,
-    "starts": MASK,
+    "valid": MARKS,
+    "starts": MARKS,
 }
 ACTIVATIONS = "a tensor, a PackedSequence, or a list or tuple of them"
 TWO_AXES = (
@@ -40,7 +40,7 @@ PAD = "; pad_packed_sequence returns a tensor and lengths"
 HINT = " (an RNN returns its output and its state: pass the output)"
 
 
-def _expect(fits: bool, name: str, words: str, *values: Any, error: type[Exception] = ValueError) -> None:
+def _expect(fits: bool, name: str, words: str, *values: object, error: type[Exception] = ValueError) -> None:
     """Raise an error unless an argument fits.
 
     Args:
@@ -115,12 +115,12 @@ def check_unchanged(before: Sequence[int], now: Sequence[int]) -> None:
         _expect(version == other, name, words, remedy, error=RuntimeError)
 
 
-def check_probability(p: Any) -> None:
+def check_probability(p: object) -> None:
     """Check that `p`, the probability to drop a unit, is from 0 to below 1."""
     _expect(0 <= _real("p", p) < 1, "p", "a probability from 0 to below 1, got {}", p)
 
 
-def time_axis_of(batch_first: Any, time_dim: Any) -> TimeAxis:
+def time_axis_of(batch_first: object, time_dim: object) -> TimeAxis:
     """Check that at most one of the two is given, and their types; return the axis of time, which is 1 by default."""
     if time_dim is None:
         check_flags(batch_first=batch_first is None or batch_first)
@@ -128,7 +128,8 @@ def time_axis_of(batch_first: Any, time_dim: Any) -> TimeAxis:
     _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
     is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
     _expect(is_axis, "time_dim", "an int, the axis of time, got {}", type(time_dim), error=TypeError)
-    return TimeAxis(None, index(time_dim))  # in compiled code int() returns no constant
+    # In compiled code int() returns no constant.
+    return TimeAxis(None, index(time_dim))  # pyright: ignore[reportArgumentType]
 
 
 def check_count(name: str, value: Any) -> int:
@@ -156,9 +157,9 @@ def _real(name: str, value: Any) -> float:
 # ---- lists of layers and packed sequences, before there are calls of one layer
 
 
-def _given(raw: Any, dropped: Any) -> dict[str, Any]:
-    """Return the activations that are not `None`, by their names."""
-    return {name: x for name, x in (("raw", raw), ("dropped", dropped)) if x is not None}
+def _given(raw: Any, dropped: Any, layer: int | None = None) -> dict[str, Any]:
+    """Return the activations that are not `None`, by their names in messages."""
+    return {name: x for name, x in zip(names_of(layer), (raw, dropped), strict=True) if x is not None}
 
 
 def check_given(name: str, value: object, is_read: bool, coefficient: str) -> None:
@@ -167,7 +168,7 @@ def check_given(name: str, value: object, is_read: bool, coefficient: str) -> No
         raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only if {coefficient} is 0)")
 
 
-def check_layers(raw: Any, dropped: Any) -> list[Sequence[Any]]:
+def check_layers(raw: Any, dropped: Any) -> list[tuple[One | None, One | None]]:
     """Check that lists of layers go together, and return raw and dropped of each layer; `None` for at most one list."""
     given = _given(raw, dropped)
     counts = [f"{len(x)} layers" if is_list(x) else "one tensor" for x in given.values()]
@@ -182,23 +183,27 @@ def check_layers(raw: Any, dropped: Any) -> list[Sequence[Any]]:
     return [*zip_longest(raw or (), dropped or ())]
 
 
-def check_like_first(i: int, pair: Sequence[Any], pair0: Sequence[Any], axis: int) -> None:
+def check_like_first(layer: int, pair: Sequence[Any], pair0: Sequence[Any], axis: int) -> None:
     """Check that a layer has the batch and the time steps of the first one."""
-    name, x, first = ("dropped", pair[1], pair0[1]) if pair[0] is None else ("raw", pair[0], pair0[0])
-    if type(x) is type(first) is Tensor and x.shape == first.shape:
+    at = pair[0] is None
+    x, x0 = pair[at], pair0[at]
+    if type(x) is type(x0) is Tensor and x.shape == x0.shape:
         return  # most layers; the other checks take 4 us
-    if not _check_packed_alike(f"{name}[{i}]", x, f"{name}[0]", first):
-        fits = x.dim() == first.dim() and sizes_of(x, axis) == sizes_of(first, axis)
+    name, name0 = names_of(layer)[at], names_of(0)[at]
+    if not _check_packed_alike(name, x, name0, x0):
+        fits = x.dim() == x0.dim() and sizes_of(x, axis) == sizes_of(x0, axis)
         words = "the batch and time steps of {}, of shape {}, got {}{}"
-        _expect(fits, f"{name}[{i}]", words, f"{name}[0]", first.shape, x.shape, HINT)
+        _expect(fits, name, words, name0, x0.shape, x.shape, HINT)
 
 
-def check_packed(raw: Any, dropped: Any, time_dim: int | None, selectors: Sequence[Any]) -> None:
+def check_packed(
+    raw: object, dropped: object, time_dim: int | None, steps: Sequence[Tensor | None] | None, layer: int | None
+) -> None:
     """Check packed sequences, `None` for at most one of them, and that no argument is given that does not fit them."""
-    for name, given in zip(SELECTORS, selectors, strict=True):
+    for name, given in () if steps is None else zip(STEPS, steps, strict=True):
         _expect(given is None, name, "None with a PackedSequence{}", PAD)
     _expect(time_dim in (None, 0, -2), "time_dim", "0 or None with a PackedSequence, got {}", time_dim)
-    pair = _given(raw, dropped)
+    pair = _given(raw, dropped, layer)
     for name, x in pair.items():
         _check_packed_alike(name, x, *next(iter(pair.items())))
         data, sizes = check_tensor(f"{name}.data", x.data), plain(x.batch_sizes)
@@ -208,11 +213,11 @@ def check_packed(raw: Any, dropped: Any, time_dim: int | None, selectors: Sequen
         _check_batch_sizes(name, sizes, data.shape[0])
 
 
-def check_tensor(name: str, x: Any) -> Tensor:
+def check_tensor(name: str, x: object) -> Tensor:
     """Check for a dense tensor."""
     if not isinstance(x, Tensor):
-        hint = PAD if isinstance(x, PackedSequence) else HINT if type(x) is tuple else ""
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
+        hints = {PackedSequence: PAD, ARTAR: "; pass its .penalty", tuple: HINT}
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hints.get(type(x), '')}")
     _check_dense(name, x)
     return x
 
@@ -253,9 +258,9 @@ def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
 # ---- one layer
 
 
-def check_pair(raw: Any, dropped: Any, time_dim: int | None) -> dict[str, Any]:
+def check_pair(raw: object, dropped: object, time_dim: int | None, layer: int | None) -> dict[str, Tensor]:
     """Check raw and dropped, and return them by their names; `None` for at most one of them."""
-    pair = _given(raw, dropped)
+    pair = _given(raw, dropped, layer)
     for given in pair.items():
         _expect(isinstance(given[1], Tensor), given[0], "{}, got {}", ACTIVATIONS, type(given[1]), error=TypeError)
         _check_dense(*given)
@@ -269,7 +274,7 @@ def check_pair(raw: Any, dropped: Any, time_dim: int | None) -> dict[str, Any]:
     return pair
 
 
-def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None:
+def check_devices(coefficients: Sequence[Coefficient], layer: Mapping[str, Tensor]) -> None:
     """Check that coefficients that are tensors are on the device of a layer."""
     for name, x in zip(("alpha", "beta"), coefficients, strict=True):
         if isinstance(x, Tensor):
@@ -279,41 +284,57 @@ def check_devices(coefficients: Sequence[Any], layer: Mapping[str, Any]) -> None
 # ---- which time steps count
 
 
-def check_selectors(lengths: object, valid: object, starts: object) -> None:
+def check_steps(lengths: object, valid: object, starts: object) -> None:
     """Check lengths, valid and starts: at most one of the first two, and their dtypes."""
     _expect(lengths is None or valid is None, "lengths and valid", "one of them, got both")
-    for name, given in zip(SELECTORS, (lengths, valid, starts), strict=True):
+    for name, given in zip(STEPS, (lengths, valid, starts), strict=True):
         if given is not None:
-            _check_tensor_of(name, given, *SELECTORS[name])
+            _check_tensor_of(name, given, *STEPS[name])
 
 
-def check_selectors_of(x: Any, time_dim: int, selectors: Mapping[str, Any]) -> None:
+def check_steps_of(x: Tensor, time_dim: int, steps: Mapping[str, Tensor | None]) -> None:
     """Check that the shapes and devices of lengths, valid and starts fit a layer."""
     check_no_parts(x)
-    batch, time = sizes_of(x, time_dim)
-    for name, given in selectors.items():
-        shape = list(given.shape)
+    batch, _ = sizes_of(x, time_dim)
+    for name, given in steps.items():
+        if given is None:
+            continue
         if name == "lengths":
-            _expect(shape == [batch], name, "shape ({},), one length a sequence, got {}", batch, given.shape)
+            fits = list(given.shape) == [batch]
+            _expect(fits, name, "shape ({},), one length a sequence, got {}", batch, given.shape)
         else:
-            fits = shape == [batch, time] or (shape == [time] and axes_of(x, time_dim)[1] is None)
-            layout = ", in every layout" if time_dim == -len(x.shape) else ""
-            words = "shape ({}, {}), batch and time steps{}, got {}{}"
-            are_lengths = not fits and shape == [batch]
-            remedy = "; a mask of lengths is torch.arange(time) < lengths[:, None]" if are_lengths else ""
-            _expect(fits, name, words, batch, time, layout, given.shape, remedy)
+            _check_shape_of_steps(name, given, x, time_dim)
         words = "a tensor on {}, or another device with memory, got one on meta"
         _expect(x.is_meta or not given.is_meta, name, words, x.device)
 
 
-def check_no_parts(x: Any) -> None:
+def _check_shape_of_steps(name: str, given: Tensor, x: Tensor, time_dim: int) -> None:
+    """Check that valid or starts has the batch and time axes of activations, in their order."""
+    time, batch = axes_of(x, time_dim)
+    axes = [time] if batch is None else sorted([batch, time])
+    shape, expected = list(given.shape), [x.shape[axis] for axis in axes]
+    if shape == expected:
+        return
+    remedy = ""
+    if shape == expected[::-1]:
+        remedy = f", which is transposed; use {name}.T"
+    elif batch is not None and shape == [x.shape[batch]]:
+        remedy = "; a (batch, time) mask of lengths is torch.arange(time) < lengths[:, None]"
+    elif given.shape == x.shape:  # of two axes, which are read as time and hidden
+        remedy = f"; if the activations are numbers, (time, batch), pass their .T and {name}.T with time_dim=1"
+    names = "(time,)" if batch is None else "(time, batch)" if time < batch else "(batch, time)"
+    words = "shape {} = {}, as the activations have these axes, got {}{}"
+    _expect(False, name, words, names, torch.Size(expected), given.shape, remedy)
+
+
+def check_no_parts(x: Tensor) -> None:
     """Refuse a DTensor: the encoded steps are plain tensors and cannot be mixed with it."""
     words = "no DTensor with lengths, valid steps or starts, and no packed DTensor; pass x.to_local() of each part"
     _expect(getattr(x, "to_local", None) is None, "raw and dropped", words, error=TypeError)
 
 
 def check_range(name: str, time: int, x: Tensor) -> None:
-    """Check the values of lengths or of a mask on the CPU."""
+    """Check the values of lengths, valid or starts on the CPU."""
     # Python compares a few values in a third of the time that an operator takes.
     values = x.reshape(-1).tolist() if x.numel() <= 100 else [*map(int, x.aminmax())]
     least, greatest = min(values), max(values)
@@ -345,7 +366,7 @@ def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
 
 
 def _check_tensor_of(name: str, x: Any, dtypes: Sequence[torch.dtype], words: str, remedy: str = "") -> None:
-    made = "; use torch.tensor()" if is_list(x) else ""
+    made = "; use torch.tensor()" if type(x) in (list, tuple) else ""
     _expect(isinstance(x, Tensor), name, "{}, got {}{}", words, type(x), made, error=TypeError)
     _expect(x.dtype in dtypes, name, "{}, got one of {}{}", words, x.dtype, remedy, error=TypeError)
     _check_dense(name, x)
@@ -361,6 +382,6 @@ def _check_no_gradient(name: str, x: Tensor) -> None:
     _expect(not x.requires_grad, name, "a tensor that requires no gradient, got one that does")
 
 
-def _check_device(name: str, x: Any, other: str, y: Any) -> None:
+def _check_device(name: str, x: Tensor, other: str, y: Tensor) -> None:
     words = "a tensor on {}, where {} is, got one on {}"
     _expect(x.device == y.device, name, words, y.device, other, x.device)

@@ -6,29 +6,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 
 from fastreg.call.key import PLANS
 from fastreg.call.torch_state import has_float64, level_of_caller
 from fastreg.kernels import cpu
+from fastreg.kernels.backend import Backend
 
 # Without these options pip would install the wheel of the last build again.
 REINSTALL = "pip install --no-cache-dir --force-reinstall --no-deps ."
-
-
-class Backend(NamedTuple):
-    """Hold the code for some devices: its name, and its classes, which have the same interface in all backends.
-
-    `forward` and `backward` launch walks. `encoder` encodes the time steps that count, once for all launches of a call.
-    """
-
-    name: str
-    forward: Any
-    backward: Any
-    encoder: Any
-
 
 CPP: Backend | None = None
 if cpu.reason() is None:
@@ -38,31 +25,32 @@ WHY_NO_TRITON, _interpreted = "", False
 try:
     from triton import knobs
 
-    from fastreg.kernels.ar_tar import Backward, Forward
-    from fastreg.kernels.steps import Encoder
+    from fastreg.kernels import gpu
 except Exception as error:  # Triton has no build for some platforms, and a broken one may raise anything
     WHY_NO_TRITON = f"Triton cannot be used ({type(error).__name__}: {error}); in a clone: pip install '.[gpu]'"
 else:
     _interpreted = knobs.runtime.interpret
-    TRITON = Backend("the Triton kernels" + (", interpreted" if _interpreted else ""), Forward, Backward, Encoder)
+    name = "the Triton kernels" + (", interpreted" if _interpreted else "")
+    TRITON = Backend(name, gpu.Forward, gpu.Backward, gpu.Encoder)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
+DEVICES = {"cpu": "CPUs", "cuda": "GPUs", "xpu": "GPUs"}  # in messages, by their kind
 
 
 def backend_for(device: torch.device) -> Backend | None:
     """Return the code that runs on a device, or `None` if the plain formula runs there."""
     installed, chosen = (CPP, _cpu) if device.type == "cpu" else (TRITON, TRITON)
     if device.type not in ("cpu", "cuda", "xpu") or not has_float64(device):
-        return None
+        installed = chosen = None
     if installed is None and chosen is None:
-        _warn_of_the_formula(device.type)
+        warn_of_the_formula(device.type)
     return chosen
 
 
 @cache
-def _warn_of_the_formula(kind: str) -> None:
+def warn_of_the_formula(kind: str) -> None:
     """Warn, once in a process for each kind of device, that calls are slower than necessary."""
-    devices, why = "CPUs" if kind == "cpu" else "GPUs", why_formula(torch.device(kind))
+    devices, why = DEVICES.get(kind, kind), why_formula(torch.device(kind))
     warnings.warn(f"fastreg runs the plain formula on {devices}: {why}", stacklevel=level_of_caller())
 
 

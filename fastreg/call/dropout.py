@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Plan, compute
+from fastreg.call.operation import Inputs, Pair, Plan, compute, problem_of
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, WithTerms
+from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, Problem, WithTerms
 from fastreg.call.reference import ar_tar
-from fastreg.call.selectors import Selectors, selectors_of
+from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.call.torch_state import keepable, plain
-from fastreg.kernels.view import Values, allocator, layout_of
+from fastreg.kernels.backend import Backend, Backward
+from fastreg.kernels.prediction import Ahead, Gradients
+from fastreg.kernels.view import Operands, Tensors, Values, allocator, layout_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -111,8 +113,8 @@ def fused_dropout_ar_tar(
     """
     if training is not True:
         check_flags(training=training)
-    selectors, options = selectors_of(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
-    return drop_and_penalize(raw, (alpha, beta), selectors, options, Drop(p, mask, training))
+    steps, options = given_steps(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
+    return drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
 
 
 class Drop(NamedTuple):
@@ -121,20 +123,20 @@ class Drop(NamedTuple):
     p, mask, training  as for `fused_dropout_ar_tar`
     """
 
-    p: Any
-    mask: Any = None
+    p: float
+    mask: Tensor | None = None
     training: bool = True
 
 
 def drop_and_penalize(
-    raw: Any, coefficients: Sequence[Any], selectors: Selectors | None, options: Options, drop: Drop
+    raw: Tensor, coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options, drop: Drop
 ) -> tuple[Tensor, Any]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
         raw: as `fused_dropout_ar_tar` takes it.
         coefficients: alpha and beta.
-        selectors: the selectors of the call, or `None` if all time steps count.
+        steps: the steps that the call counts, or `None` if it counts all.
         options: the other arguments of the penalty.
         drop: the arguments of the dropout.
 
@@ -150,11 +152,12 @@ def drop_and_penalize(
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
-        return raw, penalize((raw, raw), coefficients, selectors, options)
+        return raw, penalize((raw, raw), coefficients, steps, options)
     if mask is not None:  # before the key: a copy may have other metadata
         mask = keepable(plain(check_tensor("mask", mask)))
     activations = raw, float(p) if mask is None else mask
-    return compute(DropoutPlan, activations, coefficients, selectors, options)
+    results: Any = compute(DropoutPlan, activations, coefficients, steps, options)
+    return results[0][0], results[1]
 
 
 class DropoutPlan(Plan):
@@ -162,67 +165,81 @@ class DropoutPlan(Plan):
 
     The tensors of a call are raw and the mask.
 
-    Args:
-        inputs: raw, the mask or the probability to drop a unit, alpha and beta.
-        options: the other arguments of the call.
-        is_kept: as for `Plan`.
-
     Attributes:
         row: the shape of a mask with one row for all time steps.
         allocate: a function that allocates dropped, or the gradient of raw.
-        forward: the forward of the backend.
-        backwards: a backward of the backend for each kind of upstream gradients.
+        raw, mask, written: the operands: raw, the mask, and dropped or the gradient of raw.
+        forward: the launch of the forward.
+        backward_of: a function of the backend that prepares the launch of a backward.
+        backwards: the launches of backwards, one for each kind of upstream gradients.
     """
 
-    def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
-        raw, mask, *others = inputs
-        super().__init__((raw, None), others, options, is_kept)
-        self.row = list(raw.shape)
-        self.row[self.spec.time_dim] = 1
-        if isinstance(mask, Tensor):
-            check_mask(mask, raw, self.row)
+    def __init__(self, problem: Problem, backend: Backend | None) -> None:
+        super().__init__(problem, backend)
+        self.row = row_of(problem)
+        self.backwards: dict[object, Backward] = {}
 
-    def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
+    @staticmethod
+    def checked(inputs: Inputs, options: Options, layer: int | None) -> Problem | None:
+        """Check raw and the mask."""
+        raw, mask, *coefficients = inputs
+        problem: Any = problem_of(raw, None, coefficients, options, layer)  # raw is never `None`
+        if isinstance(mask, Tensor):
+            check_mask(mask, raw, row_of(problem))  # pyright: ignore[reportArgumentType]
+        return problem
+
+    def tensors_of(self, first: Any, second: Any) -> Pair:
         """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`."""
         if isinstance(second, Tensor):
             return first, second
         return first, first.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
 
-    def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
+    def formula(self, values: Values, tensors: Any) -> tuple[Sequence[Tensor], ARTAR]:
         """Compute dropped, and the penalty and its terms, in plain PyTorch."""
         raw, mask = tensors
         dropped = raw * mask
         if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
             dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
-        return dropped, ar_tar(raw, dropped, values, self.spec)
+        return [dropped], ar_tar(raw, dropped, values, self.spec)
 
-    def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
+    def prepare(self, backend: Backend, tensors: Any, layouts: Any) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
-        raw, self.operands, self.backwards = tensors[0], layouts, {}
-        self.needs, self.saves = [torch.is_grad_enabled() and raw.requires_grad, False], [True, True]
-        self.written = self.fold.dense(layouts[0])
-        self.allocate = allocator(self.written, layouts[0])
-        view = self.fold.view(*layouts, None, self.written, None, None)
-        self.forward = self.backend.forward(view, self.spec, raw.device)
+        raw, mask = layouts
+        self.needs, self.saves_all = (torch.is_grad_enabled() and tensors[0].requires_grad, False), True
+        written = self.fold.dense(raw)
+        self.allocate, of = allocator(written, raw), self.fold.operand
+        self.raw, self.mask, self.written = of(raw), of(mask), of(written)
+        view = self.fold.view(Operands(raw=self.raw, mask=self.mask, dropped=self.written))
+        self.forward, self.backward_of = backend.forward(view, self.spec, self.problem.device), backend.backward
 
-    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
+    def launch(self, values: Values, tensors: Any) -> tuple[tuple[Tensor, ...], None]:
         """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
-        dropped = self.allocate(tensors[0])
-        penalty, terms, _ = self.forward((*tensors, None, dropped, None, None), values)
+        raw, mask = tensors
+        dropped = self.allocate(raw)
+        penalty, terms, _ = self.forward(Tensors(raw=raw, mask=mask, dropped=dropped), values)
         return (dropped, penalty) if terms is None else (dropped, penalty, terms), None
 
-    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
+    def differentiate(self, upstream: Gradients, saved: Any, values: Values, ahead: Ahead | None) -> Gradients:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
-        (arrived, grad), (raw, mask), gradient = upstream, saved, self.allocate(saved[0])
-        key = None if arrived is None else (arrived.stride(), arrived.data_ptr() % 16 == 0), grad is None
+        (of_dropped, of_penalty), (raw, mask) = upstream, saved
+        key = None if of_dropped is None else (of_dropped.stride(), of_dropped.data_ptr() % 16 == 0), of_penalty is None
         launch = self.backwards.get(key)
         if launch is None:
-            if arrived is not None and not self.fold.fits(arrived.stride()):
-                return self.differentiate((self.allocate(raw).copy_(arrived), grad), saved, values, None)
-            spec = self.spec if grad is not None else self.spec._replace(by_ar=False, by_tar=False)
-            view = self.fold.view(*self.operands, layout_of(arrived), None, self.written, None)
-            launch = self.backend.backward(view, spec, raw.device)
+            if of_dropped is not None and not self.fold.fits(of_dropped.stride()):
+                return self.differentiate((self.allocate(raw).copy_(of_dropped), of_penalty), saved, values, None)
+            spec = self.spec if of_penalty is not None else self.spec._replace(by_ar=False, by_tar=False)
+            upstream_dropped = None if of_dropped is None else self.fold.operand(layout_of(of_dropped))
+            operands = Operands(raw=self.raw, mask=self.mask, upstream_dropped=upstream_dropped, grad_raw=self.written)
+            launch = self.backward_of(self.fold.view(operands), spec, self.problem.device, None)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
-        launch(grad, (raw, mask, arrived, None, gradient, None), values)
+        gradient = self.allocate(raw)
+        launch(of_penalty, Tensors(raw=raw, mask=mask, upstream_dropped=of_dropped, grad_raw=gradient), values, None)
         return gradient, None
+
+
+def row_of(problem: Problem) -> list[int]:
+    """Return the shape of a mask with one row for all time steps."""
+    row = list(problem.shape)
+    row[problem.spec.time_dim] = 1
+    return row

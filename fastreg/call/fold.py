@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +35,8 @@ class Fold(NamedTuple):
         neighbours = [*pairwise(self.outer), *pairwise([*self.inner, -1])]
         return all([stride[i] == stride[j] * shape[j] for i, j in neighbours])
 
-    def moved(self, x: Any) -> Any:
+    def moved(self, x: Tensor) -> Tensor:
         """Return a view of a tensor or of a mask as `(outer, time, inner)`, or a copy if kernels cannot read that."""
-        if x is None:
-            return None
         outer, time, inner = self.sizes()
         if x.stride(self.time) == 0 and not x.requires_grad:  # a repeated time step is copied once
             x = x.narrow(self.time, 0, 1)
@@ -50,7 +48,7 @@ class Fold(NamedTuple):
         order = self.order()
         return x.reshape([self.shape[i] for i in order]).permute(sorted(order, key=order.__getitem__))
 
-    def order(self) -> Sequence[int]:
+    def order(self) -> list[int]:
         """Return all axes in the order of their folds."""
         axes = [*self.outer, self.time, *self.inner]
         return [*{*range(len(self.shape))} - {*axes}, *axes]
@@ -74,11 +72,14 @@ class Fold(NamedTuple):
         """Return the sizes of outer, time and inner."""
         return self.size(self.outer), self.shape[self.time], self.size(self.inner)
 
-    def view(self, *layouts: Layout | None) -> View:
-        """Return the view of operands that fit."""
+    def operand(self, x: Layout | None) -> Operand | None:
+        """Describe a tensor that fits."""
         outer = (self.time, *self.outer)[-1]
-        operands = [x and Operand(x.dtype, x.stride[outer], x.stride[self.time]) for x in layouts]
-        return View(*self.sizes(), Operands(*operands))
+        return None if x is None else Operand(x.dtype, x.stride[outer], x.stride[self.time])
+
+    def view(self, operands: Operands) -> View:
+        """Return the view of operands that fit."""
+        return View(*self.sizes(), operands)
 
 
 def fold_of(layouts: Sequence[Layout | None], time_dim: int, is_whole: bool) -> tuple[Fold, bool]:

@@ -8,19 +8,23 @@ is zero, a nonzero number, or a tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastreg.call.private import hooks_on_saved, is_deterministic
 from fastreg.call.problem import Options
-from fastreg.call.torch_state import hooks_on_saved, is_deterministic
 
-PLANS: dict[Any, Any] = {}  # the plans of calls, by their keys
+if TYPE_CHECKING:
+    from fastreg.call.operation import Plan
+
+Key = tuple[object, ...]
+PLANS: dict[Key, Plan] = {}  # the plans of calls, by their keys
 SIZE = 8192  # plans: enough for thousands of pairs of a batch size and a number of time steps; each takes up to 7.5 KB
 
 
-def key_of(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
+def key_of(operation: type[Plan], inputs: Sequence[object], options: Options) -> Key | None:
     """Return the key of a call, or `None` if its facts do not determine a plan.
 
     Args:
@@ -36,15 +40,15 @@ def key_of(operation: Any, inputs: Sequence[Any], options: Options) -> Any:
     return (operation, inputs[0] is inputs[1], *facts, *options, *map(type, options), *state)
 
 
-def keep(key: Any, plan: Any) -> None:
+def keep(key: Key, plan: Plan) -> None:
     """Keep a plan under a key, and drop all others if the memory is full; threads may do this at the same time."""
     if len(PLANS) >= SIZE:
         PLANS.clear()
-    one_of: dict[Any, Any] = {}  # equal facts share memory
+    one_of: dict[object, object] = {}  # equal facts share memory
     PLANS[tuple([one_of.setdefault((type(x), x), x) for x in key])] = plan
 
 
-def facts_of(values: Iterable[Any]) -> list[Any] | None:
+def facts_of(values: Iterable[object]) -> list[object] | None:
     """Return, in one list, all facts of some values that a check or a plan may depend on.
 
     A tensor has six facts. A float has one: whether it differs from 0.
@@ -52,7 +56,7 @@ def facts_of(values: Iterable[Any]) -> list[Any] | None:
     Returns:
         The facts; `None` if they do not determine a plan, or if a tensor has no memory, such as a wrapper of vmap.
     """
-    facts: list[Any] = []
+    facts: list[object] = []
     try:
         for x in values:
             # The values of a negated view have the other sign in memory. Zeros, meta and empty tensors have no address.

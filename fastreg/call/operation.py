@@ -1,15 +1,14 @@
 """One call: the plan under the key of its arguments, and the node that differentiates it.
 
-A call looks its plan up. If its key is new, `Plan` checks all arguments, and the plan is kept for later calls with the
-same key. Values are checked in every call.
+A call looks its plan up. If its key is new, `Plan.checked` checks all arguments, and a plan for the problem that they
+pose is kept for later calls with the same key. Values are checked in every call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from math import inf
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,29 +16,43 @@ from torch.autograd import Function
 
 from fastreg.call import arguments
 from fastreg.call.backends import backend_for
-from fastreg.call.fold import fold_of
+from fastreg.call.fold import Fold, fold_of
 from fastreg.call.key import PLANS, facts_of, keep, key_of
-from fastreg.call.problem import ARTAR, Coefficient, Options, compute_dtype, is_on, sizes_of
-from fastreg.call.torch_state import keepable, observed, plain, untraced, version_of
-from fastreg.kernels.view import Spec, Values, layout_of
+from fastreg.call.private import apply_of, version_of
+from fastreg.call.problem import ARTAR, Coefficient, Options, Problem, axes_of, compute_dtype, is_on, sizes_of
+from fastreg.call.steps import GivenSteps
+from fastreg.call.torch_state import keepable, observed, plain, untraced
+from fastreg.kernels.backend import Backend, Encoder
+from fastreg.kernels.prediction import Ahead, Gradients
+from fastreg.kernels.view import ALL_STEPS, Layout, Spec, Values, layout_of
 
 USUAL = {Tensor, float, type(None)}  # types that `plain` leaves alone
+# Raw; dropped, or for an operation that drops units, the mask or the probability to drop a unit; alpha and beta.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | float | None, Coefficient, Coefficient]
+Pair: TypeAlias = tuple[Tensor | None, Tensor | None]  # the tensors of a call: raw, and dropped or the mask
+Results: TypeAlias = tuple[Sequence[Tensor], Tensor | ARTAR]  # results before the penalty, and the penalty
 
 
 def compute(
-    operation: Any, activations: Sequence[Any], coefficients: Sequence[Any], selectors: Any, options: Options
-) -> Any:
+    operation: type[Plan],
+    activations: Sequence[Any],
+    coefficients: Sequence[Coefficient],
+    steps: GivenSteps | None,
+    options: Options,
+    layer: int | None = None,
+) -> Results | None:
     """Compute a call by the plan under its key; the first call with a key checks all arguments and makes the plan.
 
     Args:
         operation: the subclass of `Plan`.
-        activations: raw; and dropped, or for an operation that drops units, the mask or the probability to drop a unit.
+        activations: the first two of `Inputs`, not checked.
         coefficients: alpha and beta.
-        selectors: the `Selectors` of the call, or `None` if all time steps count.
+        steps: the steps that the call counts, or `None` if it counts all.
         options: the other arguments.
+        layer: the number of the layer in a list, for messages.
 
     Returns:
-        The result of the operation, or `None` if no term reads anything.
+        The results of the operation, or `None` if no term reads anything.
     """
     (first, second), (alpha, beta) = activations, coefficients
     key, plan, is_seen = None, None, observed()
@@ -53,29 +66,27 @@ def compute(
         one = plain(first)
         inputs = one, one if first is second else plain(second), alpha, beta
     if not is_seen:  # a compiler would compile again for each new plan
-        key = key_of(operation, inputs if selectors is None else (*inputs, *selectors.given), options)
+        key = key_of(operation, inputs if steps is None else (*inputs, *steps.given), options)
         try:
-            plan = PLANS.get(key)
+            plan = None if key is None else PLANS.get(key)
         except TypeError:  # an option of a wrong type, which may have no hash, is an error of the checks
             key = None
     is_new = plan is None
     if plan is None:
-        plan = operation(inputs, options, key is not None)
-    if plan.spec is None:
-        return None
+        problem = operation.checked(inputs, options, layer)
+        if problem is None:
+            return None
+        plan = operation(problem, None if key is None else backend_for(problem.device))
     tensors = plan.tensors_of(inputs[0], inputs[1])
-    if selectors is None:
-        values = Values(alpha, beta)
-    else:
-        bits, counts = selectors.encoded(inputs[1] if inputs[0] is None else inputs[0], plan)
-        values = Values(alpha, beta, bits, counts if options.reduction == "mean" else None)
+    counted = ALL_STEPS if steps is None else steps.encoded(inputs[1] if inputs[0] is None else inputs[0], plan)
+    values = Values(alpha, beta, counted)
     if is_new and key is not None:
         plan.finish(tensors, values)
         keep(key, plan)
     return plan(tensors, values)
 
 
-def checked_coefficient(name: str, value: Any) -> Coefficient:
+def checked_coefficient(name: str, value: object) -> Coefficient:
     """Check a coefficient; return a float, or a tensor that a backward can keep."""
     arguments.check_coefficient(name, value)
     return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
@@ -90,88 +101,114 @@ def coefficient(value: Any) -> Coefficient:
     return float(value)  # np.float64 is a float, but becomes one of Python's
 
 
+def problem_of(
+    raw: object, dropped: object, coefficients: Sequence[Coefficient], options: Options, layer: int | None
+) -> Problem | None:
+    """Check all arguments of the first call with a key, and return the problem that all calls with this key pose.
+
+    Args:
+        raw: raw; `None` if no term reads it.
+        dropped: dropped; `None` if the operation does not take it, or if no term reads it.
+        coefficients: alpha and beta.
+        options: the other arguments of the call.
+        layer: the number of the layer in a list, for messages.
+
+    Returns:
+        The problem, or `None` if no term reads anything.
+
+    Raises:
+        TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
+    """
+    arguments.check_options(options.reduction, return_terms=options.measured)
+    time_axis = arguments.time_axis_of(options.batch_first, options.time_dim)
+    if raw is None and dropped is None:
+        return None
+    pair = arguments.check_pair(raw, dropped, time_axis.time_dim, layer)
+    arguments.check_devices(coefficients, pair)
+    x = next(iter(pair.values()))
+    alpha, beta = coefficients
+    axis = time_axis.number() % x.dim() - x.dim()
+    spec = Spec(
+        by_ar=is_on(alpha),
+        by_tar=is_on(beta),
+        measured=options.measured,
+        ar_of_raw=options.ar_of_raw or raw is dropped,
+        dtype=options.dtype or compute_dtype(pair.values()),
+        time_dim=axis,
+        reduction=options.reduction,
+    )
+    return Problem(
+        spec=spec,
+        shape=x.shape,
+        sizes=sizes_of(x, axis),
+        is_time_first=axes_of(x, axis) == (0, 1),
+        device=x.device,
+        predicts=options.predicts,
+    )
+
+
 # ---- the plan
 
 
 class Plan:
     """Hold the facts that all calls with one key share, and compute these calls; each operation is a subclass.
 
-    The constructor is the front door: it checks all arguments of the first call. Without a backend, the plan computes
-    calls by the formula. Otherwise `finish` prepares launches. Threads share plans, so a plan is complete when it is
-    kept.
+    Without a backend, the plan computes calls by the formula. Otherwise `finish` prepares launches. Threads share
+    plans, so a plan is complete when it is kept.
 
     Args:
-        activations: raw and dropped; `None` for each that the operation does not take, or that no term reads.
-        coefficients: alpha and beta.
-        options: the other arguments of the call.
-        is_kept: whether later calls use the plan; it is `False` if plain PyTorch has to see each call.
+        problem: the problem that the calls pose.
+        backend: the code that runs; `None` if plain PyTorch has to see each call, or runs it.
 
     Attributes:
-        spec: what is computed; `None` if no term reads anything.
-        sizes: the numbers of sequences and of time steps.
-        backend: the code that runs; `None` if the formula computes the calls.
-        encoder: a function that encodes checked selectors; `None` until some are checked.
-        fold: the fold of the tensors of a call.
-        within: the plan that computes the calls of moved tensors; `None` if kernels read the tensors in place.
+        spec: what is computed, of the tensors that kernels or the formula read.
+        encoder: the function that encodes checked arguments; `None` until some are checked.
+        mover: the fold that moves the tensors of a call; `None` if kernels read them in place.
+        fold: the fold of the tensors that kernels read.
         needs: for each tensor of a call, whether it needs a gradient.
-        saves: for each tensor of a call, whether nodes save it.
+        saves_all: whether nodes save all tensors of a call, or only those that need a gradient.
         facts: the facts of the tensors that its nodes save.
         is_differentiable: whether a tensor of a call needs a gradient.
         in_memory: whether a coefficient is a tensor, which may change before the backward.
-
-    Raises:
-        TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
     """
 
-    spec: Any = None
-    backend: Any = None
-    encoder: Any = None
-    fold: Any = None
-    within: Any = None
+    encoder: Encoder | None = None
+    mover: Fold | None = None
+    fold: Fold
     needs: Sequence[bool] = ()
-    saves: Sequence[bool] = ()
-    facts: Sequence[Any] = ()
+    saves_all = False
+    facts: Sequence[object] = ()
 
-    def __init__(
-        self, activations: Sequence[Any], coefficients: Sequence[Any], options: Options, is_kept: bool
-    ) -> None:
-        raw, dropped = activations
-        alpha, beta = coefficients
-        arguments.check_options(options.reduction, return_terms=options.measured)
-        time_axis = arguments.time_axis_of(options.batch_first, options.time_dim)
-        if raw is None and dropped is None:
-            return
-        pair = arguments.check_pair(raw, dropped, time_axis.time_dim)
-        arguments.check_devices(coefficients, pair)
-        x, *_ = pair.values()
-        axis = time_axis.number() % x.dim() - x.dim()
-        self.sizes, self.backend = sizes_of(x, axis), backend_for(x.device) if is_kept else None
-        dtype = options.dtype or compute_dtype(pair.values())
-        of_raw = options.ar_of_raw or raw is dropped
-        self.spec = Spec(is_on(alpha), is_on(beta), options.measured, of_raw, dtype, axis, options.reduction)
+    def __init__(self, problem: Problem, backend: Backend | None) -> None:
+        self.problem, self.spec, self.backend = problem, problem.spec, backend
+
+    @staticmethod
+    def checked(inputs: Inputs, options: Options, layer: int | None) -> Problem | None:
+        """Check the arguments of the first call with a key, as `problem_of` does."""
+        raise NotImplementedError
 
     @staticmethod
     def read(first: Any, second: Any, alpha: Coefficient, beta: Coefficient, options: Options) -> Sequence[Any]:
         """Return the activations of a call, with `None` for a tensor that no term reads."""
         return first, second
 
-    def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
+    def tensors_of(self, first: Any, second: Any) -> Pair:
         """Return the tensors of a call, given its activations."""
         raise NotImplementedError
 
-    def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
-        """Compute a call in plain PyTorch; return its results. The last one is an `ARTAR`."""
+    def formula(self, values: Values, tensors: Pair) -> tuple[Sequence[Tensor], ARTAR]:
+        """Compute a call in plain PyTorch."""
         raise NotImplementedError
 
-    def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
-        """Prepare the launches of calls like this one; set `needs` and `saves`."""
+    def prepare(self, backend: Backend, tensors: Pair, layouts: Sequence[Layout | None]) -> None:
+        """Prepare the launches of calls like this one; set `needs` and `saves_all`."""
         raise NotImplementedError
 
-    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
+    def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Ahead | None]:
         """Launch the forward; return a tuple of results, with terms if they are wanted; and gradients."""
         raise NotImplementedError
 
-    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
+    def differentiate(self, upstream: Gradients, saved: Pair, values: Values, ahead: Ahead | None) -> Gradients:
         """Launch the backward; return a gradient, or `None`, for each tensor of the call.
 
         Args:
@@ -183,40 +220,53 @@ class Plan:
         """
         raise NotImplementedError
 
-    def finish(self, tensors: Sequence[Any], values: Values) -> None:
+    def finish(self, tensors: Pair, values: Values) -> None:
         """Prepare launches, for the tensors and the values of the first call, unless the formula computes the calls."""
         if self.backend is None:
             return
-        shape = next(x.shape for x in tensors if x is not None)
-        layouts = [x if x is None else layout_of(x.expand(shape)) for x in tensors]  # a mask may repeat one row
-        self.fold, fits = fold_of(layouts, self.spec.time_dim, values.bits is None)
+        is_whole = values.steps.bits is None
+        layouts = self.layouts(tensors, self.problem.shape)
+        self.fold, fits = fold_of(layouts, self.spec.time_dim, is_whole)
         if not fits:
-            self.within = copy(self)
-            self.within.spec = self.spec._replace(time_dim=-2)
-            self.within.finish([self.fold.moved(x) for x in tensors], values)
-            return
-        self.prepare(tensors, layouts)
+            self.mover, self.spec = self.fold, self.spec._replace(time_dim=-2)
+            tensors = moved(self.mover, tensors)
+            layouts = self.layouts(tensors, self.mover.sizes())
+            self.fold, _ = fold_of(layouts, -2, is_whole)
+        self.prepare(self.backend, tensors, layouts)
         self.is_differentiable = True in self.needs
         self.in_memory = isinstance(values.alpha, Tensor) or isinstance(values.beta, Tensor)
         self.facts = facts_of(self.saved(tensors)) or ()
 
-    def __call__(self, tensors: Sequence[Any], values: Values) -> Any:
-        """Compute a call, and return its results. The last one is the penalty, or an `ARTAR`."""
-        if self.within is not None:
-            *others, penalty = self.within([self.fold.moved(x) for x in tensors], values)
-            return *map(self.fold.restored, others), penalty
-        if self.backend is None:
-            *others, terms = self.formula(values, *tensors)
-            return *others, terms if self.spec.measured else terms.penalty
-        results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, *tensors)[0]
-        if not self.spec.measured:
-            return results
-        *others, penalty, terms = results
-        return *others, ARTAR(penalty, *terms.unbind())
+    @staticmethod
+    def layouts(tensors: Pair, shape: Sequence[int]) -> list[Layout | None]:
+        """Return the layouts of the tensors of a call; a mask may repeat one row."""
+        return [x if x is None else layout_of(x.expand(shape)) for x in tensors]
 
-    def saved(self, tensors: Sequence[Any]) -> Sequence[Any]:
+    def __call__(self, tensors: Pair, values: Values) -> Results:
+        """Compute a call, and return its results."""
+        mover = self.mover
+        if mover is not None:
+            tensors = moved(mover, tensors)
+        if self.backend is None:
+            others, terms = self.formula(values, tensors)
+            return others, terms if self.spec.measured else terms.penalty
+        results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)[0]
+        if self.spec.measured:
+            *others, penalty, terms = results
+            penalty = ARTAR(penalty, *terms.unbind())
+        else:
+            *others, penalty = results
+        return others if mover is None else [*map(mover.restored, others)], penalty
+
+    def saved(self, tensors: Pair) -> Sequence[Tensor | None]:
         """Return the tensors that a node saves, with `None` for others."""
-        return [x if is_saved else None for x, is_saved in zip(tensors, self.saves, strict=True)]
+        return tensors if self.saves_all else [x if need else None for x, need in zip(tensors, self.needs, strict=True)]
+
+
+def moved(mover: Fold, tensors: Pair) -> Pair:
+    """Return the tensors of a call in a form that kernels can read."""
+    first, second = tensors
+    return None if first is None else mover.moved(first), None if second is None else mover.moved(second)
 
 
 # ---- the node
@@ -230,12 +280,12 @@ class Node(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, values: Values, *tensors: Any) -> Any:
-        results, ctx.ahead = plan.launch(values, *tensors)
+    def forward(ctx: Any, plan: Plan, values: Values, first: Tensor | None, second: Tensor | None) -> Any:
+        results, ctx.ahead = plan.launch(values, (first, second))
         ctx.plan, ctx.values = plan, values
         if plan.in_memory:
             ctx.versions = versions_of(values)
-        ctx.save_for_backward(*plan.saved(tensors))
+        ctx.save_for_backward(*plan.saved((first, second)))
         if len(results) > 1:  # more outputs cost 3 us
             ctx.set_materialize_grads(False)  # PyTorch need not make zeros for an output without a gradient
             if plan.spec.measured:
@@ -243,7 +293,7 @@ class Node(Function):
         return results
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan, values = ctx.plan, ctx.values
         if plan.spec.measured:
             upstream = upstream[:-1]  # terms have no gradient
@@ -265,12 +315,11 @@ def versions_of(values: Values) -> Sequence[int]:
     return [version_of(x) if isinstance(x, Tensor) else 0 for x in (values.alpha, values.beta)]
 
 
-# `Function.apply` without its part for transforms of torch.func, under which no plan is used. This saves 3 us.
-_apply: Any = super(Function, Node).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply = apply_of(Node)
 
 
 @untraced  # Dynamo may compile the frame of a backward, and AOTAutograd cannot differentiate in it
-def differentiate_formula(plan: Plan, upstream: Sequence[Any], saved: Sequence[Any], values: Values) -> Sequence[Any]:
+def differentiate_formula(plan: Plan, upstream: Gradients, saved: Any, values: Values) -> Gradients:
     """Differentiate the formula, so that its gradients can be differentiated again.
 
     The formula runs in the dtype of the penalty, and each gradient is rounded once.
@@ -284,11 +333,11 @@ def differentiate_formula(plan: Plan, upstream: Sequence[Any], saved: Sequence[A
     again, dtype = torch.is_grad_enabled(), plan.spec.dtype
     tensors = [*zip(saved, plan.needs, strict=True)]
     with torch.enable_grad():
-        inputs = [
+        inputs: Any = [
             (x if x.requires_grad else x.detach().requires_grad_()).to(dtype).view_as(x) if need else x
             for x, need in tensors
         ]
-        *others, terms = plan.formula(values, *inputs)
+        others, terms = plan.formula(values, inputs)
         wanted = [x for x, need in zip(inputs, plan.needs, strict=True) if need]
         pairs = zip((*others, terms.penalty), upstream, strict=True)
         pairs = [(x, grad.to(x.dtype)) for x, grad in pairs if grad is not None and x.requires_grad]

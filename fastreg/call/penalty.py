@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import add
@@ -13,29 +12,33 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, time_axis_of
-from fastreg.call.operation import Plan, checked_coefficient, compute
+from fastreg.call.operation import Inputs, Pair, Plan, checked_coefficient, compute, problem_of
 from fastreg.call.packed import by_sequence
+from fastreg.call.private import hooks_on_saved
 from fastreg.call.problem import (
     ARTAR,
     Coefficient,
     NoTerms,
+    One,
     Options,
+    Problem,
+    TimeAxis,
     WithTerms,
     compute_dtype,
     is_list,
     is_on,
     layers_of,
+    names_of,
 )
 from fastreg.call.reference import ar_tar
-from fastreg.call.selectors import Selectors, selectors_of
-from fastreg.call.torch_state import hooks_on_saved
-from fastreg.kernels.prediction import Ahead
-from fastreg.kernels.view import Values, allocator
+from fastreg.call.steps import GivenSteps, given_steps
+from fastreg.kernels.backend import Backend, Backward
+from fastreg.kernels.prediction import Ahead, Gradients
+from fastreg.kernels.view import Layout, Operands, Tensors, Values, allocator, nothing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-One: TypeAlias = Tensor | PackedSequence
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
 
@@ -89,26 +92,25 @@ def fused_ar_tar(
         lengths: the number of time steps of each padded sequence: integers, `(batch,)`. Padding counts in neither sums
             nor divisors, and its gradient is 0. On the CPU lengths outside of 0 to the number of time steps are an
             error; on other devices they are clamped, because a check would wait for the device.
-        valid: a mask of the time steps that count, instead of lengths: `(batch, time)` in every layout, bool or
-            integers 0 and 1, such as an `attention_mask`. It is the inverse of PyTorch's `key_padding_mask`, which is
-            true at padding. A change counts if both of its steps count. Other steps count
-            in neither sums nor divisors, and their gradient is 0. On the CPU other integers are an error; on other
-            devices they count as 1.
-        starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream:
-            `(batch, time)` in every layout, like valid, by itself or beside lengths or valid. The change into such a
-            step does not count. The step itself counts in AR and in the change that follows. In reinforcement learning,
-            flags that mark the first step of an episode are starts as they are: CleanRL's `dones`, as `dones[step] =
-            next_done`, and SB3's `episode_starts`, both floats, so pass `.bool()`. Flags that mark its last step, the
-            `terminated | truncated` of the step that ended it, shift by one: `starts[:, 1:] = ended[:, :-1]`. It cannot
-            be given with a `PackedSequence`.
+        valid: a mask of the time steps that count, instead of lengths: bool, or integers 0 and 1. It has the batch and
+            time axes of raw, in the order in which raw has them: `(batch, time)`, such as an `attention_mask`; `(time,
+            batch)` with `batch_first=False`; `(time,)` for one sequence. Layers of a list share one mask. It is the
+            inverse of PyTorch's `key_padding_mask`, which is true at padding. A change counts if both of its steps
+            count. Other steps count in neither sums nor divisors, and their gradient is 0. On the CPU other integers
+            are an error; on other devices they count as 1.
+        starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream. Its
+            shape and dtype are as for valid, and it may be given beside lengths or valid. The change into such a step
+            does not count. The step itself counts in AR and in the change that follows. A rollout of `(time, batch)`
+            takes `batch_first=False, starts=dones.bool()` if its flags mark the first step of an episode; "Starts of
+            segments" in docs/behaviour.md says whose flags do. It cannot be given with a `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
 
     Returns:
-        The penalty: a 0-dim tensor, float64 if an input is float64, else float32. With `return_terms=True` an
-            `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are detached and do not contain the coefficients. A term
-            whose coefficient is 0 is computed, too; it is 0 if its activations are `None`.
+        The penalty: a 0-dim tensor, float64 if an input that is read is float64, else float32. With
+            `return_terms=True` an `ARTAR(penalty, ar, tar)`, whose `ar` and `tar` are detached and do not contain the
+            coefficients. A term whose coefficient is 0 is computed, too; it is 0 if its activations are `None`.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
@@ -125,13 +127,22 @@ def fused_ar_tar(
         >>> lengths = torch.tensor([10, 7, 3, 1])
         >>> terms = fused_ar_tar(raw.detach(), dropped.detach(), 2.0, 1.0, lengths=lengths, return_terms=True)
         >>> torch.testing.assert_close(terms.penalty, 2.0 * terms.ar + terms.tar)
+
+        Leave the changes out that lead into a new episode of a rollout, `(time, batch, hidden)`:
+
+        >>> states, dones = torch.randn(16, 6, 8), torch.rand(16, 6) < 0.1
+        >>> penalty = fused_ar_tar(states, states, 2.0, 1.0, batch_first=False, starts=dones)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    return penalize((raw, dropped), (alpha, beta), selectors_of(lengths, valid, starts), options)
+    return penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options)
 
 
 def penalize(
-    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
+    activations: Sequence[Any],
+    coefficients: Sequence[Coefficient],
+    steps: GivenSteps | None,
+    options: Options,
+    layer: int | None = None,
 ) -> Any:
     """Compute the penalty of activations, with its terms if they are wanted.
 
@@ -140,8 +151,9 @@ def penalize(
     Args:
         activations: raw and dropped, as `fused_ar_tar` takes them.
         coefficients: alpha and beta.
-        selectors: the selectors of the call, or `None` if all time steps count.
+        steps: the steps that the call counts, or `None` if it counts all.
         options: the other arguments.
+        layer: the number of the layer in a list, for messages.
 
     Raises:
         TypeError, ValueError: as `fused_ar_tar`.
@@ -151,32 +163,28 @@ def penalize(
         coefficients = alpha, beta = [*map(checked_coefficient, ("alpha", "beta"), coefficients)]
         raw, dropped = PenaltyPlan.read(raw, dropped, alpha, beta, options)
         if is_list(raw) or is_list(dropped):
-            return _sum_of_layers((raw, dropped), coefficients, selectors, options)
+            return _sum_of_layers((raw, dropped), coefficients, steps, options)
         if not raw is dropped is None:
             time_axis_of(options.batch_first, options.time_dim)
-            check_packed(raw, dropped, options.time_dim, (None,) * 3 if selectors is None else selectors.given)
-            activations, selected = by_sequence(raw, dropped)
-            selectors, options = Selectors(selected), Options(True, None, *[*options][2:])
-    result = compute(PenaltyPlan, activations, coefficients, selectors, options)
-    return _zero(activations, options.measured) if result is None else result[0]
+            check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
+            activations, steps = by_sequence(raw, dropped)
+            options = options.but(time_axis=TimeAxis())
+    results = compute(PenaltyPlan, activations, coefficients, steps, options, layer)
+    return _zero(activations, options.measured) if results is None else results[1]
 
 
 def _sum_of_layers(
-    activations: Sequence[Any], coefficients: Sequence[Any], selectors: Selectors | None, options: Options
+    activations: Sequence[Any], coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options
 ) -> Any:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
     axis = time_axis_of(options.batch_first, options.time_dim).number()
-    # Dynamo of PyTorch 2.8 traces neither `_replace` nor slices of named tuples.
-    options = Options(*[*options][:-1], compute_dtype(_tensors_of(activations)))  # pyright: ignore[reportCallIssue]
+    options = options.but(dtype=compute_dtype(_tensors_of(activations)))
     penalties: list[Any] = []
     for i, pair in enumerate(layers):
         if i > 0:
             check_like_first(i, pair, layers[0], axis)
-        try:
-            penalties.append(penalize(pair, coefficients, selectors, options))
-        except (TypeError, ValueError) as error:
-            raise type(error)(re.sub(r"\b(raw|dropped)\b", rf"\1[{i}]", str(error))) from None
+        penalties.append(penalize(pair, coefficients, steps, options, i))
     if options.measured:
         return ARTAR(*[reduce(add, terms) for terms in zip(*penalties, strict=True)])
     return reduce(add, penalties)
@@ -184,8 +192,8 @@ def _sum_of_layers(
 
 def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
     """Return a penalty of 0 on the device of the activations, if any are given, for a call with both terms off."""
-    tensors = _tensors_of(activations)
-    zero = torch.zeros((), dtype=compute_dtype(tensors), device=tensors[0].device if tensors else None)
+    tensors = _tensors_of(activations)  # which nothing reads, so their dtype does not matter
+    zero = torch.zeros((), dtype=torch.float32, device=tensors[0].device if tensors else None)
     return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
 
 
@@ -200,26 +208,22 @@ class PenaltyPlan(Plan):
     The tensors of a call are raw and dropped. Each is `None` if no term reads it; dropped is also `None` if AR is the
     mean square of raw.
 
-    Args:
-        inputs: raw, dropped, alpha and beta.
-        options: the other arguments of the call.
-        is_kept: as for `Plan`.
-
     Attributes:
-        predicts: whether the caller lets forwards write gradients ahead.
         grad_raw, grad_dropped: functions that allocate the gradients.
-        is_ahead: whether forwards do so, as long as backwards come.
+        is_ahead: whether forwards write gradients ahead, as long as backwards come.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 
-    backward: Any = None
+    backward: Backward
 
-    def __init__(self, inputs: Sequence[Any], options: Options, is_kept: bool) -> None:
+    @staticmethod
+    def checked(inputs: Inputs, options: Options, layer: int | None) -> Problem | None:
+        """Check raw and dropped."""
         raw, dropped, alpha, beta = inputs
-        check_given("raw", raw, is_on(beta), "beta")
-        check_given("dropped", dropped, is_on(alpha), "alpha")
-        super().__init__((raw, dropped), inputs[2:], options, is_kept)
-        self.predicts = options.predicts
+        name_of_raw, name_of_dropped = names_of(layer)
+        check_given(name_of_raw, raw, is_on(beta), "beta")
+        check_given(name_of_dropped, dropped, is_on(alpha), "alpha")
+        return problem_of(raw, dropped, (alpha, beta), options, layer)
 
     @staticmethod
     def read(first: Any, second: Any, alpha: Coefficient, beta: Coefficient, options: Options) -> Sequence[Any]:
@@ -228,43 +232,51 @@ class PenaltyPlan(Plan):
             return first, second
         return first if is_on(beta) else None, second if is_on(alpha) else None
 
-    def tensors_of(self, first: Any, second: Any) -> Sequence[Any]:
+    def tensors_of(self, first: Any, second: Any) -> Pair:
         """Return raw and dropped."""
         return first, None if self.spec.ar_of_raw else second
 
-    def formula(self, values: Values, *tensors: Any) -> Sequence[Any]:
+    def formula(self, values: Values, tensors: Pair) -> tuple[Sequence[Tensor], ARTAR]:
         """Compute the penalty and its terms in plain PyTorch."""
         raw, dropped = tensors
-        return (ar_tar(raw, dropped, values, self.spec),)
+        return [], ar_tar(raw, dropped, values, self.spec)
 
-    def prepare(self, tensors: Sequence[Any], layouts: Sequence[Any]) -> None:
+    def prepare(self, backend: Backend, tensors: Pair, layouts: Sequence[Layout | None]) -> None:
         """Prepare the launches. A term that is only measured has no gradient."""
-        (raw, dropped), spec, enabled = tensors, self.spec, torch.is_grad_enabled()
+        (raw, dropped), spec, fold = layouts, self.spec, self.fold
         by_raw, by_dropped = spec.by_tar or (spec.by_ar and spec.ar_of_raw), spec.by_ar and not spec.ar_of_raw
-        self.needs = enabled and by_raw and raw.requires_grad, enabled and by_dropped and dropped.requires_grad
-        self.saves = self.needs
-        written = [self.fold.dense(x) if need else None for x, need in zip(layouts, self.needs, strict=True)]
-        self.grad_raw, self.grad_dropped = map(allocator, written, layouts)
-        view, device = self.fold.view(layouts[0], None, None, layouts[1], *written), layouts[dropped is not None].device
+        asked = zip(tensors, (by_raw, by_dropped), strict=True)
+        self.needs = [torch.is_grad_enabled() and y and x is not None and x.requires_grad for x, y in asked]
+        self.saves_all = False not in self.needs
+        grad_raw, grad_dropped = (fold.dense(x) if x and y else None for x, y in zip(layouts, self.needs, strict=True))
+        self.grad_raw = nothing if grad_raw is None else allocator(grad_raw, raw)
+        self.grad_dropped = nothing if grad_dropped is None else allocator(grad_dropped, dropped)
+        of = fold.operand
+        operands = Operands(raw=of(raw), dropped=of(dropped), grad_raw=of(grad_raw), grad_dropped=of(grad_dropped))
+        view = fold.view(operands)
         # Where hooks pack saved tensors away, memory matters more than time.
-        self.is_ahead = self.predicts and True in self.needs and hooks_on_saved(False) is None
-        self.forward = self.backend.forward(view if self.is_ahead else view.without_gradients(), spec, device)
+        self.is_ahead = self.problem.predicts and True in self.needs and hooks_on_saved(False) is None
+        device = self.problem.device
+        self.forward = backend.forward(view if self.is_ahead else view.without_gradients(), spec, device)
         if True in self.needs:
-            self.backward = self.backend.backward(view, spec, device, self.forward.prediction)
+            self.backward = backend.backward(view, spec, device, self.forward.prediction)
 
-    def launch(self, values: Values, *tensors: Any) -> tuple[Any, Any]:
+    def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Ahead | None]:
         """Launch the forward; return the penalty, with the terms if they are wanted; and gradients."""
         (raw, dropped), forward = tensors, self.forward
         is_ahead = self.is_ahead and forward.prediction.comes()
-        gradients = (self.grad_raw(raw), self.grad_dropped(dropped)) if is_ahead else (None, None)
-        penalty, terms, expected = forward((raw, None, None, dropped, *gradients), values)
-        ahead = Ahead(forward.prediction, expected, gradients) if is_ahead else None
+        grad_raw, grad_dropped = (self.grad_raw(raw), self.grad_dropped(dropped)) if is_ahead else (None, None)
+        given = Tensors(raw=raw, dropped=dropped, grad_raw=grad_raw, grad_dropped=grad_dropped)
+        penalty, terms, written_for = forward(given, values)
+        ahead = Ahead(forward.prediction, written_for, (grad_raw, grad_dropped)) if is_ahead else None
         return (penalty,) if terms is None else (penalty, terms), ahead
 
-    def differentiate(self, upstream: Sequence[Any], saved: Sequence[Any], values: Values, ahead: Any) -> Any:
+    def differentiate(self, upstream: Gradients, saved: Pair, values: Values, ahead: Ahead | None) -> Gradients:
         """Launch the backward over the gradients of the forward, or over new memory; return the gradients."""
-        (grad,), (raw, dropped) = upstream, saved
-        expected, gradients = ahead.take() if ahead else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
+        raw, dropped = saved
+        written_for, gradients = ahead.take() if ahead else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
         self.forward.prediction.lost = 0
-        self.backward(grad, (raw, None, None, dropped, *gradients), values, expected)
+        grad_raw, grad_dropped = gradients
+        given = Tensors(raw=raw, dropped=dropped, grad_raw=grad_raw, grad_dropped=grad_dropped)
+        self.backward(upstream[0], given, values, written_for)
         return gradients

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a gradient
+from fastreg.kernels.view import Coefficient as Coefficient
+from fastreg.kernels.view import Layout, Spec
+
+One: TypeAlias = Tensor | PackedSequence  # the activations of a layer
 
 
 class ARTAR(NamedTuple):
@@ -30,6 +33,10 @@ class ARTAR(NamedTuple):
     penalty: Tensor
     ar: Tensor
     tar: Tensor
+
+    def __radd__(self, other: object) -> NoReturn:
+        """Refuse `loss + terms`."""
+        raise TypeError("ARTAR: expected its .penalty in a sum, loss + terms.penalty, got the three terms")
 
 
 class TimeAxis(NamedTuple):
@@ -76,13 +83,51 @@ class Options(NamedTuple):
     until the backward. If `dtype` is `None`, the dtype of the penalty follows from its tensors.
     """
 
-    batch_first: Any = None
-    time_dim: Any = None
-    reduction: Any = "mean"
-    measured: Any = False
+    batch_first: bool | None = None
+    time_dim: int | None = None
+    reduction: str = "mean"
+    measured: bool = False
     ar_of_raw: bool = False
     predicts: bool = True
-    dtype: Any = None
+    dtype: torch.dtype | None = None
+
+    def but(self, *, time_axis: TimeAxis | None = None, dtype: torch.dtype | None = None) -> Options:
+        """Return options with another axis of time or dtype; Dynamo of PyTorch 2.8 cannot trace `_replace`."""
+        batch_first, time_dim = time_axis or (self.batch_first, self.time_dim)
+        return Options(
+            batch_first=batch_first,
+            time_dim=time_dim,
+            reduction=self.reduction,
+            measured=self.measured,
+            ar_of_raw=self.ar_of_raw,
+            predicts=self.predicts,
+            dtype=self.dtype if dtype is None else dtype,
+        )
+
+
+def names_of(layer: int | None) -> tuple[str, str]:
+    """Return the names of raw and dropped in messages, with the number of their layer if they are in a list."""
+    at = "" if layer is None else f"[{layer}]"
+    return f"raw{at}", f"dropped{at}"
+
+
+class Problem(NamedTuple):
+    """Hold the facts of a call whose arguments were checked.
+
+    spec           what is computed
+    shape          the shape of its activations
+    sizes          the numbers of sequences and of time steps
+    is_time_first  whether time comes before the batch in activations, valid and starts
+    device         the device of its activations
+    predicts       whether a forward may write gradients ahead
+    """
+
+    spec: Spec
+    shape: torch.Size
+    sizes: tuple[int, int]
+    is_time_first: bool
+    device: torch.device
+    predicts: bool
 
 
 def is_on(coefficient: Coefficient) -> bool:
@@ -96,12 +141,12 @@ def is_on(coefficient: Coefficient) -> bool:
     return not guard_or_false(coefficient == 0)
 
 
-def compute_dtype(tensors: Iterable[Any]) -> torch.dtype:
+def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Return the dtype in which squares and sums are computed: float64 if any tensor is float64, else float32."""
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
 
 
-def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:
+def axes_of(x: Tensor | Layout, time_dim: int) -> tuple[int, int | None]:
     """Return the axes of time and of sequences, counted from the front.
 
     The axis of sequences is the first one beside time, or `None` for `(time, hidden)` and `(time,)`.
@@ -110,22 +155,23 @@ def axes_of(x: Any, time_dim: int) -> tuple[int, int | None]:
     return time, 0 if time > 0 else 1 if len(x.shape) > 2 else None
 
 
-def sizes_of(x: Any, time_dim: int) -> tuple[Any, Any]:
+def sizes_of(x: Tensor, time_dim: int) -> tuple[int, int]:
     """Return the numbers of sequences and of time steps."""
     time, batch = axes_of(x, time_dim)
     return 1 if batch is None else x.shape[batch], x.shape[time]
 
 
-def is_list(value: object) -> bool:
+def is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
     """Return whether a value is a list or tuple of layers; a `PackedSequence` is a tuple, too, but is one layer."""
     return isinstance(value, (list, tuple)) and not isinstance(value, PackedSequence)
 
 
-def data_of(x: Any) -> Tensor:
+def data_of(x: One) -> Tensor:
     """Return the tensor itself, or the rows of a `PackedSequence`."""
-    return x.data if type(x) is not Tensor and isinstance(x, PackedSequence) else x  # isinstance takes longer
+    return x.data if type(x) is not Tensor and isinstance(x, PackedSequence) else x  # pyright: ignore[reportReturnType]
 
 
-def layers_of(x: Any) -> Sequence[Any]:
+def layers_of(x: object) -> list[Tensor]:
     """Return the tensor or the packed rows of each layer of activations; for `None` there is no layer."""
-    return [*map(data_of, x if is_list(x) else () if x is None else (x,))]
+    layers: Sequence[Any] = x if is_list(x) else () if x is None else (x,)
+    return [*map(data_of, layers)]

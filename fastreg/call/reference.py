@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastreg.call.private import is_exporting
 from fastreg.call.problem import ARTAR, axes_of
-from fastreg.call.torch_state import has_float64, is_exporting
-from fastreg.kernels.view import Spec, Values
+from fastreg.call.torch_state import has_float64
+from fastreg.kernels.view import Coefficient, Spec, Steps, Values
 
-STEP, CHANGE = 1, 2  # the bits of `Values`: the step counts, the change into it counts
+STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
 
 
-def ar_tar(raw: Any, dropped: Any, values: Values, spec: Spec) -> ARTAR:
+def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec) -> ARTAR:
     """Compute the penalty of one layer, differentiable, and its terms, detached.
 
     Args:
@@ -33,7 +34,7 @@ def ar_tar(raw: Any, dropped: Any, values: Values, spec: Spec) -> ARTAR:
         `ARTAR(penalty, ar, tar)`, in the dtype of the penalty.
     """
     raw, dropped = (None if x is None else x.to(spec.dtype) for x in (raw, dropped))
-    given = dropped if raw is None else raw
+    given: Any = dropped if raw is None else raw
     elements, changes = _divisors(given, values, spec)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
@@ -45,7 +46,7 @@ def ar_tar(raw: Any, dropped: Any, values: Values, spec: Spec) -> ARTAR:
     ):
         mean = zero
         if x is not None and (is_in or spec.measured):
-            total = zero + form(x, values.bits, spec.time_dim).square().sum()
+            total = zero + form(x, values.steps.bits, spec.time_dim).square().sum()
             if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
@@ -53,14 +54,14 @@ def ar_tar(raw: Any, dropped: Any, values: Values, spec: Spec) -> ARTAR:
     return ARTAR(penalty, *means)
 
 
-def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[Any, Any]:
+def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[int | Tensor, int | Tensor]:
     """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
 
     A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
     """
     if spec.reduction == "sum":
         return 1, 1
-    elements, bits, counts = x.numel(), values.bits, values.counts
+    elements, (bits, counts) = x.numel(), values.steps
     if bits is None or counts is None:
         time = _at_least_1(x.shape[spec.time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
@@ -75,23 +76,21 @@ def _at_least_1(count: Any) -> Any:
     return max(count, 1) if type(count) is int else torch.sym_max(count, 1)  # this takes ten times as long
 
 
-def _weighted(total: Tensor, coefficient: Any, count: Any) -> Tensor:
+def _weighted(total: Tensor, coefficient: Coefficient, count: int | Tensor) -> Tensor:
     """Multiply a sum by its coefficient over a count; 0 leaves the sum out, even if it is infinite or NaN.
 
     The factor is computed in float64, as for numbers, and rounded once. So a coefficient in a tensor gives the same
     result as its `item()`. The factor comes first, because a coefficient times an upstream gradient may overflow.
     """
     wide = torch.float64 if has_float64(total.device) else total.dtype
-    weight, count = (x.to(total.device, wide) if isinstance(x, Tensor) else x for x in (coefficient, count))
-    factor = weight * (1 / count)  # a number over a tensor would be rounded in another way than a tensor over it
+    weight, of = (x.to(total.device, wide) if isinstance(x, Tensor) else x for x in (coefficient, count))
+    factor = weight * (1 / of)  # a number over a tensor would be rounded in another way than a tensor over it
     weighted = total * (factor.to(total.dtype) if isinstance(factor, Tensor) else factor)
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
-def encoded(
-    shape: tuple[Any, Any], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the bits and counts of `Values`, as the `encoder` of a backend does."""
+def encoded(shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+    """Return the steps that count, as the `encoder` of a backend does."""
     device = next(x.device for x in (lengths, valid, starts) if x is not None)
     step = torch.arange(shape[1], device=device)
     inside = torch.ones(shape, dtype=torch.bool, device=device) if valid is None else valid
@@ -100,7 +99,7 @@ def encoded(
     into = inside & inside.roll(1, 1) & (step > 0)  # without slices: a compiler would treat a size of 1 as another case
     if starts is not None:
         into = into & ~starts
-    return inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()])
+    return Steps(inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()]))
 
 
 def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:

@@ -18,9 +18,10 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
 from fastreg.call.operation import coefficient
+from fastreg.call.private import current
 from fastreg.call.problem import ARTAR, Coefficient, Options, TimeAxis, is_on
-from fastreg.call.selectors import selectors_of
-from fastreg.call.torch_state import current, level_of_caller
+from fastreg.call.steps import given_steps
+from fastreg.call.torch_state import level_of_caller
 
 NO_COEFFICIENTS = (
     "there is no penalty, because the module has neither alpha nor beta, and did not get the output of an RNN that a "
@@ -174,10 +175,10 @@ class FusedRNNDropout(nn.Module):
                 "(decoded, raw, dropped), which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
             )
         coefficients = (self.alpha, self.beta) if call is None else call.coefficients
-        time_axis = self.time_axis() if call is None else call.time_axis
-        options = Options(*time_axis, "mean", True, self.ar_of == "raw")
-        selectors, drop = selectors_of(None, valid, starts), Drop(self.p if p is None else p)
-        dropped, terms = drop_and_penalize(raw, coefficients, selectors, options, drop)
+        batch_first, time_dim = self.time_axis() if call is None else call.time_axis
+        options = Options(batch_first, time_dim, measured=True, ar_of_raw=self.ar_of == "raw")
+        steps, drop = given_steps(None, valid, starts), Drop(self.p if p is None else p)
+        dropped, terms = drop_and_penalize(raw, coefficients, steps, options, drop)
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if call is not None or torch.compiler.is_compiling() or current() == -1:

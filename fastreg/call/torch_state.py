@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-_count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_is_recorded: Callable[[], bool] = torch._C._is_tracing
-_are_functions_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
-is_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms  # half the time of the public function
-hooks_on_saved: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-current: Callable[[], int] = torch._C._current_graph_task_id  # this thread's backward; -1 for none
-compiler_of_frames: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # pyright: ignore[reportAttributeAccessIssue]
+from fastreg.call.private import (
+    MISSING,
+    are_functions_transformed,
+    break_graph,
+    compiler_of_frames,
+    count_modes,
+    disable_compiler,
+    is_recorded,
+    level_of_duals,
+    skip_code,
+)
+
+WHY_OUTSIDE = (
+    "fastreg runs the hooks of an attached module, and derivatives of the formula, outside the graph. Compile without "
+    "fullgraph=True, or call fused_ar_tar in the model instead of attaching its modules"
+)
+Function = TypeVar("Function", bound=Callable[..., object])
+Given = TypeVar("Given")
 
 
 def level_of_caller() -> int:
@@ -38,7 +48,9 @@ def untraced(function: Function) -> Function:
     """
 
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> object:
+        if torch.compiler.is_dynamo_compiling():
+            break_graph(WHY_OUTSIDE)
         if torch.compiler.is_dynamo_compiling() or compiler_of_frames() is not None:
             return _outside(run, function, args)
         return function(*args)
@@ -46,43 +58,42 @@ def untraced(function: Function) -> Function:
     return run  # pyright: ignore[reportReturnType]
 
 
-@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
-def _outside(run: Any, function: Any, args: Any) -> Any:
+@disable_compiler
+def _outside(run: Any, function: Callable[..., object], args: Sequence[object]) -> object:
     """Call a function without Dynamo."""
-    skip = getattr(torch._dynamo.eval_frame, "skip_code", bool)
-    skip(run.__code__)  # otherwise Dynamo compiles a frame for each kind of call
+    skip_code(run.__code__)  # otherwise Dynamo compiles a frame for each kind of call
     return function(*args)
 
 
 def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, and therefore has to see the formula."""
+    if MISSING:  # it may be tracing or transforming
+        _warn_of_missing()
+        return True
     return (
         torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
-        or _count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
-        or _is_recorded()  # torch.jit.trace records operators
-        or _are_functions_transformed()  # vmap and grad transform operators
-        or forward_ad._current_level >= 0  # forward mode differentiates operators
+        or count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
+        or is_recorded()  # torch.jit.trace records operators
+        or are_functions_transformed()  # vmap and grad transform operators
+        or level_of_duals() >= 0  # forward mode differentiates operators
     )
+
+
+@functools.cache
+def _warn_of_missing() -> None:
+    """Warn, once in a process, that calls are slower than necessary."""
+    lacks = f"this PyTorch, {torch.__version__}, lacks {', '.join(MISSING)}"
+    warnings.warn(f"fastreg runs the plain formula: {lacks}; update fastreg", stacklevel=level_of_caller())
 
 
 def transformed() -> bool:
     """Return whether torch.jit.trace, a transform of torch.func or forward mode runs, where hooks see no gradients."""
-    return _is_recorded() or _are_functions_transformed() or forward_ad._current_level >= 0
-
-
-def is_exporting() -> bool:
-    """Return whether `torch.export` is tracing; the public function of torch 2.8 is true in all compiled code."""
-    return torch.compiler._is_exporting_flag
+    return is_recorded() or are_functions_transformed() or level_of_duals() >= 0
 
 
 def has_float64(device: torch.device) -> bool:
     """Return whether a device has float64, which GPUs of Apple and some of Intel lack."""
     return device.type != "mps" and (device.type != "xpu" or torch.xpu.get_device_properties(device).has_fp64)
-
-
-def version_of(x: Tensor) -> int:
-    """Return how often a tensor was changed in place; for tensors of inference mode PyTorch does not count this."""
-    return 0 if x.is_inference() else x._version
 
 
 def has_values(x: Tensor) -> bool:
@@ -97,7 +108,7 @@ def keepable(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def plain(x: Any) -> Any:
+def plain(x: Given) -> Given:
     """Return a tensor without a subclass that only decorates it, and anything else unchanged.
 
     A subclass with its own dispatcher is kept. In compiled code all subclasses are kept, as the compiler sees through
@@ -106,4 +117,4 @@ def plain(x: Any) -> Any:
     if type(x) is Tensor or not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return x
     dispatches = getattr(type(x), "__torch_dispatch__", None) is not getattr(Tensor, "__torch_dispatch__", None)
-    return x if dispatches else x.as_subclass(Tensor)
+    return x if dispatches else x.as_subclass(Tensor)  # pyright: ignore[reportReturnType]

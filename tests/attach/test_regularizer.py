@@ -71,6 +71,7 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
     raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN, requires_grad=True)
     want, reg = fused_ar_tar(raw, dropped, ALPHA, BETA, **steps), lm.regularizer()
     raw, dropped = raw.movedim(1, axis), dropped.movedim(1, axis)
+    steps = {name: x.t() if axis == 0 and name != "lengths" else x for name, x in steps.items()}
     for output in ((0, raw, dropped), [0, [raw], [dropped]]):
         assert reg.on_loss_begin(output, **layout, **steps) == 0
         got = lm.penalty_of(reg)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn, tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from fastreg.call import backends
 from tests import language_model as lm
 from tests.conftest import ROOT, python, skip_without
@@ -26,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("error")  # what is right is silent
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
+FIRST = {"time_dim": 0}
+META = X.to("meta")  # a device other than the CPU
 LENGTHS, STARTS = tensor([5, 3]), tensor([[1, 0, 0, 1, 0]] * 2) > 0
 PACKED, OTHER = (pack_padded_sequence(X, tensor(n), batch_first=True) for n in ([5, 3], [4, 4]))
 DECORATED = PackedSequence(OTHER.data, OTHER.batch_sizes.as_subclass(Decorated))
@@ -67,9 +70,15 @@ OF_BOTH: list[Any] = [
     ("lengths: ", ValueError, {"lengths": LENGTHS[:1]}, {"raw": X[0], "lengths": LENGTHS, "time_dim": 0}),
     ("lengths: ", ValueError, {"lengths": LENGTHS + 1}, {"lengths": LENGTHS - 4}, {"lengths": LENGTHS.to("meta")}),
     ("valid: ", ValueError, {"valid": STARTS.to("meta")}),
-    (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}),
-    (r"valid: .*; a mask of lengths is torch\.arange", ValueError, {"valid": LENGTHS}),
-    (r"valid: .* \(5, 2\), .* in every layout", ValueError, {"valid": STARTS, "batch_first": False}),
+    (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}, {"raw": META, "valid": META[..., 0]}),
+    (r"valid: .*; a .* mask of lengths is torch\.arange", ValueError, {"valid": LENGTHS}),
+    (r"valid: .*\(batch, time\) = \(2, 5\), .* is transposed; use valid\.T", ValueError, {"valid": STARTS.t()}),
+    (r"valid: .* < lengths", ValueError, {"valid": LENGTHS[:1].expand(5), "batch_first": False}),
+    (r"starts: .*; use \.bool\(\)", TypeError, {"starts": STARTS.double()}, {"raw": META, "starts": META[..., 0]}),
+    (r"starts: .*\(time, batch\) = \(2, 5\), ", ValueError, {"starts": STARTS.t(), "batch_first": False}),
+    (r"starts: .*\(time,\) = \(5,\), .*\(1, 5\)$", ValueError, {"raw": X[0], "starts": STARTS[:1]} | FIRST),
+    (r"starts: .*their \.T and starts\.T .*time_dim=1", ValueError, {"raw": STARTS.float(), "starts": STARTS} | FIRST),
+    (r"starts: .*\(batch, time\) = \(2, 8\), ", ValueError, {"starts": torch.ones(8, 2) > 0, "time_dim": -1}),
     ("starts: ", ValueError, {"starts": STARTS[0]}, {"starts": STARTS.int() * 2}),
 ]
 OF_PENALTY: list[Any] = [
@@ -85,6 +94,10 @@ OF_PENALTY: list[Any] = [
     (r"dropped\[1\]: .*raw\[1\], .* got \(2, 5, 3\)$", ValueError, {"raw": [X, X], "dropped": [X, X[..., :3]]}),
     (rf"raw\[0\]: {TWO_AXES}", ValueError, {"raw": [*X.unbind(1)]}),
     (r"raw\[1\]: ", TypeError, {"raw": [X, None], "dropped": [X, X]}),
+    (r"raw\[0\]\.batch_sizes: ", ValueError, {"raw": [PackedSequence(PACKED.data, WRONG_SIZES[0])]}),
+    (r"dropped\[1\]: .* where raw\[1\] is", ValueError, {"raw": [X, X], "dropped": [X, META]}),
+    (r"alpha: .* where raw\[0\] is", ValueError, {"raw": [X, X], "alpha": tensor(1.0, device="meta")}),
+    (r"valid: .*\(batch, time\) = \(2, 5\)", ValueError, {"raw": [X, X], "valid": STARTS.t()}),
     (r"raw\[1\]: .*an RNN returns", TypeError, {"raw": [X, (X, X)], "dropped": [X, X]}),
     (r"raw\[1\]: .*an RNN returns", ValueError, {"raw": (X, X[:, :1])}, {"raw": [X, X.movedim(2, 1)], "time_dim": -1}),
     (r"raw\[1\]: ", ValueError, {"raw": [PACKED, OTHER]}),
@@ -133,6 +146,40 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(
     with pytest.raises(error, match=f"^{message}") as raised:
         function(**options)
     assert raised.type is error
+
+
+class Own(ValueError):
+    """An error of a user, whose constructor takes two arguments."""
+
+    def __init__(self, words: str, number: int) -> None:
+        super().__init__(words, number)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_error_of_a_user_in_a_layer_stays_as_it_is(layers: int) -> None:
+    def pack(x: Tensor) -> Tensor:
+        raise Own("raw and dropped", 2)
+
+    x = X.clone().requires_grad_()
+    with saved_tensors_hooks(pack, lambda x: x), pytest.raises(Own) as raised:
+        fused_ar_tar([x] * layers, [x] * layers, 2.0, 1.0)
+    assert raised.value.args == ("raw and dropped", 2)
+
+
+@pytest.mark.parametrize("add", [lambda x, terms: x + terms, lambda x, terms: sum([terms, terms]), with_penalty])
+def test_terms_in_the_place_of_their_penalty_are_an_error_that_names_it(add: Any) -> None:
+    terms = fused_ar_tar(X, X, 2.0, 1.0, return_terms=True)
+    with pytest.raises(TypeError, match=r"\.penalty"):
+        add(X.sum(), terms)
+
+
+def test_a_device_without_kernels_warns_once() -> None:
+    backends.warn_of_the_formula.cache_clear()
+    with pytest.warns(
+        UserWarning, match="^fastreg runs the plain formula on mps: there are no kernels for mps$"
+    ) as got:
+        assert [backends.backend_for(torch.device("mps", i)) for i in range(2)] == [None, None]
+    assert [warning.filename for warning in got] == [__file__]
 
 
 def test_numbers_of_numpy_are_coefficients_and_axes() -> None:

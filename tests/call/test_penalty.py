@@ -38,7 +38,8 @@ def test_a_term_that_is_off_is_not_read(device: str) -> None:
         assert fused_ar_tar(x, unread, 0.0, 1.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
         assert fused_ar_tar(unread, x, 1.0, 0.0).isfinite()  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert fused_ar_tar(x.to("meta"), x, 0, 0).is_meta
-    assert fused_ar_tar(bad.double(), bad, 0, 0).dtype == DOUBLE
+    for unread in (bad.double(), [bad.double()]):
+        assert fused_ar_tar(unread, unread, 0, 0).dtype == FLOAT
     both_off = fused_ar_tar(None, None, 0, 0, return_terms=True)
     both_off.penalty.add_(1)
     assert both_off.ar == both_off.tar == 0

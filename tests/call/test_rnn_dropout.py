@@ -78,7 +78,8 @@ def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bo
 )
 def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
     dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA, **layout), torch.randn(4, 5, 600).movedim(1, axis)
-    masks = dict(zip(("valid", "starts"), torch.rand(2, 4, 5) < 0.7, strict=True))
+    shape = (5, 4) if axis == 0 else (4, 5)
+    masks = dict(zip(("valid", "starts"), torch.rand(2, *shape) < 0.7, strict=True))
     dropped, taken = dropout(raw, 0.25, **masks), dropout.take()
     assert dropout.take() is None  # once
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)

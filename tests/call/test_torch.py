@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -271,6 +272,25 @@ def test_vmap_of_marks(device: str) -> None:
     got = torch.func.vmap(lambda x, valid: fused_ar_tar(x, x, 2.0, 1.0, valid=valid))(raw, marks)
     want = [fused_ar_tar(x, x, 2.0, 1.0, valid=valid) for x, valid in zip(raw, marks, strict=True)]
     assert_close(got, torch.stack(want))
+
+
+def test_batched_gradients_of_packed_rows(device: str) -> None:
+    """PyTorch transforms the backward by vmap."""
+    raw, upstream = leaves(device=device)[0], torch.randn(4, device=device)
+    got = fused_ar_tar(packed(raw, [3, 3, 1]), packed(raw, [3, 3, 1]), 2.0, 1.0)
+    (want,) = torch.autograd.grad(got, raw, retain_graph=True)
+    batched: Any = torch.autograd.grad(got, raw, upstream, is_grads_batched=True, retain_graph=True)
+    assert_close(batched[0], upstream.view(-1, 1, 1, 1) * want)
+    (again,) = torch.func.vmap(lambda x: torch.autograd.grad(got, raw, x, retain_graph=True))(upstream)
+    assert_close(again, batched[0])
+
+
+def test_a_full_graph_of_an_attached_model_says_why_it_breaks() -> None:
+    model = nn.Linear(4, 4)
+    with RNNRegularizer(2.0, 1.0).attach(model, batch_first=True), pytest.raises(Unsupported) as raised:
+        torch.compile(model, backend="eager", fullgraph=True)(torch.randn(2, 3, 4))
+    assert "the hooks of an attached module" in str(raised.value)
+    assert "Compile without fullgraph=True, or call fused_ar_tar" in str(raised.value)
 
 
 def test_compiled_autograd() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import shutil
-from ast import literal_eval
 from ctypes import string_at
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -68,11 +69,12 @@ def checksums() -> list[list[int]]:
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_all_levels_of_processors_give_the_same_bits(capability: str) -> None:
     code = "from tests.kernels.test_cpu import checksums; print(checksums())"
-    assert literal_eval(python("-c", code, ATEN_CPU_CAPABILITY=capability).stdout) == checksums()
+    assert ast.literal_eval(python("-c", code, ATEN_CPU_CAPABILITY=capability).stdout) == checksums()
 
 
 @pytest.mark.parametrize(
-    ("capability", "level", "count"), [("AVX512", 4, 3), ("AVX512", 3, 2), ("AVX2", 4, 2), ("SVE256", 0, 1)]
+    ("capability", "level", "count"),
+    [("AVX512", 4, 3), ("AVX512", 3, 2), ("AVX2", 4, 2), ("DEFAULT", 4, 1), ("SVE256", 0, 1), ("AVX10", 4, 3)],
 )
 def test_libraries_are_loaded_that_the_processor_runs_and_pytorch_allows(
     capability: str, level: int, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -84,6 +86,21 @@ def test_libraries_are_loaded_that_the_processor_runs_and_pytorch_allows(
     monkeypatch.setattr(cpu, "processor_level", lambda: level)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert [*cpu.runnable()] == libraries[-count:]
+
+
+def test_a_copy_that_a_build_has_left_unfinished_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (ROOT / "setup.py").read_text()
+    (replace,) = (x for x in ast.parse(text).body if isinstance(x, ast.FunctionDef) and x.name == "replace")
+    names: dict[str, Any] = {"shutil": shutil, "os": SimpleNamespace(), "Path": Path}
+    exec(ast.unparse(replace), names)  # setup.py cannot be imported
+    built = tmp_path / "build" / "_cpu.abi3.so"
+    built.parent.mkdir()
+    built.touch()
+    with pytest.raises(AttributeError):  # os has no replace
+        names["replace"](tmp_path / built.name, built)
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    assert len([*tmp_path.iterdir()]) == 2
+    assert [*cpu.runnable()] == []
 
 
 def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:

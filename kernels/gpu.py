@@ -1,0 +1,124 @@
+"""The backend for GPUs: it prepares launches of the Triton kernels, and launches them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastreg.kernels.ar_tar import ar_tar_kernel
+from fastreg.kernels.launch import Launch
+from fastreg.kernels.prediction import OnDevice, Prediction
+from fastreg.kernels.reduction import CHUNK
+from fastreg.kernels.steps import AT_ONCE, steps_kernel
+from fastreg.kernels.tiling import LARGE, Tiling, ceil_div
+from fastreg.kernels.view import Layout, Spec, Steps, Tensors, Values, View, allocator, switches
+
+SHARE = 4096  # steps: the least that a program encodes
+
+
+class Encoder:
+    """Launch the encoding of time steps, as a `fastreg.kernels.backend.Encoder`.
+
+    Args:
+        shape: `(sequences, time)`.
+        device: the device of the activations.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        total = shape[0] * shape[1]
+        programs = min(ceil_div(total, SHARE), CHUNK.value)
+        share = ceil_div(ceil_div(total, programs), AT_ONCE) * AT_ONCE
+        index = tl.int64 if total >= LARGE else tl.int32
+        self.launch = Launch(steps_kernel, (total, shape[1], share, index, AT_ONCE), programs, device)
+        self.bits = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
+        self.counts, self.partials = (
+            allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)
+        )
+
+    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+        """Return the steps that count."""
+        bits, counts, partials = self.bits(), self.counts(), self.partials()
+        self.launch(lengths, valid, starts, bits, counts, partials)
+        return Steps(bits, counts)
+
+
+class Forward:
+    """Launch the kernel of a forward, as a `fastreg.kernels.backend.Forward`.
+
+    Args:
+        view: the view of the operands: raw, dropped and the gradients to write; or raw, mask, and dropped to write.
+            A mask that is the same at all time steps has a time stride of 0.
+        spec: what is computed.
+        device: the device of the tensors.
+
+    Attributes:
+        prediction: the upstream gradient for which gradients are written; a `Backward` keeps it up to date.
+        summing: the forward that writes no gradients, from the first call that needs it on.
+    """
+
+    def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
+        self.facts = view.without_gradients(), spec, device
+        self.writes, self.launch = view.operands.writes_gradients(), launch_of(view, spec, device, is_forward=True)
+        self.measured, self.prediction = spec.measured, OnDevice(spec.dtype, device)
+        self.summing: Forward | None = None
+        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch.grid[0]])
+        self.penalty, self.terms, self.partials = (
+            allocator(Layout(shape, (1,) * len(shape), spec.dtype, device, aligned=True)) for shape in shapes
+        )
+
+    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute the penalty; write dropped, or the gradients; each program keeps its expected upstream gradient."""
+        if self.writes and tensors.grad_raw is None and tensors.grad_dropped is None:
+            if self.summing is None:
+                self.summing = Forward(*self.facts)
+            return self.summing(tensors, values)
+        penalty, terms, partials = self.penalty(), self.terms() if self.measured else None, self.partials()
+        expected = self.prediction.expected() if self.writes else None
+        self.launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values))
+        return penalty, terms, partials if self.writes else None
+
+
+class Backward:
+    """Launch the kernel of a backward, as a `fastreg.kernels.backend.Backward`.
+
+    Args:
+        view: the view of the operands: raw, mask, upstream_dropped and grad_raw; or raw, dropped and their gradients.
+            If the forward predicts gradients, this must be its view, because a program must have the same items.
+        spec: what the forward computes; no term has a gradient if the penalty has no upstream gradient.
+        device: the device of the tensors.
+        prediction: the `prediction` of the forward; `None` if it never predicts gradients.
+    """
+
+    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[Tensor] | None) -> None:
+        self.prediction = prediction
+        # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
+        self.comparing = launch_of(view, spec, device, is_forward=False)
+        self.writing = copy(self.comparing)
+
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, written_for: Tensor | None) -> None:
+        """Write the gradients, unless the forward has written them for this very upstream gradient."""
+        launch, expected = self.writing, None
+        if written_for is not None and upstream is not None and self.prediction is not None:
+            launch, expected = self.comparing, self.prediction.learn(upstream)
+        launch(*tensors, upstream, expected, written_for, None, None, *_arguments(values))
+
+
+def _arguments(values: Values) -> Sequence[Tensor | float | None]:
+    """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
+    alpha, beta, (bits, counts) = values
+    alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
+    beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
+    return bits, counts, alpha_at, beta_at, alpha, beta
+
+
+def launch_of(view: View, spec: Spec, device: torch.device, is_forward: bool) -> Launch:
+    """Prepare the launch of the kernel over a view. A forward draws tickets, and a backward does not."""
+    mask, tiling = view.operands.mask, Tiling(view, spec.dtype)
+    locked = mask is not None and (view.time == 1 or mask.time == 0)
+    scales = [1 / divisor for divisor in view.divisors(spec.reduction)]
+    rest = *tiling.numbers, *scales, *switches(view, spec, is_forward), locked, *tiling.constants.values()
+    return Launch(ar_tar_kernel, rest, tiling.programs, device, is_forward)

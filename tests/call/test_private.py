@@ -1,0 +1,81 @@
+"""A release of PyTorch that lacks one of the private functions: the formula runs, with one warning."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import python
+
+SCRIPT = """
+import sys, warnings
+import torch
+import torch._dynamo, torch.autograd.forward_ad
+*owner, name = sys.argv[1].split(".")
+at = torch
+for part in owner:
+    at = getattr(at, part)
+kept = getattr(at, name)
+delattr(at, name)
+warnings.simplefilter("always")
+with warnings.catch_warnings(record=True) as given:
+    from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+    from fastreg.call.key import PLANS
+    from fastreg.call.private import MISSING
+    from fastreg.call.torch_state import observed
+    setattr(at, name, kept)  # PyTorch itself calls it
+    raw, dropped = (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    lengths = torch.tensor([5, 2, 3])
+    for _ in range(2):
+        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
+        want = 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
+        for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, (raw, dropped))):
+            torch.testing.assert_close(x, y)
+        torch.testing.assert_close(got, want)
+        fused_ar_tar([raw, raw], [dropped, dropped], 2.0, 1.0, lengths=lengths).backward()
+        kept, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, lengths=lengths)
+        (kept.sum() + penalty).backward()
+        dropout = FusedRNNDropout(0.4, 2.0, 1.0)
+        (dropout(raw).sum() + dropout.take().penalty).backward()
+    rnn, regularizer, attach = torch.nn.Linear(4, 4).double(), RNNRegularizer(2.0, 1.0), "attached"
+    try:
+        with regularizer.attach(rnn, batch_first=True):
+            got = rnn(raw)
+            torch.testing.assert_close(regularizer.take(got.sum()).penalty, fused_ar_tar(got, got, 2.0, 1.0))
+    except RuntimeError as error:
+        attach = str(error)
+warned = [str(x.message) for x in given if "fastreg" in str(x.message)]
+print(len(MISSING), observed(), len(PLANS), attach, *warned, sep="|")
+"""
+CURRENT = "_C._current_graph_task_id"
+NEEDED = [
+    "_C._len_torch_dispatch_stack",
+    "_C._is_tracing",
+    "_C._are_functorch_transforms_active",
+    "_C._autograd._top_saved_tensors_default_hooks",
+    CURRENT,
+    "_C._dynamo.eval_frame.get_eval_frame_callback",
+    "autograd.forward_ad._current_level",
+]
+REPLACED = ["_C._get_deterministic_algorithms", "_disable_dynamo", "compiler._is_exporting_flag"]
+
+
+def run_without(name: str) -> list[str]:
+    return python("-c", SCRIPT, name).stdout.strip().split("|")
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_without_a_private_function_the_formula_runs_with_one_warning(name: str) -> None:
+    missing, observed, plans, attached, *warned = run_without(name)
+    assert (missing, observed, plans) == ("1", "True", "0")
+    (warning,) = warned
+    assert warning.startswith("fastreg runs the plain formula: this PyTorch, ")
+    assert warning.endswith(f", lacks torch.{name}; update fastreg")
+    assert ("attach: a penalty might count twice" in attached) == (name == CURRENT)
+    assert (attached == "attached") == (name != CURRENT)
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_public_functions_replace_private_ones(name: str) -> None:
+    missing, observed, plans, attached, *warned = run_without(name)
+    assert (missing, observed, attached, warned) == ("0", "False", "attached", [])
+    assert int(plans) > 0
