@@ -242,7 +242,7 @@ def test_a_dropout_with_a_coefficient_of_0_is_no_mistake(coefficients: dict[str,
     dropout.take()
 
 
-def test_a_dropout_without_coefficients_that_samples_is_evaluated_or_was_attached_is_no_mistake() -> None:
+def test_a_dropout_without_coefficients_that_samples_is_evaluated_or_is_attached_is_no_mistake() -> None:
     rnn, dropout, reg = lm.gru(), FusedRNNDropout(0.3), lm.regularizer()
     for _ in range(2):
         with torch.no_grad():
@@ -250,11 +250,10 @@ def test_a_dropout_without_coefficients_that_samples_is_evaluated_or_was_attache
         lm.run(rnn, dropout.eval())
         assert dropout.take() is None
         dropout.train()
-    lm.run(rnn, dropout)
     with reg.attach(rnn, dropout):
-        lm.run(rnn, dropout)
-    for _ in range(2):
-        lm.run(rnn, dropout)
+        for _ in range(2):
+            dropout(own())  # of the embeddings
+            lm.run(rnn, dropout)
 
 
 def test_a_schedule_may_set_a_coefficient_and_none_beside_a_number_is_0() -> None:
