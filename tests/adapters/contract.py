@@ -114,6 +114,10 @@ REJECTED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
+# the error where a regularizer is among the callbacks of a learner or a trainer, which need an adapter
+NO_CALLBACK = r"RNNRegularizer .* fastreg\.fastai, fastreg\.fastai1, fastreg\.lightning and fastreg\.transformers"
+
+
 class Contract:
     """The tests that all adapters have to pass."""
 
@@ -157,6 +161,13 @@ class Contract:
         model, formula = self.net(), self.net("rnn")
         self.fit(model, PATHS, fits=2)
         self.fit(formula, fits=2)
+        lm.assert_same_weights(model, formula)
+
+    def test_an_rnn_that_was_compiled_before(self) -> None:
+        model, formula = self.net(), self.net("rnn")
+        model.rnn = torch.compile(model.rnn, backend="eager")
+        self.fit(model, PATHS)
+        self.fit(formula)
         lm.assert_same_weights(model, formula)
 
     def test_mixed_precision(self) -> None:

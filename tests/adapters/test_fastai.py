@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bench.measure.timing import threads
 from fastreg import fused_ar_tar
-from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, loss_of
+from tests import language_model as lm
+from tests.adapters.contract import BATCH, COEFFICIENTS, NO_CALLBACK, PATHS, loss_of
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract
 from tests.conftest import skip_without, without
 from tests.language_model import VOCABULARY, Model, Triple, formula, gap, hooks_of
@@ -290,6 +291,11 @@ def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make:
     with without("fastreg"):
         assert fa.load_learner("learner.pkl").metrics == []
     assert len(learn.validate()) == 1
+
+
+def test_a_regularizer_that_is_no_callback() -> None:
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        of(Model, lm.regularizer())
 
 
 class Halve(fa.Callback):

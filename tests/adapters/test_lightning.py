@@ -23,7 +23,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 from fastreg.lightning import ActivationRegularization  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import DATA, PATHS, Contract, Net  # noqa: E402
+from tests.adapters.contract import DATA, NO_CALLBACK, PATHS, Contract, Net  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights  # noqa: E402
 
 # Lightning and its imports warn.
@@ -297,6 +297,11 @@ def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
         want = torch.cat([saved[rank][0] for rank in regularized]).mean(0)
         for _, logged in saved:
             torch.testing.assert_close(logged, want)
+
+
+def test_a_regularizer_that_is_no_callback() -> None:
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        fit(lm.seeded(Module), lm.regularizer())
 
 
 def test_a_path_is_required() -> None:

@@ -22,7 +22,7 @@ import transformers  # noqa: E402
 
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Contract, Net, valid  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, IDS, NO_CALLBACK, PATHS, Contract, Net, valid  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -244,6 +244,11 @@ def test_an_attention_mask_that_does_not_fit_the_module() -> None:
         fit(Masked(), data=longer)
     with pytest.raises(ValueError, match=r"^valid: .* \(3, 20\)$"):
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
+
+
+def test_a_regularizer_that_is_no_callback() -> None:
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        trainer_of(Net(), transformers.Trainer, callbacks=[lm.regularizer()])
 
 
 def test_errors_when_it_is_made() -> None:
