@@ -27,7 +27,7 @@ from fastreg.attach.captures import check_output
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks, check_callable
 from fastreg.call.arguments import time_axis_of
-from fastreg.call.problem import data_of, is_list, sizes_of
+from fastreg.call.problem import axes_of, data_of, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
 
@@ -56,7 +56,8 @@ class Paths:
         output: as for `RNNRegularizer.attach`; it needs `rnn`.
         batch_first, time_dim: as for `attach`; without `rnn`, as for `RNNRegularizer.on_loss_begin`.
         valid, starts: as for `attach`, but functions of the inputs of the batch. Without `rnn`, a mask with more time
-            steps than raw is cut to the last ones, because a text classifier returns only the end of a long text.
+            steps than raw is cut to the last ones along its axis of time, because a text classifier returns only the
+            end of a long text.
 
     Raises:
         TypeError: an argument has the wrong type, or needs `rnn`.
@@ -175,11 +176,11 @@ class Adapter:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
         for rnn, dropout in [] if self.handles else self.modules(model):
-            masks: Any = {name: self._of_batch(mask) for name, mask in vars(self.paths.masks()).items()}
+            masks: Any = {name: self.mask_of(rnn, mask) for name, mask in vars(self.paths.masks()).items()}
             options = self.layout_of(rnn) | masks | {"output": self.paths.output}
             self.handles.append(self.regularizer.attach(rnn, dropout, **options))
 
-    def _of_batch(self, mask: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    def mask_of(self, module: nn.Module, mask: Callable[..., Any] | None) -> Callable[..., Any] | None:
         """Return a function of a module's arguments that calls a function of masks with the batch instead."""
         return None if mask is None else lambda *_, **__: mask(*self.batch)
 
@@ -203,10 +204,12 @@ class Adapter:
         if self.paths.layout() == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
-        is_packed = isinstance(raw, PackedSequence)
-        steps = len(raw.batch_sizes) if is_packed else sizes_of(raw, time_axis.number())[1]
+        time, of_sequences = axes_of(data_of(raw), time_axis.number())
+        steps = len(raw.batch_sizes) if isinstance(raw, PackedSequence) else shape[time]
+        axis = int(of_sequences is not None and of_sequences < time)  # a mask has the axes of raw in their order
         masks: Any = self.paths.masks().of(*self.batch)
-        masks = {name: x[:, max(x.shape[1] - steps, 0) :] for name, x in masks.items()}
+        kept = {name: min(x.shape[axis], steps) for name, x in masks.items()}
+        masks = {name: x.narrow(axis, x.shape[axis] - kept[name], kept[name]) for name, x in masks.items()}
         decoded = self.regularizer.on_loss_begin(output, **self.paths.layout(), **masks)
         self._captured = steps, "" if self._is_said else f"the model's output: {described(raw, time_axis, masks)}"
         return decoded

@@ -102,6 +102,14 @@ class RegularizedTrainer(Adapter, Trainer):
         shows = [x for x in module.modules() if hasattr(x, "batch_first")]
         return {"batch_first": True} if self.paths.layout() == NO_LAYOUT and not shows else self.paths.layout()
 
+    def mask_of(self, module: nn.Module, mask: Any) -> Any:
+        """Return the function of masks; the attention mask is `(batch, time)` also where the module is time first."""
+        layout, own = self.layout_of(module), getattr(module, "batch_first", None)
+        is_time_first = layout.get("time_dim") == 0 or layout["batch_first"] is False or own is False
+        if mask is attention_mask and is_time_first:
+            return super().mask_of(module, lambda batch: None if mask(batch) is None else mask(batch).T)
+        return super().mask_of(module, mask)
+
     def get_train_dataloader(self) -> Any:
         """Return the loader that `Trainer` returns, which warns if the attention masks of examples are lost."""
         loader = super().get_train_dataloader()

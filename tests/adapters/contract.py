@@ -74,6 +74,11 @@ def starts(batch: Any) -> Tensor:
     return ids_of(batch) == 2
 
 
+def turned(mask: Any) -> Any:
+    """Return a function of masks for a tensor that is time first."""
+    return lambda batch: mask(batch).T
+
+
 def first(result: Any) -> Tensor:
     return result[0]
 
@@ -81,13 +86,14 @@ def first(result: Any) -> Tensor:
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 MASKS: dict[str, Any] = {"valid": valid, "starts": starts}
+TURNED: dict[str, Any] = {name: turned(mask) for name, mask in MASKS.items()}
 # the layers that are written out, the options of the model, of the adapter, and the number of accumulated batches
 CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
     "one batch a step": (["rnn"], {}, PATHS, 1),
     "the mean of accumulated batches": (["rnn"], {"masks": MASKS}, PATHS | MASKS, 4),
     "checkpoints that ask for masks again": (["rnn"], {"masks": MASKS, "checkpointed": True}, PATHS | MASKS, 1),
     "layers": (["rnn", "second"], {}, {"rnn": ["rnn", "second"], "dropout": ["dropout", None]}, 1),
-    "time first": (["turned"], {}, {"rnn": "turned", "batch_first": False}, 1),
+    "time first": (["turned"], {"masks": TURNED}, {"rnn": "turned", "batch_first": False} | TURNED, 1),
     "an axis of time": (["channels"], {}, {"rnn": "channels", "time_dim": 2}, 1),
     "an output that is picked": (["second"], {}, {"rnn": "second", "output": first}, 1),
 }

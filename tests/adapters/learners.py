@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, Contract, Net
+from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net
 from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, gap, hooks_of, seeded
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
@@ -222,24 +222,29 @@ class LearnerContract(Contract):
         self.fit(formula, fits=2)
         models[1].time_first = True
         for model in models:
-            now = self.fit(model, {"batch_first": not model.time_first} | MASKS, fits=2)
+            masks = TURNED if model.time_first else MASKS
+            now = self.fit(model, {"batch_first": not model.time_first} | masks, fits=2)
             assert_same_weights(model, formula)
             torch.testing.assert_close(torch.stack([now["ar"], now["tar"]]), formula.terms[-1])
-        said = "the model's output: raw (7, 3, 6) as time 7, batch 3, hidden 6; valid (3, 7): only valid steps count; s"
+        said = "the model's output: raw (7, 3, 6) as time 7, batch 3, hidden 6; valid (7, 3): only valid steps count; s"
         assert capsys.readouterr().out.count(said) == 1
         for flat in (False, True):  # the batch shows it, also where decoded does not
             models[1].flat = flat
             with pytest.raises(ValueError, match=r"batch_first: .* raw is \(7, 3, 6\) and the batch \(3, 7\), got N"):
                 self.fit(models[1], {})
 
-    def test_captures_of_no_time_steps_and_of_fewer_than_the_mask(self) -> None:
+    @pytest.mark.parametrize("layout", [{}, {"batch_first": False}, {"time_dim": 0}])
+    def test_captures_of_no_time_steps_and_of_fewer_than_the_mask(self, layout: dict[str, Any]) -> None:
         for steps in (0, 3):
-            learn = self.fuse(self.learner(), valid=lambda x: x != 1)
+            learn = self.fuse(self.learner(), valid=lambda x: x != 1, **layout)
             now, raw = self.regularizer(learn), torch.rand(2, steps, 4, requires_grad=True)
             ids = torch.tensor([[2, 1, 1, 2, 1], [2, 2, 1, 1, 2]])
+            valid = (ids != 1)[:, 5 - steps :]
+            if layout:
+                ids, raw, valid = ids.T, raw.transpose(0, 1), valid.T
             now.batch = [ids]
             now.capture((torch.zeros(2, steps, 9), raw, raw))
-            want = fused_ar_tar(raw, raw, ALPHA, BETA, valid=(ids != 1)[:, 5 - steps :])
+            want = fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid, **layout)
             torch.testing.assert_close(now.regularizer.on_backward_begin(torch.zeros(())), want)
 
     @pytest.mark.parametrize(("subclassed", "options", "error", "message"), REJECTED)

@@ -22,7 +22,7 @@ import transformers  # noqa: E402
 
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import COEFFICIENTS, DATA, IDS, NO_CALLBACK, PATHS, Contract, Net, valid  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, IDS, NO_CALLBACK, PATHS, Contract, Net, turned, valid  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -99,6 +99,12 @@ IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
 # the two models, the options of both trainers, and those of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
+    "the attention mask of a module that is time first": (
+        Masked(),
+        Masked("turned", masks={"valid": turned(valid)}),
+        {"data": MASKED},
+        {"rnn": "turned", "dropout": None, "batch_first": False},
+    ),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
     "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
     "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
