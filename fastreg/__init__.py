@@ -21,7 +21,7 @@ from fastreg.call.with_penalty import with_penalty
 __all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar", "with_penalty"]
 
 _ADAPTERS = {
-    **dict.fromkeys(["fuse", "unfuse", "rnn_cbs"], "fastreg.fastai, or fastreg.fastai1 for fastai 1"),
+    **dict.fromkeys(["fuse", "rnn_cbs"], "fastreg.fastai, or fastreg.fastai1 for fastai 1"),
     "ActivationRegularization": "fastreg.lightning",
     "RegularizedTrainer": "fastreg.transformers",
 }

@@ -8,19 +8,16 @@ just before the backward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastreg.adapter import Adapter
-from fastreg.attach.paths import Paths, pairs_of
-from fastreg.attach.regularizer import RNNRegularizer
-from fastreg.attach.source import Masks
+from fastreg.adapter import NAMES, NO_LAYOUT, Adapter
 from fastreg.call.problem import Coefficient
 
 try:
@@ -48,33 +45,24 @@ class RegularizedTrainer(Adapter, Trainer):
     Evaluation and prediction are unchanged.
 
     Args:
-        *args, **kwargs: as for `Trainer`, or the other base class.
+        *args: as for `Trainer`, or the other base class.
         alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
         beta: coefficient of TAR.
-        rnn: the attribute path of a module in the model, or in the model that PEFT wraps, which may be any module that
-            `RNNRegularizer.attach` takes; or a list of paths, from the first layer to the last. Name the last block
-            rather than the model, because the model's last hidden state is the output of a norm.
-        dropout: the path of the dropout that gets the module's output: one path for all modules, or a list with a path
-            or `None` for each module.
-        output, time_dim: as for `RNNRegularizer.attach`.
-        batch_first: as for `RNNRegularizer.attach`, but `True` if the layout cannot be read from the module.
-        valid: a function of the batch, as `training_step` gets it, that returns the mask of valid time steps, `(batch,
-            time)`, or `None` if all steps count. The default returns the attention mask of the batch, if it has one. A
-            `Trainer` removes this mask if the model's `forward` has no such argument, unless
-            `remove_unused_columns=False`. If `valid` itself is `None`, all steps count.
-        starts: as for `RNNRegularizer.attach`, but a function of the batch.
+        **kwargs: as for `Trainer`, or the other base class; and as for `fastreg.adapter.Paths`, with `rnn`. Name the
+            last block rather than the model, because the model's last hidden state is the output of a norm. If PEFT
+            wraps the model, paths start from the model inside. `batch_first` is `True` if the module does not show its
+            layout. `valid` and `starts` get the batch, as `training_step`. The default of `valid` returns the attention
+            mask of the batch, if it has one. A `Trainer` removes this mask if the model's `forward` has no such
+            argument, unless `remove_unused_columns=False`. With `valid=None` all steps count.
 
     Warns:
-        UserWarning: padding counts, because the attention mask of the examples is not in the batch; or a training step
-            has no penalty, because all named modules are in evaluation. Each warning comes once in a training.
+        UserWarning: padding counts, because the attention mask of the examples is not in the batch.
 
     Raises:
         TypeError: an argument, or the result of `valid` or `starts`, has the wrong type.
-        ValueError: an argument, or the result of `valid` or `starts`, has the wrong value or shape, or a path names no
-            module.
-        AttributeError: another base class has an attribute `alpha` or `beta`.
-        RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`; or the loss does not pass through
-            `accelerator.backward`.
+        ValueError: an argument, or the result of `valid` or `starts`, has the wrong value or shape.
+        AttributeError: a path names no module, or another base class sets an attribute `alpha` or `beta`.
+        RuntimeError: in a step, as `RNNRegularizer.on_backward_begin`.
 
     Examples:
         >>> options = {"alpha": 2.0, "beta": 1.0, "rnn": "backbone.layers.1"}  # the last of two blocks
@@ -84,43 +72,52 @@ class RegularizedTrainer(Adapter, Trainer):
         2
     """
 
+    say = staticmethod(log.warning)
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
-    def __init__(
-        self,
-        *args: Any,
-        alpha: Coefficient,
-        beta: Coefficient,
-        rnn: str | Sequence[str],
-        dropout: str | Sequence[str | None] | None = None,
-        output: Callable[[Any], Any] | None = None,
-        batch_first: bool | None = None,
-        time_dim: int | None = None,
-        valid: Callable[[Any], Tensor | None] | None = attention_mask,
-        starts: Callable[[Any], Tensor | None] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.paths = Paths(pairs_of(rnn, dropout), Masks(valid, starts), output, batch_first, time_dim)
-        regularizer = RNNRegularizer(alpha, beta)
+    def __init__(self, *args: Any, alpha: Coefficient, beta: Coefficient, **kwargs: Any) -> None:
+        # A name that is nearly one of an argument is misspelt; `prepare` raises the error.
+        options: Any = {x: kwargs.pop(x) for x in [*kwargs] if get_close_matches(x, NAMES, 1, 0.85)}
         super().__init__(*args, **kwargs)
-        self.begin(regularizer, self.paths)  # now, so that it is an error if another class sets alpha or beta
-        self._attached().close()  # shows a wrong path before any training
+        # Now, so that it is an error if another class sets alpha or beta.
+        self.prepare(alpha, beta, {"valid": attention_mask, **options, "rnn": options.get("rnn") or []})
+        self.modules(inner_of(self.model))  # shows a wrong path before any training
         # An override of `training_step` would be lost where a subclass has its own, and does not call it.
         self.training_step = partial(self._regularized_step, self.training_step)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, whose `backward` gets the penalty."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.backward = partial(self._regularized_backward, self.accelerator.backward)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does."""
-        self.begin(self.regularizer, self.paths)
-        return super().train(*args, **kwargs)
+        """Train as `Trainer.train` does; the first step attaches, because a trainer may make the model anew before."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.end()
+
+    def layout_of(self, module: nn.Module) -> dict[str, Any]:
+        """Return the layout that is given, or that the module shows, otherwise batch first."""
+        shows = [x for x in module.modules() if hasattr(x, "batch_first")]
+        return {"batch_first": True} if self.paths.layout() == NO_LAYOUT and not shows else self.paths.layout()
+
+    def mask_of(self, module: nn.Module, mask: Any) -> Any:
+        """Return the function of masks; the attention mask is `(batch, time)` also where the module is time first."""
+        layout, own = self.layout_of(module), getattr(module, "batch_first", None)
+        is_time_first = layout.get("time_dim") == 0 or layout["batch_first"] is False or own is False
+        if mask is attention_mask and is_time_first:
+            return super().mask_of(module, lambda batch: None if mask(batch) is None else mask(batch).T)
+        return super().mask_of(module, mask)
 
     def get_train_dataloader(self) -> Any:
         """Return the loader that `Trainer` returns, which warns if the attention masks of examples are lost."""
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # that Accelerate wraps
-        if self.paths.masks.valid is attention_mask and hasattr(inner, "collate_fn"):
+        if self.paths.valid is attention_mask and hasattr(inner, "collate_fn"):
             columns = getattr(self.train_dataset, "column_names", None) or ()
             self._is_masked = torch.tensor("attention_mask" in columns).share_memory_()  # with the workers
-            inner.collate_fn = partial(_collated, inner.collate_fn, self._is_masked)
+            inner.collate_fn = partial(collated, inner.collate_fn, self._is_masked)
         return loader
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -130,54 +127,43 @@ class RegularizedTrainer(Adapter, Trainer):
             logs = logs | self.means(lambda sums: reduce(sums.to(self.args.device)).tolist())
         super().log(logs, *args, **kwargs)
 
-    def _attached(self, batch: Any = None) -> ExitStack:
-        """Attach to the modules until the returned stack is closed, with the masks of a batch."""
-        return self.paths.attach(self.regularizer, _inner(self.model), lambda: [batch], log.warning, layout=True)
-
     def _regularized_step(self, step: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Make a training step, which may be one of a subclass, with the penalty in its backward."""
+        """Make a training step, which may be one of a subclass, with the masks of its batch."""
+        inner = inner_of(self.model)
         if self._is_masked and attention_mask(inputs) is None:
             self._is_masked = False
             warnings.warn(
                 f"RegularizedTrainer: padding counts in AR and TAR, as the batch lacks the attention_mask of its "
-                f"examples. A Trainer removes it if the forward of the {type(_inner(self.model)).__name__} does not "
-                "take it: pass another valid, or None if all time steps count, or let the forward take the mask",
+                f"examples. A Trainer removes it if the forward of the {type(inner).__name__} does not take it: pass "
+                "another valid, or None if all time steps count, or let the forward take the mask",
                 stacklevel=3,
             )
-        with self._attached(inputs), self._regularized():
-            return step(model, inputs, *args, **kwargs)
-
-    @contextmanager
-    def _regularized(self) -> Iterator[None]:
-        """Add the penalty to the loss of `accelerator.backward`; sum up the terms."""
-        accelerator, backward, passed = self.accelerator, self.accelerator.backward, False
-
-        def regularized_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal passed
-            penalty, passed = self.penalty_of(loss, "RegularizedTrainer"), True
-            if penalty is not None:
-                loss = loss + penalty / self.current_gradient_accumulation_steps
-            return backward(loss, *args, **kwargs)
-
-        accelerator.backward = regularized_backward
+        self.begin(inner)
+        self.batch = [inputs]
         try:
-            yield
-        finally:
-            accelerator.backward = backward
-        if not passed:
-            raise RuntimeError(
-                "RegularizedTrainer: the loss did not go through accelerator.backward, where the penalty is added; "
-                "use fastreg.RNNRegularizer in compute_loss"
-            )
+            return step(model, inputs, *args, **kwargs)
+        except ValueError as error:
+            if self.paths.valid is not attention_mask or not str(error).startswith("valid:"):
+                raise
+            raise ValueError(
+                f"{error}. This is the attention_mask of the batch, by default, and it does not fit the output of a "
+                "named module: pass valid=, a function of the batch that returns the mask of this output, or None if "
+                "all time steps count"
+            ) from error
+
+    def _regularized_backward(self, backward: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Add the penalty to the loss of a backward of the accelerator."""
+        penalty = self.penalty_of(loss) / self.current_gradient_accumulation_steps
+        return backward(loss + penalty, *args, **kwargs)
 
 
-def _collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:
+def collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:
     """Collate examples as a function does, and note whether one of them has an attention mask."""
     if any(attention_mask(x) is not None for x in examples):
         is_masked.fill_(True)
     return collate(examples)
 
 
-def _inner(model: Any) -> Any:
+def inner_of(model: Any) -> Any:
     """Return the model that PEFT wraps, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

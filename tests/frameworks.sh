@@ -7,7 +7,7 @@ venv=$1
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
 
 processes=()
-for release in 1.0.61 1.0.42 1.0.36; do  # meanwhile
+for release in 1.0.61 1.0.42; do  # meanwhile
     folder=$venv/fastai1/$release
     [ -d "$folder" ] || { "${pip[@]}" --no-deps --target "$folder" "fastai==$release" & processes+=($!); }
 done

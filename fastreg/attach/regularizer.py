@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import Parameter, signature
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -97,6 +97,15 @@ class RNNRegularizer:
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
+
+    if not TYPE_CHECKING:  # a type checker finds unknown attributes by itself
+
+        def __getattr__(self, name: str) -> Any:
+            """Raise the error for an unknown attribute, which a framework asks for if this is among its callbacks."""
+            raise AttributeError(
+                f"RNNRegularizer has no attribute {name!r}; the callbacks of learners and trainers are in "
+                "fastreg.fastai, fastreg.fastai1, fastreg.lightning and fastreg.transformers"
+            )
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import fused_ar_tar
+from fastreg import RNNRegularizer, fused_ar_tar
 from tests import language_model as lm
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, TIME, criterion, tokens
 
@@ -27,18 +28,20 @@ class Net(lm.Model):
 
     def __init__(self, *written: str, masks: Any = None, checkpointed: bool = False) -> None:
         super().__init__()
-        self.second, self.frames = nn.GRU(HIDDEN, HIDDEN, batch_first=True), nn.Identity()
+        self.second = nn.GRU(HIDDEN, HIDDEN, batch_first=True)
+        self.channels, self.turned = nn.Identity(), nn.Identity()
         self.written, self.masks, self.checkpointed = written, masks or {}, checkpointed
         self.terms: list[Tensor] = []
 
     def run(self, ids: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Return the decoded output, and raw, dropped and the axis of time of each layer."""
         _, raw, dropped = self.activations(ids)
-        frames = self.frames(dropped.transpose(1, 2))  # (batch, hidden, time)
-        last, _ = self.second(frames.transpose(1, 2))
-        decoded = self.decoder(last)
-        layers = {"rnn": (raw, dropped, 1), "second": (last, last, 1), "frames": (frames, frames, 2)}
-        return decoded, layers | {"decoder": (decoded, decoded, 1)}
+        channels = self.channels(dropped.transpose(1, 2))  # (batch, hidden, time)
+        last, _ = self.second(channels.transpose(1, 2))
+        turned = self.turned(last.transpose(0, 1))  # (time, batch, hidden)
+        decoded = self.decoder(turned.transpose(0, 1))
+        layers = {"rnn": (raw, dropped, 1), "second": (last, last, 1), "channels": (channels, channels, 2)}
+        return decoded, layers | {"turned": (turned, turned, 0), "decoder": (decoded, decoded, 1)}
 
     def forward(self, input_ids: Tensor) -> Any:  # pyright: ignore
         run = partial(checkpoint, self.run, use_reentrant=False) if self.checkpointed else self.run
@@ -71,6 +74,11 @@ def starts(batch: Any) -> Tensor:
     return ids_of(batch) == 2
 
 
+def turned(mask: Any) -> Any:
+    """Return a function of masks for a tensor that is time first."""
+    return lambda batch: mask(batch).T
+
+
 def first(result: Any) -> Tensor:
     return result[0]
 
@@ -78,35 +86,59 @@ def first(result: Any) -> Tensor:
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 MASKS: dict[str, Any] = {"valid": valid, "starts": starts}
+TURNED: dict[str, Any] = {name: turned(mask) for name, mask in MASKS.items()}
 # the layers that are written out, the options of the model, of the adapter, and the number of accumulated batches
 CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
     "one batch a step": (["rnn"], {}, PATHS, 1),
     "the mean of accumulated batches": (["rnn"], {"masks": MASKS}, PATHS | MASKS, 4),
     "checkpoints that ask for masks again": (["rnn"], {"masks": MASKS, "checkpointed": True}, PATHS | MASKS, 1),
     "layers": (["rnn", "second"], {}, {"rnn": ["rnn", "second"], "dropout": ["dropout", None]}, 1),
-    "an axis of time": (["frames"], {}, {"rnn": "frames", "time_dim": 2}, 1),
+    "time first": (["turned"], {"masks": TURNED}, {"rnn": "turned", "batch_first": False} | TURNED, 1),
+    "an axis of time": (["channels"], {}, {"rnn": "channels", "time_dim": 2}, 1),
     "an output that is picked": (["second"], {}, {"rnn": "second", "output": first}, 1),
 }
-# Errors when the adapter is made, when a fit starts, and in a step; tests/attach/test_paths.py has the others
+PATH = "rnn and dropout: expected the attribute path of a module, such as 'encoder.lstm', or a list of paths, got "
+ONCE = "rnn and dropout: expected each path of an RNN once, with a path or None for its dropout, got "
+# Errors when the adapter is made, when a fit starts, and in a step
 REJECTED: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"rnn": nn.LSTM(2, 2)}, TypeError, r"^rnn: expected the attribute path of a module, .* got LSTM$"),
+    ({"rnn": nn.LSTM(2, 2)}, TypeError, PATH + r"\[LSTM\(2, 2\), 'dropout'\]$"),
+    ({"rnn": ["rnn", nn.GRU(2, 2)]}, TypeError, PATH + r"\['rnn', GRU\(2, 2\), 'dropout', 'dropout'\]$"),
+    ({"rnn": "rnn", "dropout": True}, TypeError, PATH + r"\['rnn', True\]$"),
+    ({"rnn": "rnn", "dropout": ""}, TypeError, PATH + r"\['rnn', ''\]$"),
+    ({"rnn": [], "dropout": None}, ValueError, ONCE + r"\[\] and \[\]$"),
+    ({"rnn": ["rnn", "rnn"], "dropout": None}, ValueError, ONCE + r"\['rnn', 'rnn'\] and \[None, None\]$"),
+    ({"dropout": ["dropout", None]}, ValueError, ONCE + r"\['rnn'\] and \['dropout', None\]$"),
     ({"time_dim": 1, "batch_first": True}, ValueError, r"batch_first and time_dim"),
-    ({"rnn": "lstm"}, ValueError, r"no such module at 'lstm'; children of the \w+: 'embedding', 'rnn', 'dr"),
-    ({"valid": lambda _: [1]}, TypeError, r"^valid: expected the callable to return a mask, .* got list$"),
+    ({"time_dim": 1.0}, TypeError, "time_dim: expected an int"),
+    ({"output": 1}, TypeError, "output: expected a callable or None, got int"),
+    ({"starts": 1}, TypeError, "starts: expected a callable or None, got int"),
+    ({"drop_out": "dropout"}, TypeError, r"^{adapter}: expected dropout, got an argument with the name 'drop_out'$"),
+    ({"rnn": "lstm"}, AttributeError, r"(Net|Module) has no attribute `lstm`"),
+    ({"rnn": ["rnn", "rnn.cell"], "dropout": None}, AttributeError, r"LSTM has no attribute `cell`"),
+    ({"valid": lambda _: [1]}, TypeError, r"^valid: expected the callable to return a mask.* or None, got list$"),
+    ({"starts": lambda _: torch.tensor(True)}, TypeError, r"^starts: .* a mask.* or None, got a tensor without axes$"),
 ]
+
+
+# the error where a regularizer is among the callbacks of a learner or a trainer, which need an adapter
+NO_CALLBACK = r"RNNRegularizer .* fastreg\.fastai, fastreg\.fastai1, fastreg\.lightning and fastreg\.transformers"
 
 
 class Contract:
     """The tests that all adapters have to pass."""
 
     kind: Any = Net
+    adapter: str  # its name
     logs_means = True  # of the terms of all batches, or the terms of the last batch
     cleans_up = True  # after an error in a step
+    can_round = True  # train in mixed precision on a CPU
 
     def net(self, *written: str, **options: Any) -> Any:
         return lm.seeded(partial(self.kind, *written, **options))
 
-    def fit(self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, Any]:
+    def fit(
+        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False
+    ) -> dict[str, Any]:
         """Train for an epoch in each fit, with one adapter if there are options for it, and return the last logs."""
         raise NotImplementedError
 
@@ -125,27 +157,68 @@ class Contract:
         torch.testing.assert_close(got, terms.mean(0) if self.logs_means else terms[-1])
         assert lm.hooks_of(model) == 0
 
-    def test_modules_in_evaluation_are_warned_of_once_in_a_fit(self) -> None:
+    def test_modules_are_attached_once_in_a_fit(self) -> None:
+        own = RNNRegularizer.attach
+        with mock.patch.object(RNNRegularizer, "attach", autospec=True, side_effect=own) as attach:
+            self.fit(self.net(), PATHS, fits=2)
+        assert attach.call_count == 2
+
+    def test_a_second_fit(self) -> None:
+        model, formula = self.net(), self.net("rnn")
+        self.fit(model, PATHS, fits=2)
+        self.fit(formula, fits=2)
+        lm.assert_same_weights(model, formula)
+
+    def test_an_rnn_that_was_compiled_before(self) -> None:
+        model, formula = self.net(), self.net("rnn")
+        model.rnn = torch.compile(model.rnn, backend="eager")
+        self.fit(model, PATHS)
+        self.fit(formula)
+        lm.assert_same_weights(model, formula)
+
+    def test_mixed_precision(self) -> None:
+        if not self.can_round:
+            pytest.skip("its mixed precision needs a GPU")
+        model, formula, exact = self.net(), self.net("rnn"), self.net("rnn")
+        self.fit(model, PATHS, rounded=True)
+        self.fit(formula, rounded=True)
+        self.fit(exact)
+        lm.assert_same_weights(model, formula)
+        assert any(not torch.equal(x, y) for x, y in zip(formula.parameters(), exact.parameters(), strict=True))
+
+    def test_modules_in_evaluation_are_warned_of_once(self) -> None:
         model, without = self.net(), self.net()  # each is trained twice
         for one in (model, without):  # as a module does that keeps a frozen backbone in evaluation
             one.rnn.eval().train = lambda mode=True, rnn=one.rnn: rnn
-        words = "no penalty, because all named modules are in evaluation: 'rnn'; call"
-        with pytest.warns(UserWarning, match=words) as seen:
+        with pytest.warns(UserWarning, match="in evaluation") as seen:
             assert self.fit(model, PATHS, fits=2).get("ar") is None
-        assert sum(words in str(x.message) for x in seen) == 2
+        assert sum("in evaluation" in str(x.message) for x in seen) == 1
         self.fit(without, fits=2)
+        lm.assert_same_weights(model, without, rtol=0, atol=0)
+
+    def test_frozen_modules_add_nothing_and_no_warning(self) -> None:
+        """They are in training mode, as `freeze_feature_encoder()` and gradual unfreezing leave them."""
+        model, without = self.net(), self.net()
+        for one in (model, without):
+            one.embedding.requires_grad_(False)
+            one.rnn.requires_grad_(False)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert self.fit(model, PATHS).get("ar") is None
+        assert not [x for x in seen if "penalty" in str(x.message)]
+        self.fit(without)
         lm.assert_same_weights(model, without, rtol=0, atol=0)
 
     def test_what_is_taken_for_what_is_said_once(self, capsys: pytest.CaptureFixture[str]) -> None:
         with mock.patch.object(logging.Logger, "handle") as handled:  # of the messages that a level lets pass
             self.fit(self.net(), PATHS, fits=2)
         said = [call.args[0].getMessage() for call in handled.mock_calls] + [capsys.readouterr().out]
-        (shown,) = re.findall(r"rnn \(LSTM\).*", "\n".join(said))
-        assert "-> dropout (Dropout): raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask" in shown
+        (shown,) = re.findall(r"rnn: LSTM -> .*", "\n".join(said))
+        assert "Dropout: raw (3, 7, 6) as batch 3, time 7, hidden 6; no mask" in shown
 
     @pytest.mark.parametrize(("options", "error", "message"), REJECTED)
     def test_errors_leave_the_model_as_it_was(self, options: Any, error: Any, message: str) -> None:
         model = self.net()
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message.replace("{adapter}", self.adapter)):
             self.fit(model, PATHS | options)
         assert lm.hooks_of(model) == 0 or not self.cleans_up

@@ -1,19 +1,13 @@
-"""Tests of `fastreg.fastai1` with the fastai v1 on the path; `test_fastai1.py` runs them in one process per release.
-
-fastai v1 dates from 2018 to 2020. The parts of other packages that it expects are put in place first.
-"""
+"""Tests of `fastreg.fastai1` with the fastai v1 on the path; `test_fastai1.py` runs them in one process per release."""
 
 from __future__ import annotations
 
-import collections
-import collections.abc
 import os
-import sys
 import tempfile
-import types
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import reload
 from operator import attrgetter
 from typing import Any
 from unittest import mock
@@ -21,23 +15,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from examples.fastai1 import stand_in
+
 warnings.simplefilter("ignore")
 os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # load_learner unpickles a whole model
-
-
-def stub(name: str, **attributes: Any) -> None:
-    sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update(attributes)
-
-
-stub("pkg_resources", require=lambda *_: None)
-stub("pynvml")
-stub("spacy", load=None, blank=None)
-stub("spacy.symbols", ORTH=65)
-vars(np).update(int=int, float=float, object=object)
-vars(collections).update({name: getattr(collections.abc, name) for name in collections.abc.__all__})
+stand_in()
+import fastai  # noqa: E402
 import torch  # noqa: E402
-from fastai import __version__ as release  # noqa: E402
 from fastai.basic_data import DataBunch, DataLoader  # noqa: E402
 from fastai.basic_train import Learner  # noqa: E402
 from fastai.callback import Callback  # noqa: E402
@@ -47,16 +31,15 @@ from fastai.text import TextLMDataBunch, Vocab, language_model_learner  # noqa: 
 from torch import Tensor  # noqa: E402
 from torch.optim import SGD  # noqa: E402
 
-from fastreg.fastai1 import RNNTrainer, fuse, unfuse  # noqa: E402
-from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS, loss_of  # noqa: E402
-from tests.adapters.learners import ALPHA, BETA, LearnerContract, assert_freed, recorded  # noqa: E402
-from tests.conftest import without  # noqa: E402
-from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
+from fastreg import fastai1  # noqa: E402
+from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
+from tests.adapters.contract import BATCH, COEFFICIENTS, NO_CALLBACK, loss_of  # noqa: E402
+from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_freed, recorded  # noqa: E402
+from tests.language_model import VOCABULARY, gap, hooks_of, regularizer  # noqa: E402
 
 torch.set_num_threads(1)
-OLD = release in ("1.0.36", "1.0.42")
-TIME = 0 if release == "1.0.36" else 1
-STOCK: Any = ({"bptt": 16} if OLD else {}) | ({"adjust": False} if release == "1.0.36" else {})
+OLD = fastai.__version__ == "1.0.42"
+STOCK: Any = {"bptt": 16} if OLD else {}
 pytestmark = pytest.mark.usefixtures("quick_collections")
 
 
@@ -75,10 +58,10 @@ def learner(alpha: float = ALPHA, beta: float = BETA) -> Any:
     return language_model_learner(data, AWD_LSTM, config=config, pretrained=False, alpha=alpha, beta=beta)
 
 
-def trained(learn: Any, *callbacks: Callback) -> Tensor:
+def trained(learn: Any, *callbacks: Callback, lr: float = 5e-3) -> Tensor:
     torch.manual_seed(1)
     np.random.seed(1)
-    learn.fit(1, 5e-3, callbacks=[*callbacks])
+    learn.fit(1, lr, callbacks=[*callbacks])
     assert hooks_of(learn.model) == 0
     return torch.cat([p.detach().float().flatten() for p in learn.model.parameters()])
 
@@ -91,6 +74,10 @@ def at(event: str, do: Callable[..., Any], order: int = -1000) -> Callback:
     return made
 
 
+def lrs_of(learn: Any) -> list[float]:
+    return [group["lr"] for group in learn.opt.opt.param_groups]
+
+
 def fail(*_: Any, **__: Any) -> None:
     raise ArithmeticError
 
@@ -98,18 +85,29 @@ def fail(*_: Any, **__: Any) -> None:
 class TestContract(LearnerContract):
     """One process runs it for one release."""
 
-    stock, fused, time = Stock, RNNTrainer, TIME
-    fuse, unfuse = staticmethod(fuse), staticmethod(unfuse)
+    stock, fused, adapter = Stock, RNNTrainer, "RNNTrainer"
+    fuse = staticmethod(fuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("callbacks"))
+    can_round = False
 
-    def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
+    def learner_of(
+        self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
+    ) -> Any:
         if accumulated > 1:
             pytest.skip("its optimizer steps after each batch")
-        loader = DataLoader([(ids, -ids) for ids in IDS], BATCH)
+        loader = DataLoader([(x[0] if len(x) == 1 else x, target) for x, target in rows], size)
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
+
+    def positional(self, learn: Any) -> list[Any]:
+        return [learn, 16]
+
+    def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
+        seen = []
+        trained(learn, at("on_backward_end", lambda **_: seen.append(lrs_of(learn)[-1]), 1000), lr=lr)
+        return [*seen, lrs_of(learn)[-1]]
 
     def at_batches(self, do: Callable[[], None]) -> Any:
         return at("on_batch_begin", lambda train, **_: do() if train else None, 1000)
@@ -129,11 +127,9 @@ class TestContract(LearnerContract):
         learn.purge()  # which makes the callbacks again
         learn.export("learner")
         assert learn.callbacks[0] is learn.rnn_trainer
-        with without("fastreg"):
-            return load_learner(learn.path, "learner")
+        return load_learner(learn.path, "learner")
 
 
-@pytest.mark.skipif(release == "1.0.36", reason="its mixed precision halves the token ids, too")
 def test_the_loss_scale_scales_the_penalty_too() -> None:
     weights = []
     for learn, position in ((learner(), 1), (fuse(learner()), 0)):  # of float32, to compare closely
@@ -145,32 +141,33 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
 @pytest.mark.parametrize(("adjust", "fails"), [(False, False), (True, False), (True, True)])
 def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> None:
     def look(last_input: Any, **_: Any) -> None:
-        steps.append((last_input.shape[TIME], lrs()))
+        steps.append((last_input.shape[1], lrs_of(learn)))
         if fails:
             raise ArithmeticError
-
-    def lrs() -> list[float]:
-        return [group["lr"] for group in learn.opt.opt.param_groups]
 
     learn, steps, spy = learner(), [], at("on_backward_end", look, 1000)
     learn.callbacks = [RNNTrainer(learn, 20, ALPHA, BETA, adjust)]
     with pytest.raises(ArithmeticError) if fails else nullcontext():
         learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
-    assert lrs() == pytest.approx(base)
+    assert lrs_of(learn) == pytest.approx(base)
     for length, scaled in steps:
         assert scaled == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
     assert any(length != 20 for length, _ in steps)
 
 
-def test_a_learner_of_a_model_that_returns_only_its_output_is_exported_without_a_callback() -> None:
-    learn, seen = fuse(TestContract().learner_of(TestContract().net()), **PATHS), []
-    learn.callbacks.append(Callback())
-    own = learn.callbacks
-    with mock.patch.object(Learner, "export", lambda self: seen.extend(self.callbacks), create=True):
-        learn.export()
-    assert [type(x) for x in seen] == [Callback]
-    assert learn.callbacks is own
+def test_a_validation_leaves_no_hooks_and_a_fit_around_it_goes_on() -> None:
+    def validate(**_: Any) -> None:
+        learn.validate()
+        learn.model.train()
+
+    weights = []
+    for one in (learner(), fuse(learner(), dropout=True)):
+        learn = one
+        learn.validate()
+        assert hooks_of(learn.model) == 0
+        weights.append(trained(learn, at("on_step_end", validate)))
+    assert gap(*weights) < 1e-5
 
 
 def test_no_activations_are_held_after_a_step_that_failed() -> None:
@@ -183,8 +180,7 @@ def test_no_activations_are_held_after_a_step_that_failed() -> None:
 
 @pytest.mark.parametrize(("bptt", "adjust"), [(None, False), (16, True)])
 def test_the_arguments_of_the_release_are_kept(bptt: Any, adjust: bool) -> None:
-    learn = unfuse(fuse(learner()))
-    assert "export" not in vars(learn)
+    learn = learner()
     learn.callbacks = [RNNTrainer(learn, bptt, ALPHA, BETA, adjust)]
     (now,) = fuse(learn).callbacks
     assert (now.bptt, now.alpha, now.beta, now.adjust) == (bptt, ALPHA, BETA, adjust)
@@ -194,10 +190,19 @@ def test_errors_of_the_callback() -> None:
     learn = learner()
     with pytest.raises(ValueError, match="bptt: expected the usual number of time steps"):
         RNNTrainer(learn, None)
-    with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn"):
-        RNNTrainer(learn, 16, rnn="0")
-    with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
-        RNNTrainer(0, 16)
     fuse(learn).callbacks.append(Stock(learn, **STOCK))
     with pytest.raises(ValueError, match=r"^RNNTrainer: .* more than one"):
         learn.fit(1)
+
+
+def test_a_regularizer_that_is_no_callback() -> None:
+    learn = learner()
+    learn.callbacks = [regularizer()]
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        learn.fit(1)
+
+
+def test_releases_with_time_first_models_are_refused() -> None:
+    refused = pytest.raises(ImportError, match=r"expected fastai 1\.0\.38 or newer, .* got 1\.0\.37$")
+    with mock.patch.object(fastai, "__version__", "1.0.37"), refused:
+        reload(fastai1)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bench.measure.timing import threads
 from fastreg import fused_ar_tar
-from tests.adapters.contract import BATCH, COEFFICIENTS, IDS, PATHS, loss_of
-from tests.adapters.learners import ALPHA, BETA, Captures, LearnerContract
+from tests import language_model as lm
+from tests.adapters.contract import BATCH, COEFFICIENTS, NO_CALLBACK, PATHS, loss_of
+from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract
 from tests.conftest import skip_without, without
 from tests.language_model import VOCABULARY, Model, Triple, formula, gap, hooks_of
 
@@ -27,7 +28,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from fastai.text import all as fa
 
-    from fastreg.fastai import RNNRegularizer, fuse, rnn_cbs, unfuse
+    from fastreg.fastai import RNNRegularizer, fuse, rnn_cbs
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
@@ -76,10 +77,10 @@ def with_captures() -> Any:
 either_regularized = pytest.mark.parametrize("make", [with_paths, with_captures])
 
 
-def trained(learn: Any, *cbs: Any, epochs: int = 1) -> Tensor:
+def trained(learn: Any, *cbs: Any, epochs: int = 1, lr: float = 5e-3) -> Tensor:
     fa.set_seed(1)
     with learn.no_bar(), learn.no_logging():
-        learn.fit(epochs, 5e-3, cbs=cbs)
+        learn.fit(epochs, lr, cbs=cbs)
     assert hooks_of(learn.model) == 0
     return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
@@ -94,18 +95,30 @@ def on(event: str, do: Callable[[Any], object]) -> Any:
 class TestContract(LearnerContract):
     """fastai's loop calls no `after_fit` after an error, so that hooks stay after a fit that was cut off."""
 
-    stock, fused = fa.RNNRegularizer, RNNRegularizer
-    fuse, unfuse = staticmethod(fuse), staticmethod(unfuse)
+    stock, fused, adapter = fa.RNNRegularizer, RNNRegularizer, "RNNRegularizer"
+    fuse = staticmethod(fuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("cbs"))
-    cleans_up = False
+    cleans_up = can_round = False
 
-    def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1) -> Any:
-        rows = [(ids, -ids) for ids in IDS]
-        dls = fa.DataLoaders(fa.DataLoader(rows, bs=BATCH), fa.DataLoader(rows[:BATCH], bs=BATCH))
+    def learner_of(
+        self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
+    ) -> Any:
+        flat = [(*inputs, target) for inputs, target in rows]
+        dls = fa.DataLoaders(fa.DataLoader(flat, bs=size), fa.DataLoader(flat[:size], bs=size))
+        dls.n_inp = len(rows[0][0])
         cbs = [fa.GradientAccumulation(accumulated * BATCH), fa.GradientClip(0.1)]
-        cbs += [fa.RNNRegularizer(**COEFFICIENTS)] * regularized + [fa.RNNCallback()] * isinstance(model, Captures)
+        cbs += [fa.RNNRegularizer(**COEFFICIENTS)] * regularized
+        cbs += [fa.RNNCallback()] * getattr(model, "captured", False)
         return fa.Learner(dls, model, loss_of, opt_func=fa.SGD, cbs=cbs)
+
+    def positional(self, learn: Any) -> list[Any]:
+        return []
+
+    def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
+        seen = []
+        trained(learn, on("before_step", lambda learn: seen.append(learn.opt.hypers[-1]["lr"])), lr=lr)
+        return [*seen, learn.opt.hypers[-1]["lr"]]
 
     def at_batches(self, do: Callable[[], object]) -> Any:
         return on("before_batch", lambda _: do())
@@ -121,8 +134,6 @@ class TestContract(LearnerContract):
                 trained(learn, on("before_step", stop))
 
     def begin_anew(self, learn: Any) -> None:
-        if hooks_of(learn.model) == 0:  # else the next fit restores it
-            assert learn.opt.hypers[-1]["lr"] == 5e-3
         learn.opt, learn.rnn_regularizer.bptt = None, None
         learn.model.zero_grad()
 
@@ -192,12 +203,10 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert str(learn.recorder.values[0][2]) == "nan"
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_bptt_scales_the_lr_only_for_the_step(cancelled: bool) -> None:
+def test_bptt_scales_the_lr_only_for_a_step_that_is_cancelled() -> None:
     def look(learn: Any) -> None:
         seen.append((learn.rnn.raw_out.shape[1], learn.opt.hypers[-1]["lr"]))
-        if cancelled:
-            raise fa.CancelStepException
+        raise fa.CancelStepException
 
     learn, seen = fuse(learner()), []
     learn.rnn_regularizer.bptt = 20
@@ -207,24 +216,10 @@ def test_bptt_scales_the_lr_only_for_the_step(cancelled: bool) -> None:
     assert learn.opt.hypers[-1]["lr"] == pytest.approx(5e-3)
 
 
-@either_regularized
-def test_a_copy_of_a_learner_regularizes_alike(make: Any) -> None:
-    learn = make()
-    learn.rnn_regularizer.bptt = 20
-    copied = copy.deepcopy(learn)
-    now = copied.rnn_regularizer
-    assert (type(now), now.learn, now.bptt) == (RNNRegularizer, copied, 20)
-    assert now is not learn.rnn_regularizer
-    weights = trained(learn)
-    assert gap(trained(copied), weights) < 1e-5
-    assert copied.recorder.metric_names[-3:] == ["ar", "tar", "time"]
-    assert gap(trained(of(Model)), weights) > 1e-4
-
-
 def validate(learn: Any) -> None:
     """Validate within an epoch, which fastai begins and ends as it does a fit."""
     kept = {name: vars(learn)[name] for name in ("dl", "n_iter", "epoch", "train_iter", "pct_train", "training")}
-    learn.validate()
+    assert len(learn.validate()) == 1  # without the columns
     vars(learn).update(kept)
     learn.model.train()
 
@@ -258,11 +253,10 @@ def test_fuse_keeps_where_the_callback_runs() -> None:
     assert gap(trained(fuse(learn)), TestContract.stock_weights(0.0, 0.0)) < 1e-5
 
 
-ALONE = r"\(decoded, raw, dropped\) from the Model, and one RNNCallback to capture them, got a Tensor and 1"
+NEITHER = r"expected an RNNCallback, .* or rnn= and dropout=, .* got neither"
 # the callbacks of two learners; the first one is trained
 REJECTED: list[tuple[list[Any], list[Any], type[Exception], str]] = [
-    (rnn_cbs(1.0)[1:], [], TypeError, ALONE),
-    ([fa.RNNCallback(), RNNRegularizer(1.0, **PATHS)], [], TypeError, ALONE),
+    ([RNNRegularizer(1.0)], [], TypeError, NEITHER),
     ([RNNRegularizer(1.0, **PATHS), fa.RNNRegularizer()], [], ValueError, "RNNRegularizer: the learner has another"),
     (shared := [RNNRegularizer(1.0, **PATHS)], shared, RuntimeError, "another learner has this callback, too"),
 ]
@@ -273,3 +267,70 @@ def test_learners_that_cannot_be_trained(own: Any, of_other: Any, error: type[Ex
     learn, _other = of(Model, *own), of(Model, *of_other)
     with pytest.raises(error, match=message):
         trained(learn)
+
+
+@either_regularized
+def test_a_copy_of_a_learner_is_fused_again(make: Any) -> None:
+    learn = make()
+    copied = copy.deepcopy(learn)
+    assert type(copied.rnn_regularizer) is fa.RNNRegularizer
+    options = {} if make is with_captures else PATHS
+    assert gap(trained(fuse(copied, **options)), trained(learn)) < 1e-5
+
+
+@either_regularized
+def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make: Any) -> None:
+    def stop(_learn: Any) -> None:
+        raise KeyboardInterrupt
+
+    learn = make()
+    with pytest.raises(KeyboardInterrupt):
+        trained(learn, on("after_batch", stop))
+    assert learn.metrics.attrgot("name") == ["ar", "tar"]
+    learn.export("learner.pkl")
+    with without("fastreg"):
+        assert fa.load_learner("learner.pkl").metrics == []
+    assert len(learn.validate()) == 1
+
+
+def test_a_regularizer_that_is_no_callback() -> None:
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        of(Model, lm.regularizer())
+
+
+class Halve(fa.Callback):
+    """Halves the loss that is differentiated, before fastai's callback adds its penalty."""
+
+    order, run_valid = 0, False
+
+    def after_loss(self) -> None:
+        self.learn.loss_grad = self.learn.loss_grad / 2
+
+
+def test_the_penalty_is_added_in_the_order_of_fastai() -> None:
+    stock, fused = (trained(make(learner()), Halve()) for make in (lambda learn: learn, fuse))
+    assert gap(fused, stock) < 1e-5
+    assert gap(stock, TestContract.stock_weights()) > 1e-3
+
+
+def test_a_subclass_has_an_order_of_its_own() -> None:
+    class Late(RNNRegularizer):
+        order = 20
+
+    seen: list[Tensor] = []
+    learn = of(Model, Late(ALPHA, BETA, **PATHS))
+    own = on("after_loss", lambda learn: seen.append(learn.loss_grad - learn.loss))
+    between = on("after_loss", lambda learn: seen.append(learn.loss_grad - learn.loss))
+    between.order = 15
+    trained(learn, between, own)
+    assert all(before == 0 < after for before, after in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_a_prediction_within_a_fit_that_ends_like_a_fit() -> None:
+    """`tta` begins and ends with the events of a fit, and a fit around it goes on."""
+
+    def predict(learn: Any) -> None:
+        learn(["before_fit", "after_fit"])
+
+    weights = [trained(with_paths(), *cbs) for cbs in ([], [on("after_batch", predict)])]
+    assert gap(*weights) == 0

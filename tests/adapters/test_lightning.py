@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections import UserDict
 from contextlib import nullcontext
 from datetime import timedelta
@@ -21,7 +23,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 from fastreg.lightning import ActivationRegularization  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import DATA, PATHS, Contract, Net  # noqa: E402
+from tests.adapters.contract import DATA, NO_CALLBACK, PATHS, Contract, Net  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights  # noqa: E402
 
 # Lightning and its imports warn.
@@ -31,10 +33,8 @@ pytestmark = [pytest.mark.filterwarnings(f"ignore::{x}Warning") for x in ("Depre
 class Module(Net, pl.LightningModule):
     """Trains itself, with a second RNN that is made when a fit begins."""
 
-    resets = 0
-
     def reset(self) -> None:
-        self.resets += 1
+        raise AssertionError("a reset() may initialize the weights anew")
 
     def configure_model(self) -> None:
         self.second = lm.gru()
@@ -52,7 +52,7 @@ class Module(Net, pl.LightningModule):
 
 
 def callback(**options: Any) -> ActivationRegularization:
-    return ActivationRegularization(ALPHA, BETA, **(PATHS | options))
+    return ActivationRegularization(**({"alpha": ALPHA, "beta": BETA} | PATHS | options))
 
 
 def loader() -> Any:
@@ -70,9 +70,14 @@ def fit(module: Any, *callbacks: Any, validate: bool = False, path: Any = None, 
     torch.manual_seed(0)
     trainer = trainer_of(*callbacks, **options)
     trainer.fit(module, loader(), loader() if validate else None, ckpt_path=path)
-    assert not type(vars(module).get("training_step")).__module__.startswith("fastreg")
-    assert lm.hooks_of(module) == 0
+    assert_clean(module, trainer)
     return trainer.callback_metrics
+
+
+def assert_clean(module: Any, trainer: Any) -> None:
+    """Check that a fit has left nothing behind."""
+    assert trainer.strategy.training_step == pl.strategies.Strategy.training_step.__get__(trainer.strategy)
+    assert lm.hooks_of(module) == 0
 
 
 def fit_both(*callbacks: Any, kind: Any = Module, written: Any = ("rnn",), **options: Any) -> tuple[Any, Any, Any]:
@@ -88,11 +93,14 @@ def assert_means(logged: Any, terms: Any) -> None:
 
 
 class TestContract(Contract):
-    kind = Module
+    kind, adapter = Module, "ActivationRegularization"
 
-    def fit(self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
+    def fit(
+        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False
+    ) -> dict[str, float]:
         callbacks = [] if options is None else [callback(**({"dropout": None} | options))]
         steps: dict[str, Any] = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
+        steps |= {"precision": "bf16-mixed"} if rounded else {}
         return [fit(model, *callbacks, **steps) for _ in range(fits)][-1]
 
 
@@ -119,11 +127,15 @@ def test_logs_the_means_of_the_terms_over_an_epoch() -> None:
         callback(log=1)
 
 
-def test_a_module_may_be_fitted_again_and_is_reset() -> None:
-    module, one = lm.seeded(Module), callback()
-    for again in (False, True):
-        fit(module, copy.deepcopy(one) if again else one, validate=True)
-    assert module.resets == 2 * (1 + 1 + 1)  # epochs of training, and of validation before and after
+def test_a_trainer_may_fit_again() -> None:
+    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
+    for one, callbacks in ((module, [callback()]), (formula, [])):
+        torch.manual_seed(0)
+        trainer = trainer_of(*callbacks)
+        trainer.fit(one, loader())
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(one, loader())
+    assert_same_weights(module, formula)
 
 
 def test_a_fit_goes_on_within_an_epoch(tmp_path: Path) -> None:
@@ -141,19 +153,20 @@ def test_a_module_that_optimizes_by_hand_is_refused() -> None:
     assert lm.hooks_of(module) == 0
 
 
-@pytest.mark.parametrize("anew", [False, True])
-def test_a_fit_after_one_that_was_cut_off(anew: bool) -> None:
-    """The next fit has the same callback or a new one, and finds no trace of the wrapper that was left."""
+@pytest.mark.parametrize(("error", "again"), [(KeyError, copy.copy), (KeyboardInterrupt, copy.deepcopy)])
+def test_a_fit_that_is_cut_off_leaves_nothing_behind(error: type[BaseException], again: Any) -> None:
+    """Another callback raises an error when it is told of the first one, so that ours is not told."""
     module, formula, one = lm.seeded(Module), lm.seeded(Module, "rnn"), callback()
-    in_a_step = module.decoder.register_forward_hook(mock.Mock(side_effect=[None, None, KeyError]))
+    in_a_step = module.decoder.register_forward_hook(mock.Mock(side_effect=[None, None, error]))
     failing = pl.callbacks.LambdaCallback(on_exception=mock.Mock(side_effect=ArithmeticError))
+    trainer = trainer_of(failing, one)
     with pytest.raises(ArithmeticError):
-        fit(module, failing, one)  # Lightning does not tell the second of the error
-    assert lm.hooks_of(module) > 0
+        trainer.fit(module, loader())
+    assert_clean(module, trainer)
     module.load_state_dict(formula.state_dict())
     module.zero_grad()
     in_a_step.remove()
-    logged = fit(module, callback() if anew else one)
+    logged = fit(module, again(one))
     fit(formula)
     assert_same_weights(module, formula)
     assert_means(logged, formula.terms)
@@ -177,11 +190,82 @@ def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> N
     assert_same_weights(module, formula)
 
 
-def test_attributes() -> None:
-    with pytest.raises(AttributeError, match="'aplha'"):
-        callback().aplha = 3.0
-    own = type("Own", (ActivationRegularization,), {})(ALPHA, BETA, **PATHS)
-    own.more = 1  # a subclass may add attributes
+def test_a_fit_within_a_fit() -> None:
+    """Both have the same callback, which is attached again after the inner one."""
+
+    def fit_another(trainer: Any, own: Any, *_: Any) -> None:
+        if own is module or own is formula:
+            callbacks = [one] * (own is module)
+            other = lm.seeded(Module, *["rnn"] * (own is formula))
+            trainer_of(*callbacks).fit(other, loader())
+            others.append(other)
+            torch.manual_seed(1)
+
+    one, others = callback(), list[Any]()
+    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
+    nested = pl.callbacks.LambdaCallback(on_train_batch_end=fit_another)
+    fit(module, one, nested, limit_train_batches=2)
+    fit(formula, nested, limit_train_batches=2)
+    assert_same_weights(module, formula)
+    assert len(others) == 4
+    assert_same_weights(others[0], others[-1])
+
+
+class Scaling(pl.Callback):
+    """Wraps the step of the trainer, too, for a whole fit."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.step = trainer.strategy.training_step
+        trainer.strategy.training_step = lambda *args: 2 * self.step(*args)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        assert trainer.strategy.training_step.__qualname__.startswith("Scaling")
+        trainer.strategy.training_step = self.step
+
+
+def test_the_wrapper_of_another_callback_is_wrapped_and_put_back() -> None:
+    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
+    fit(module, callback(alpha=2 * ALPHA, beta=2 * BETA), Scaling())
+    fit(formula, Scaling())
+    assert_same_weights(module, formula)
+
+
+def wrapped(step: Any) -> Any:
+    @functools.wraps(step)
+    def inner(self: Any, batch: Any) -> Any:
+        return step(self, batch)
+
+    return inner
+
+
+class Wrapped(Module):
+    """Has a training step of one argument, which a decorator wraps."""
+
+    training_step = wrapped(Module.training_step)
+
+
+class Unlogged(Module):
+    """Logs nothing, because `torch.compile` fails in `log`."""
+
+    def training_step(self, batch: Any) -> Any:  # pyright: ignore
+        return self(**batch)["loss"]
+
+
+def test_compiled_modules_and_wrapped_steps() -> None:
+    fit_both(callback(), kind=Wrapped)
+    fit_both(callback(), kind=lambda *args: torch.compile(Unlogged(*args), backend="eager"))
+
+
+class ValidatesByItsStep(Module):
+    def validation_step(self, batch: Any) -> None:  # pyright: ignore
+        self.training_step(batch)
+
+
+def test_a_validation_step_that_calls_the_training_step() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit_both(callback(), kind=ValidatesByItsStep, validate=True)
+    assert not [x for x in seen if "penalty" in str(x.message)]
 
 
 class Uneven(Module):
@@ -215,21 +299,16 @@ def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
             torch.testing.assert_close(logged, want)
 
 
+def test_a_regularizer_that_is_no_callback() -> None:
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        fit(lm.seeded(Module), lm.regularizer())
+
+
+def test_a_path_is_required() -> None:
+    with pytest.raises(ValueError, match=r"rnn and dropout: expected each path of an RNN once, .* got \[\]"):
+        ActivationRegularization(ALPHA, BETA)
+
+
 def test_two_callbacks_add_their_penalties_and_log_the_mean() -> None:
     terms, logged, _ = fit_both(callback(), callback(rnn="second", dropout=None), written=("rnn", "second"))
     assert_means(logged, terms)
-
-
-def test_a_copy_made_while_training_has_its_own_step() -> None:
-    """An average of weights makes such a copy."""
-
-    def copy_it(_trainer: Any, module: Any, *_: Any) -> None:
-        copies.append(copy.deepcopy(module))
-
-    copies: list[Any] = []
-    fit(lm.seeded(Module), callback(), pl.callbacks.LambdaCallback(on_train_batch_end=copy_it))
-    copied, plain = copies[-1], lm.seeded(Module)
-    plain.load_state_dict(copied.state_dict())
-    fit(copied)
-    fit(plain)
-    assert_same_weights(copied, plain)

@@ -22,7 +22,7 @@ import transformers  # noqa: E402
 
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Contract, Net, valid  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, IDS, NO_CALLBACK, PATHS, Contract, Net, turned, valid  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -72,8 +72,12 @@ def fit(*args: Any, fits: int = 1, **options: Any) -> Any:
 class TestContract(Contract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
-    def fit(self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1) -> dict[str, float]:
-        args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch"}
+    adapter = "RegularizedTrainer"
+
+    def fit(
+        self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False
+    ) -> dict[str, float]:
+        args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch", "bf16": rounded}
         if options is None:
             return fit(model, transformers.Trainer, args, fits=fits).state.log_history[0]
         return fit(model, args=args, fits=fits, **({"dropout": None} | options)).state.log_history[0]
@@ -95,6 +99,12 @@ IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
 # the two models, the options of both trainers, and those of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
+    "the attention mask of a module that is time first": (
+        Masked(),
+        Masked("turned", masks={"valid": turned(valid)}),
+        {"data": MASKED},
+        {"rnn": "turned", "dropout": None, "batch_first": False},
+    ),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
     "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
     "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
@@ -205,10 +215,46 @@ def test_a_schedule_of_the_coefficients_and_an_error(error: Any) -> None:
     lm.assert_other_weights(trainer.model, fit(lm.seeded(Net), args=IN_PARTS).model)
 
 
-def test_a_loss_that_never_passes_accelerate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OwnStep, "training_step", lambda *_: torch.zeros(()))
-    with pytest.raises(RuntimeError, match=r"did not go through accelerator\.backward"):
-        fit(Net(), both(OwnStep, RegularizedTrainer))
+class Inside(Net):
+    """Has RNNs of both layouts inside of modules that do not show theirs."""
+
+    def __init__(self, *written: str) -> None:
+        super().__init__(*written)
+        self.second, self.last = nn.Sequential(self.second), nn.Sequential(nn.GRU(6, 6))
+
+
+def test_a_layout_is_read_from_a_module_or_asked_for() -> None:
+    model, formula = lm.seeded(Inside), lm.seeded(Inside, "second")
+    assert_same_weights(fit(model, rnn="second", dropout=None).model, fit(formula, transformers.Trainer).model)
+    with pytest.raises(ValueError, match=r"batch_first: .* may return \(time, batch, hidden\) like the GRU inside"):
+        fit(model, rnn="last", dropout=None)
+    assert hooks_of(model) == 0
+    trainer = trainer_of(model, rnn="last", dropout=None)
+    assert trainer.layout_of(model.decoder) == {"batch_first": True}
+    assert trainer_of(model, time_dim=2).layout_of(model.decoder) == {"batch_first": None, "time_dim": 2}
+
+
+def test_a_trainer_that_is_made_within_a_training_of_its_model_ends_nothing() -> None:
+    class Make(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            trainer_of(model)  # which sets the seed
+
+    made, formula = fit(lm.seeded(Net), callbacks=[Make()]), lm.seeded(Net, "rnn")
+    assert_same_weights(made.model, fit(formula, transformers.Trainer, callbacks=[Make()]).model)
+
+
+def test_an_attention_mask_that_does_not_fit_the_module() -> None:
+    """As where a batch has samples, and the layers of the model have frames of them."""
+    longer = [{"input_ids": row, "attention_mask": torch.ones(20, dtype=torch.bool)} for row in IDS]
+    with pytest.raises(ValueError, match=r"^valid: .* \(3, 20\)\. This is the attention_mask .* pass valid=, a"):
+        fit(Masked(), data=longer)
+    with pytest.raises(ValueError, match=r"^valid: .* \(3, 20\)$"):
+        fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
+
+
+def test_a_regularizer_that_is_no_callback() -> None:
+    with pytest.raises(AttributeError, match=NO_CALLBACK):
+        trainer_of(Net(), transformers.Trainer, callbacks=[lm.regularizer()])
 
 
 def test_errors_when_it_is_made() -> None:
@@ -217,7 +263,11 @@ def test_errors_when_it_is_made() -> None:
             super().__init__(*args, **kwargs)
             self.beta = 0.1  # as a DPOTrainer
 
-    with pytest.raises(ValueError, match="rnn: Net has no such module at 'lstm'"):
+    with pytest.raises(AttributeError, match="Net has no attribute `lstm`"):
         trainer_of(Net(), rnn="lstm")
+    with pytest.raises(ValueError, match=r"rnn and dropout: expected each path of an RNN once, .* got \[\]"):
+        trainer_of(Net(), rnn=None, dropout=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizr'"):
+        trainer_of(Net(), tokenizr=1)
     with pytest.raises(AttributeError, match="regularizer"):
         trainer_of(Net(), both(RegularizedTrainer, OwnBeta))

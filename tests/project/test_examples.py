@@ -27,15 +27,16 @@ SCRIPTS = {
     "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),
 }
 NOTEBOOK = "fastai_lm.ipynb"
+FASTAI1 = "fastai1.py"  # tests/adapters/test_fastai1.py runs it, in another process
 
 
 def test_every_example_is_run_and_on_a_page_and_on_the_site() -> None:
     files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
-    assert files == {*SCRIPTS, NOTEBOOK}
+    assert files == {*SCRIPTS, NOTEBOOK, FASTAI1}
     pages = "".join(page.read_text() for page in ROOT.glob("docs/*.md"))
     assert all(f"(../examples/{file})" in pages for file in files)
     site = (ROOT / "mkdocs.yml").read_text()
-    assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in SCRIPTS)
+    assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in [*SCRIPTS, FASTAI1])
 
 
 Start = Callable[..., tuple[list[float], str]]
