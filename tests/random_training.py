@@ -155,11 +155,15 @@ class Play:
         self.last: Call | None = None  # whose states the next call may get
         self.events, self.counts = list[str](), Counter[str]()
         self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers", f"shared {self.shared}"])
-        self.reg, time = RNNRegularizer(0, 0), int(self.batch_first)
-        options: Any = {name: lambda x, *_, m=mask: m[:, : x.shape[time]] for name, mask in self.masks.items()}
+        self.reg = RNNRegularizer(0, 0)
+        options: Any = {name: partial(self.mask_for, mask) for name, mask in self.masks.items()}
         for rnn, i in {rnn: i for i, rnn in enumerate(self.net.layers)}.items():
             is_attached = i > 0 and self.dropouts[i - 1] not in NOT_ATTACHED
             self.reg.attach(rnn, self.net.dropouts[i] if is_attached else None, **options)
+
+    def mask_for(self, mask: Tensor, x: Tensor, *_: Any) -> Tensor:
+        """Return a mask of (batch, time) for an input, with its axes in the input's order."""
+        return mask[:, : x.shape[1]] if self.batch_first else mask[:, : x.shape[0]].t()
 
     def note(self, kind: str, more: str = "") -> None:
         """Note an event, and count its kind."""
