@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import INTERPRETED, memory_of, skip_on_formula
-from tests.exact import assert_terms, truth
+from tests.exact import truth
 from tests.random_calls import Kind
 from tests.samples import transposed
 
@@ -77,39 +77,18 @@ def test_a_mask_of_time_steps_has_the_axes_of_its_tensor_in_their_order(shape: t
     turned: Any = {name: mask.T for name, mask in masks.items()}
     first: Any = {"batch_first": False, **masks}
     want = fused_ar_tar(raw.transpose(0, 1), raw.transpose(0, 1), 2.0, 1.0, **turned, return_terms=True)
+    module: Any = FusedRNNDropout(0.0, 2.0, 1.0, batch_first=False)
     calls: list[Callable[[Tensor], Any]] = [
         lambda x: fused_ar_tar(x, x, 2.0, 1.0, **first, return_terms=True),
         lambda x: fused_ar_tar([x], [x], 2.0, 1.0, **first, return_terms=True),
         lambda x: fused_ar_tar(x[..., None], x[..., None], 2.0, 1.0, time_dim=0, **masks, return_terms=True),
         lambda x: fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, training=False, **first, return_terms=True)[1],
-        lambda x: penalty_of(FusedRNNDropout(0.0, 2.0, 1.0, batch_first=False), x, **masks),
+        lambda x: module(x, **masks) is x and module.take(),
     ]
     for call in calls:
         got = call(raw)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(*(torch.autograd.grad(x.penalty, raw, retain_graph=True) for x in (got, want)))
-
-
-@pytest.mark.parametrize(
-    ("axes", "time_dim"), [((0, 1), 1), ((1, 0, 2), 0), ((0, 2, 1, 3), 2), ((2, 0, 1), 0)], ids=str
-)
-def test_masks_follow_any_axis_of_time(axes: tuple[int, ...], time_dim: int, device: str) -> None:
-    """The first axis beside time is the batch; one sequence has a mask of one axis."""
-    raw = torch.randn([(4, 9, 3, 2)[axis] for axis in axes], device=device)
-    batch = 0 if time_dim else 1
-    marks = torch.rand([raw.shape[i] for i in sorted((batch, time_dim))], device=device) < 0.7
-    got = fused_ar_tar(raw, raw, 2.0, 1.0, time_dim=time_dim, valid=marks, starts=~marks, return_terms=True)
-    want = truth(raw.double(), raw.double(), 2.0, 1.0, time_dim=time_dim, valid=marks, starts=~marks)
-    assert_terms(got, want, raw.dtype)
-    if raw.dim() < 4:
-        one, valid = raw.select(batch, 1), marks.select(batch, 1)
-        got = fused_ar_tar(one, one, 2.0, 1.0, time_dim=0, valid=valid, return_terms=True)
-        assert_terms(got, truth(one.double(), one.double(), 2.0, 1.0, time_dim=0, valid=valid), raw.dtype)
-
-
-def penalty_of(dropout: FusedRNNDropout, x: Tensor, **masks: Tensor) -> Any:
-    dropout(x, **masks)
-    return dropout.take()
 
 
 def test_a_mask_of_one_row_is_copied_as_one_row(device: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import TRITON
@@ -230,14 +229,3 @@ def test_a_plan_takes_little_memory_of_the_host(name: str, backend: str) -> None
             assert memory_after(range(3, 4)) < 100_000  # nothing else keeps what belonged to them
         finally:
             tracemalloc.stop()
-
-
-def test_batched_upstream_gradients_take_the_formula() -> None:
-    """Their wrappers have no memory that kernels could read."""
-    penalty = fused_ar_tar(*(xs := leaves()), 2.0, 1.0)
-
-    def gradients(upstream: Tensor, batched: bool = False) -> Any:
-        return torch.autograd.grad(penalty, xs, upstream, retain_graph=True, is_grads_batched=batched)
-
-    both = torch.tensor([1.0, 3.0])
-    assert_close(gradients(both, True), tuple(map(torch.stack, zip(*map(gradients, both), strict=True))))

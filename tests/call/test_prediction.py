@@ -62,25 +62,16 @@ def test_an_interrupt_while_gradients_are_handed_over_is_silent() -> None:
     gc.collect()
 
 
-def test_a_backward_that_was_expected_reads_no_activations(device: str) -> None:
+@pytest.mark.parametrize("time", [5, 7], ids=["of_another_plan", "of_the_plan"])
+def test_a_backward_that_the_last_one_of_any_plan_has_announced_reads_no_activations(time: int, device: str) -> None:
     skip_on_formula(device)
-    leaf, grad = leaves(7, device=device)[0], torch.tensor(3.0, device=device)
-    want = alone(lambda: fused_ar_tar(leaf, leaf, 2.0, 1.0), grad, (leaf,))
-    torch.autograd.grad(fused_ar_tar(leaf, leaf, 2.0, 1.0), leaf, grad)  # expected from now on
-    got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
-    leaf.data.zero_()  # behind the back of autograd
-    assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
-
-
-def test_a_new_plan_expects_the_last_upstream_gradient_of_any_plan(device: str) -> None:
-    skip_on_formula(device)
-    (other, _), (leaf, _) = leaves(5, device=device), leaves(7, device=device)
+    (other, _), (leaf, _) = leaves(time, device=device), leaves(7, device=device)
     grad = torch.tensor(3.0, device=device)
     want = alone(lambda: fused_ar_tar(leaf, leaf, 2.0, 1.0), grad, (leaf,))
     PLANS.clear()
-    torch.autograd.grad(fused_ar_tar(other, other, 2.0, 1.0), other, grad)
+    torch.autograd.grad(fused_ar_tar(other, other, 2.0, 1.0), other, grad)  # expected from now on
     got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
-    leaf.data.zero_()
+    leaf.data.zero_()  # behind the back of autograd
     assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
 
 
