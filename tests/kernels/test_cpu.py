@@ -103,14 +103,6 @@ def test_a_copy_that_a_build_has_left_unfinished_is_not_loaded(monkeypatch: pyte
     assert [*cpu.runnable()] == []
 
 
-def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
-    with (tmp_path / "fastreg/kernels/cpu.cpp").open("a") as file:
-        file.write("// changed\n")
-    done = python("-c", "import fastreg.__main__ as main; main.main()", folder=tmp_path, PYTHONPATH=str(tmp_path))
-    assert "was built from another version of the source" in done.stdout
-
-
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 def test_halves_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
     """The products are ties, subnormal, infinite, and NaN whatever its bits."""

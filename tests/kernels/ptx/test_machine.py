@@ -46,7 +46,6 @@ NEXT = "xor.b32 %r3, %r2, 128;"  # the value of a thread of the next warp
         ("sin.approx.f32 %r1, %r2;", "cannot run `sin.approx.f32 %r1, %r2`"),
         ("ld.volatile.global.b32 %r1, [%base0];", r"cannot run `ld.volatile.global.b32 %r1, \[%base0\]`"),
         ("add.s32 %r1, %d1, 1;", "%d1 has 8 bytes where 4 are expected"),
-        (f"{AT_LANE} ld.global.b32 %r1, [%d0+4];", "outside of the tensors .*, program 0, thread 63"),
         (f"{AT_LANE} ld.global.b32 %r1, [%d0+-4];", "outside of the tensors .* thread (0|32)"),
         ("mov.b32 %r2, 64; ld.shared.b32 %r1, [%r2];", "outside of shared memory: `ld.shared.b32 %r1, "),
         ("ld.global.v2.b32 {%r1, %r2}, [%base0+4];", "a misaligned access: `ld.global.v2.b32"),
@@ -59,7 +58,6 @@ NEXT = "xor.b32 %r3, %r2, 128;"  # the value of a thread of the next warp
         ),
         ("setp.lt.s32 %p1, %lane, 40; @%p1 ret;", "a divergent return"),
         ("st.global.b32 [%base0], %lane;", "a race: overwrites what another thread wrote: .*; the other: program 0"),
-        ("setp.eq.s32 %p1, %lane, 0; @%p1 st.global.b32 [%base0], 1; ld.global.b32 %r1, [%base0];", "a race: "),
         (
             f"{MINE} {NEXT} st.shared.b32 [%r2], 1; bar.sync 0; ld.shared.b32 %r1, [%r3]; st.shared.b32 [%r2], 2;",
             "a race: (overwrites what another thread read|reads what another thread wrote)",
@@ -106,4 +104,4 @@ def test_a_mutant_of_the_penalty_is_refused(pattern: str, replacement: Any, mess
     """Several programs share the activations."""
     raw, dropped = torch.randn(2, 4, 40, 600, generator=torch.Generator().manual_seed(0)).unbind()
     with executed(Edited(pattern, replacement), ar_tar.ar_tar_kernel), pytest.raises(PTXError, match=message):
-        check_penalty(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
+        check_penalty(raw.requires_grad_(), dropped.requires_grad_())
