@@ -234,15 +234,12 @@ def test_a_dropout_without_coefficients_warns_at_its_second_step_once_and_so_doe
         dropout = duplicate(dropout)
 
 
-@pytest.mark.parametrize("coefficients", [{"alpha": 0, "beta": 0.0}, {"alpha": 0}, {"beta": 0}], ids=str)
-def test_a_dropout_with_a_coefficient_of_0_is_no_mistake(coefficients: dict[str, float]) -> None:
-    dropout = FusedRNNDropout(0.3, **coefficients)
-    for _ in range(3):
-        dropout(own())
-    dropout.take()
-
-
-def test_a_dropout_without_coefficients_that_samples_is_evaluated_or_is_attached_is_no_mistake() -> None:
+def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_attached_is_no_mistake() -> None:
+    for coefficients in ({"alpha": 0, "beta": 0.0}, {"alpha": 0}, {"beta": 0}):
+        dropout = FusedRNNDropout(0.3, **coefficients)
+        for _ in range(3):
+            dropout(own())
+        dropout.take()
     rnn, dropout, reg = lm.gru(), FusedRNNDropout(0.3), lm.regularizer()
     for _ in range(2):
         with torch.no_grad():
