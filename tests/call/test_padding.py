@@ -11,31 +11,22 @@ from torch import Tensor
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
 from fastreg.call.reference import encoded
+from tests.calls import lengths_for, marks_for
 from tests.conftest import gpu, skip_on_formula
 from tests.exact import spoil
 
 pytestmark = pytest.mark.numbers
 
 ALPHA, BETA = 2.0, 3.0
+by_both = pytest.mark.parametrize("steps", ["lengths", "valid"])
 
 
-# Each row is a sequence, and each x is a step that counts; the names are those of the arguments.
-STEPS = {
-    "lengths": ["xxxxx....", ".........", "xxxxxxxxx", "x........", "xx.......", "xxxxxxxxx"],
-    "valid": ["xx.xx.x", "x.x.x.x", ".xx..xx", "x......"],
-}
-by_both = pytest.mark.parametrize("steps", STEPS)
-
-
-def marks(steps: str, device: str = "cpu") -> Tensor:
-    """Return the steps that count as a mask, `(batch, time)`."""
-    return torch.tensor([[c == "x" for c in row] for row in STEPS[steps]], device=device)
-
-
-def given(steps: str, device: str = "cpu") -> dict[str, Any]:
-    """Return the argument that says which steps count."""
-    valid = marks(steps, device)
-    return {steps: valid.sum(1) if steps == "lengths" else valid}
+def given(steps: str, device: str = "cpu") -> tuple[dict[str, Any], Tensor]:
+    """Return the argument that says which of 9 steps count in 12 sequences, and the same as a mask."""
+    x = torch.empty(12, 9, 1, device=device)
+    if steps == "valid":
+        return {steps: marks_for(x)}, marks_for(x)
+    return {steps: lengths_for(x)}, torch.arange(9, device=device) < lengths_for(x).unsqueeze(1)
 
 
 @by_both
@@ -43,18 +34,18 @@ def given(steps: str, device: str = "cpu") -> dict[str, Any]:
 @pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
 def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, steps: str, device: str) -> None:
     """The gradient of a step that does not count is 0 all the same."""
-    valid = marks(steps, device)
+    argument, valid = given(steps, device)
     raw, dropped, alone = torch.randn(3, *valid.shape, 12, device=device)
     for x in () if create_graph else (raw, dropped):  # the formula reads all steps
         spoil(x, valid=valid)
     raw, dropped, alone = (x.requires_grad_() for x in (raw, dropped, alone))
     mask = torch.full((len(valid), 1, 12), 2.0, device=device)
-    penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **given(steps, device))
-    _, other = fused_dropout_ar_tar(alone, 0.5, ALPHA, BETA, mask=mask, **given(steps, device))
+    penalty = fused_ar_tar(raw, dropped, ALPHA, BETA, **argument)
+    _, other = fused_dropout_ar_tar(alone, 0.5, ALPHA, BETA, mask=mask, **argument)
     for x in torch.autograd.grad((penalty + other) * upstream, (raw, dropped, alone), create_graph=create_graph):
         assert (x[~valid] == 0).all()
         assert not x[valid].isfinite().all()
-        assert not x[0, 0].isfinite().any()
+        assert not x[0, 1].isfinite().any()
 
 
 def test_an_infinite_mask_is_no_part_of_tar(device: str) -> None:
@@ -81,11 +72,11 @@ def test_marks_of_any_bytes(byte: int, device: str) -> None:
 @gpu
 @by_both
 def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone(steps: str) -> None:
-    ((name, argument),) = given(steps).items()
-    x = torch.randn(*marks(steps).shape, 8, device="cuda")
-    want, pinned = fused_ar_tar(x, x, ALPHA, BETA, **{name: argument.cuda()}), argument.pin_memory()
+    argument = given(steps)[0][steps]
+    x = torch.randn(12, 9, 8, device="cuda")
+    want, pinned = fused_ar_tar(x, x, ALPHA, BETA, **{steps: argument.cuda()}), argument.pin_memory()
     torch.cuda._sleep(10**8)  # the copy waits in the queue
-    got = fused_ar_tar(x, x, ALPHA, BETA, **{name: pinned})
+    got = fused_ar_tar(x, x, ALPHA, BETA, **{steps: pinned})
     pinned.zero_()
     assert torch.equal(got, want)
 
