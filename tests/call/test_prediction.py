@@ -68,8 +68,8 @@ def test_a_backward_that_the_last_one_of_any_plan_has_announced_reads_no_activat
     (other, _), (leaf, _) = leaves(time, device=device), leaves(7, device=device)
     grad = torch.tensor(3.0, device=device)
     want = alone(lambda: fused_ar_tar(leaf, leaf, 2.0, 1.0), grad, (leaf,))
-    PLANS.clear()
-    for upstream in (5 * grad, grad):  # the second one is expected from now on
+    for upstream in (5 * grad, grad):  # a new plan expects the first one, and the second one from now on
+        PLANS.clear()
         torch.autograd.grad(fused_ar_tar(other, other, 2.0, 1.0), other, upstream)
     got = fused_ar_tar(leaf, leaf, 2.0, 1.0)
     leaf.data.zero_()  # behind the back of autograd
