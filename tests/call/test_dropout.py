@@ -64,3 +64,11 @@ def test_a_plan_keeps_few_backwards_one_for_each_layout_and_alignment() -> None:
         (plan,) = PLANS.values()
         kept.append(len(plan.backwards))
     assert kept == [1, 2, *(min(2 + i, BACKWARDS) for i in range(BACKWARDS))]
+
+
+def test_a_penalty_whose_terms_are_off_has_a_gradient_of_0(device: str) -> None:
+    raw = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    _, got = fused_dropout_ar_tar(raw, 0.5, 0, 0)
+    for graph in (False, True):
+        (gradient,) = torch.autograd.grad(got, raw, create_graph=graph, retain_graph=True)
+        assert (gradient == 0).all()
