@@ -43,8 +43,8 @@ profile() {  # what the driver and Nsight Compute say, if it is there
     "$PYTHON" -m pytest -q bench/test_call.py -k "penalty-64x70x400-bfloat16-batch_first-fastreg" --benchmark-disable
 }
 
-# Files whose tests take a device. Large tensors come last.
-files=$(grep -rlE '\bgpu\b|\(device\b|, device\b' tests/{kernels,call,attach}/test_*.py | grep -v -e test_sizes -e test_order)
+# Files with tests for a GPU name its mark or the fixture of devices. Large tensors come last.
+files=$(grep -rlE '\b(gpus?|device)\b' tests/{kernels,call,attach}/test_*.py | grep -v -e test_sizes -e test_order)
 sanitized=(-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_kernels.py -k programs_share)
 case $what in
   first)

@@ -351,21 +351,6 @@ def test_what_is_committed_is_what_was_measured() -> None:
         assert page.read_text() == text, "run `python -m bench.measure.report`"
 
 
-COLLECT = """import sys, pytest; from tests import conftest; conftest.NEEDS.clear()  # no case is left out
-folders = "tests/kernels", "tests/call", "tests/attach"
-sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *folders]))"""
-
-
-@more
-def test_all_files_with_tests_for_a_gpu_run_on_it() -> None:
-    """Their text shows them, without the time that pytest takes to collect all tests on a GPU."""
-    (line,) = re.findall(r"^files=\$\((.*)\)$", (ROOT / "bench" / "on_gpu.sh").read_text(), re.MULTILINE)
-    files = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    collected = {*re.findall(r"^(tests/.*\.py)::", python("-c", COLLECT).stdout, re.MULTILINE)}
-    assert {*files, "tests/kernels/test_order.py", "tests/kernels/test_sizes.py"} >= collected
-    assert len(files) < len(collected) + 6, "files without such tests take seconds"
-
-
 def test_the_first_minutes_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "PYTHON": sys.executable}
     command = ["bash", "bench/on_gpu.sh", "first"]
