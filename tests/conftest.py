@@ -6,7 +6,6 @@ import faulthandler
 import gc
 import inspect
 import os
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,17 +143,6 @@ def start() -> None:
     """Let every test begin with the same seed and without plans, so that a failure repeats."""
     torch.manual_seed(0)
     PLANS.clear()
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write sentences in which every word tells much about the next, for the demo and the study."""
-    draw = random.Random(0)
-    nouns = ["dog", "cat", "sun", "sea"]
-    sentences = [f"The {draw.choice(nouns)} saw the {draw.choice(nouns)}, and was glad." for _ in range(720)]
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(sentences), encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="module")

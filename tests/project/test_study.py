@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -24,8 +25,12 @@ pytestmark = pytest.mark.main
 
 
 def test_the_demo_trains_end_to_end(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
+    """In the text every word tells much about the next."""
+    draw, nouns, text = random.Random(0), ["dog", "cat", "sun", "sea"], tmp_path / "text.txt"
+    sentences = [f"The {draw.choice(nouns)} saw the {draw.choice(nouns)}, and was glad." for _ in range(720)]
+    text.write_text("\n".join(sentences), encoding="utf-8")
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
     monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # where the demo has processes
     files = ["--text", str(text), "--plot", str(tmp_path / "plot.png")]
