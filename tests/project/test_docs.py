@@ -7,6 +7,7 @@ import doctest
 import inspect
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -242,6 +243,13 @@ def test_commands_and_files_that_pages_name_exist() -> None:
     text += "\n".join(file.read_text() for file in (*ROOT.glob("bench/*.md"), *ROOT.glob(".github/workflows/*.yml")))
     parts = set(re.findall(r"^#   \.ci/run (\w+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
     assert {"tests", "wheel"} <= set(re.findall(r"\.ci/run ([a-z]+)", text)) <= parts
+
+
+def test_the_patch_in_the_lab_book_applies_to_the_kernel(tmp_path: Path) -> None:
+    notes, file = (ROOT / "bench" / "NOTES.md").read_text(), tmp_path / "patch"
+    (patch,) = re.findall(r"^ *```diff\n(.*?)^ *```", notes, re.MULTILINE | re.DOTALL)
+    file.write_text(dedent(patch))
+    subprocess.run(["git", "apply", "--check", str(file)], cwd=ROOT, check=True)
 
 
 CALLS = """
