@@ -19,7 +19,7 @@ pytestmark = pytest.mark.numbers
 ALPHA, BETA = 2.0, 3.0
 
 
-# Each row is a sequence, and each x is a step that counts; the names are those of the arguments.
+# Each row is a sequence, and each x is a step that counts; the names are names of arguments.
 STEPS = {
     "lengths": ["xxxxx....", ".........", "xxxxxxxxx", "x........", "xx.......", "xxxxxxxxx"],
     "valid": ["xx.xx.x", "x.x.x.x", ".xx..xx", "x......"],
