@@ -49,7 +49,7 @@ def signature(function: ast.FunctionDef, indent: str) -> str:
     parts += [f"**{parameter(args.kwarg, None)}"] if args.kwarg else []
     end = f") -> {ast.unparse(function.returns)}:" if function.returns else "):"
     line = f"{indent}def {function.name}({', '.join(parts)}{end}"
-    if len(line) <= WIDTH:
+    if len(f"{line} ...") <= WIDTH:  # a body may follow in the same line
         return line
     lines = [f"{indent}    {part}," for part in parts]  # as ruff, which also formats the code of pages, breaks it
     return "\n".join([f"{indent}def {function.name}(", *lines, f"{indent}{end}"])

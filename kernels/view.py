@@ -32,7 +32,7 @@ def nothing(*_: object) -> None:
 
 
 def allocator(layout: Layout, like: Layout | None = None) -> Callable[..., Tensor]:
-    """Return a function that allocates memory of a dense layout, all of which a kernel will write.
+    """Return a function that allocates memory of a dense layout; a kernel will write all of this memory.
 
     In deterministic mode PyTorch would fill the memory first.
 

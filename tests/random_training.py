@@ -49,7 +49,7 @@ cp: Any = partial(checkpoint, use_reentrant=False)
 class Net(nn.Module):
     """Layers with a dropout each, and a GRU beside them; the last may share the module or the dropout of the first.
 
-    It returns tensors by their names: its output, that of the GRU, and raw and dropped of all layers; and the states.
+    It returns tensors by their names: its output, the GRU's output, and raw and dropped of all layers; and the states.
     """
 
     def __init__(self, play: Play, dropouts: Sequence[str]) -> None:
@@ -122,7 +122,7 @@ class Plain(Net):
 
 
 class Call(NamedTuple):
-    """What the net of each side has returned, with the hooks of fastreg and in plain PyTorch."""
+    """Hold the results of both nets, of the one with the hooks of fastreg and of the one in plain PyTorch."""
 
     tensors: list[dict[str, Tensor]]  # by their names
     states: list[Any]

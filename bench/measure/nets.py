@@ -22,7 +22,7 @@ class Net(nn.Module):
     """A model that returns the loss of a batch, `net(batch, keep)`: a language model, unless it says otherwise.
 
     It is made of the hidden size of its regularized layers and of a function that makes their dropouts. It calls `keep`
-    with raw and dropped of each of these layers.
+    with raw and dropped of each regularized layer.
     """
 
     pairs: Sequence[tuple[nn.Module, nn.Module]]  # the RNN and the dropout of each regularized layer, for `attach`

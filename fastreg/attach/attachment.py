@@ -159,7 +159,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             if rows.grad_fn is not None:  # the graph keeps a run that waits for its dropout, as raw itself may be gone
                 rows.grad_fn.metadata[self._key] = call  # pyright: ignore[reportIndexIssue]
         if again:
-            return None  # what a backward computes again needs no marks
+            return None  # a backward computes this run again, and needs no marks
         self._runs.append(ref(run))
         if len(self._runs) % 100 == 0:  # a loop without a loss must not fill the memory
             self.held()
@@ -263,7 +263,7 @@ def described(raw: Tensor | PackedSequence, time_axis: TimeAxis, masks: Mapping[
 
 
 def attachments_of(module: nn.Module, attachments: list[Attachment]) -> list[Attachment]:
-    """Return what is attached to a module, and those of the given attachments whose hooks another one has removed."""
+    """Return the attachments of a module, and the given attachments of it whose hooks another one has removed."""
     hooks: Any = vars(module)["_forward_hooks"].values()
     found = dict.fromkeys(x for x in (*attachments, *hooks) if isinstance(x, Attachment))
     return [x for x in found if x.source.module is module]

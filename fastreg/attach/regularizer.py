@@ -122,7 +122,7 @@ class RNNRegularizer:
         A `reset` that needs arguments, or is a module, is something else, and is not called.
 
         Raises:
-            TypeError: the model is a number, such as that of the epoch.
+            TypeError: the model is a number, such as the number of the epoch.
         """
         if isinstance(model, (int, float)):
             raise TypeError(f"model: expected the model, whose reset() is called, got {type(model).__name__}")
@@ -274,7 +274,7 @@ class RNNRegularizer:
         evaluation, runs without gradients, runs of frozen modules, and recomputations of activation checkpointing do
         not count. Attach before the model is compiled, or call `torch.compiler.reset()` after `attach`.
 
-        The last attach wins: the hooks of an earlier one are taken off the module, whoever set them. If 100 runs or
+        The last attach wins: it takes the hooks of any earlier one off the module. If 100 runs or
         losses in a row bring no gradient of a penalty of the module, because `on_backward_begin` was forgotten or its
         result is not used, a warning names the module.
 

@@ -89,7 +89,7 @@ class Calls:
 
     Attributes:
         total: the calls in training mode.
-        without_gradients: those of them under `torch.no_grad()` or a transform of torch.func.
+        without_gradients: the calls in training mode under `torch.no_grad()` or a transform of torch.func.
         constant: the calls with gradients, in either mode, whose output needed none.
         is_evaluated_in_training: whether the last output in evaluation mode with gradients enabled needed one.
     """

@@ -26,7 +26,7 @@ from fastreg.kernels.backend import Backend, Encoder
 from fastreg.kernels.prediction import Ahead, Gradients
 from fastreg.kernels.view import ALL_STEPS, Layout, Spec, Values, layout_of
 
-USUAL = {Tensor, float, type(None)}  # types that `plain` leaves alone
+USUAL = {Tensor, float, type(None)}  # types that `plain` does not change
 # Raw; dropped, or for an operation that drops units, the mask or the probability to drop a unit; alpha and beta.
 Inputs: TypeAlias = tuple[Tensor | None, Tensor | float | None, Coefficient, Coefficient]
 Pair: TypeAlias = tuple[Tensor | None, Tensor | None]  # the tensors of a call: raw, and dropped or the mask
@@ -300,7 +300,7 @@ class Node(Function):
         if upstream[0] is None and upstream[-1] is None:
             return (None,) * (2 + len(plan.needs))
         saved = ctx.saved_tensors
-        if plan.in_memory and upstream[-1] is not None:  # the gradient of dropped alone needs no coefficient
+        if plan.in_memory and upstream[-1] is not None:  # only the penalty's gradient needs coefficients
             arguments.check_unchanged(ctx.versions, versions_of(values))
         # Hooks on saved tensors, and changes of their `data`, may have changed a layout.
         facts = None if torch.is_grad_enabled() or observed() else facts_of((*saved, *upstream))

@@ -33,7 +33,7 @@ are_functions_transformed: Callable[[], bool] = _found("_C._are_functorch_transf
 hooks_on_saved: Callable[[bool], Any] = _found("_C._autograd._top_saved_tensors_default_hooks")
 CURRENT = "_C._current_graph_task_id"
 current: Callable[[], int] = _found(CURRENT, -1)  # this thread's backward; -1 for none
-# Without this function there may be a compiler at any time, so `untraced` always keeps functions out of it.
+# Without this function a compiler may run at any time, so `untraced` always hides functions from it.
 compiler_of_frames: Callable[[], Any] = _found("_C._dynamo.eval_frame.get_eval_frame_callback", "unknown")
 _found("autograd.forward_ad._current_level")
 level_of_duals: Callable[[], int] = partial(getattr, forward_ad, "_current_level", -1)  # -1 without forward mode

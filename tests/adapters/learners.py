@@ -33,7 +33,7 @@ REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
 
 
 class Captures(Net):
-    """Returns what fastai's callbacks capture; decoded is batch first even if the activations are not."""
+    """Returns the tensors that fastai's callbacks capture; decoded is batch first even if the activations are not."""
 
     captured, time_first = True, False
     flat = False  # whether decoded has rows of all sequences
@@ -139,7 +139,7 @@ class LearnerContract(Contract):
         assert all(gap(stock, self.stock_weights(*x)) > 1e-4 for x in SCHEDULES if x != coefficients)
         before, *others = terms
         assert before == (None, None)
-        assert all(ar > 0 and tar > 0 for ar, tar in others)  # all but those of the last batch, of one step in fastai 2
+        assert all(ar > 0 and tar > 0 for ar, tar in others)  # without the last batch, which has one step in fastai 2
         assert now.ar > 0
 
     def test_a_dropout_is_swapped_once_for_all_fits(self) -> None:

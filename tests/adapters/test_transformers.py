@@ -50,7 +50,7 @@ def folder_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def trainer_of(model: Any, kind: Any = RegularizedTrainer, args: Any = None, data: Any = DATA, **options: Any) -> Any:
-    """Make a trainer of plain gradient descent without extras; the regularized ones get arguments of their own."""
+    """Make a trainer of plain gradient descent without extras; the regularized ones get further arguments."""
     plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant"}
     plain |= {"num_train_epochs": 1, "per_device_train_batch_size": BATCH, "logging_steps": 1, "save_strategy": "no"}
     quiet: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True}
@@ -96,7 +96,7 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 
 IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
-# the two models, the options of both trainers, and those of the regularized one
+# the two models, the options of both trainers, and the options of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
     "the attention mask of a module that is time first": (

@@ -52,7 +52,7 @@ def test_nothing_dropped_is_raw_itself(alpha: float, beta: float, options: dict[
 
 
 def test_a_plan_keeps_few_backwards_one_for_each_layout_and_alignment() -> None:
-    """The gradient of dropped alone has no part of the penalty, which infinity would spoil."""
+    """If only dropped has a gradient, the penalty has no part in it: infinity would spoil it."""
     skip_on_formula("cpu")
     raw, mask, kept = torch.full((2, 5, 8), torch.inf, requires_grad=True), torch.ones(2, 1, 8), []
     PLANS.clear()

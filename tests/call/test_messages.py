@@ -23,7 +23,7 @@ from tests.conftest import ROOT, python, skip_without
 from tests.language_model import ALPHA, BETA, HIDDEN
 from tests.samples import Decorated
 
-pytestmark = pytest.mark.filterwarnings("error")  # what is right is silent
+pytestmark = pytest.mark.filterwarnings("error")  # right calls are silent
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -41,7 +41,7 @@ WRONG_SIZES = [tensor(x) for x in ([1, LOWEST, 1, LOWEST, 4], [1, 1, 2, 2, 2], [
 WRONG_SIZES += [WRONG_SIZES[1].as_subclass(Decorated)]
 TWO_AXES = r".* Pass time_dim=0 if .* torch\.stack\(states, 1\)"
 
-# What the message begins with, and the remedy; the error; and the arguments of calls that get it. Dropped is raw if it
+# The beginning of the message, and the remedy; the error; and the arguments of calls that get it. Dropped is raw if it
 # is not among them.
 OF_BOTH: list[Any] = [
     (r"lengths: .* to the 5 time steps .*, got -1$", ValueError, {"raw": MANY, "lengths": TOO_LOW[:, 0]}),

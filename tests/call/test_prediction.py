@@ -142,7 +142,7 @@ def large(device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
 
 
 def forms_gradients(call: Callable[[], Tensor], inputs: list[Tensor], device: str) -> bool:
-    """Return whether a forward writes gradients; check those of the backward that follows."""
+    """Return whether a forward writes gradients; check the gradients of the backward that follows."""
     allocated, got = memory_of(call, device)
     assert_same_bits(torch.autograd.grad(got, inputs), alone(call, torch.ones((), device=device), inputs))
     assert not 0.5 < allocated / inputs[0].nbytes < 1.9

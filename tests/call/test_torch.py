@@ -244,7 +244,7 @@ def test_gradients_of_any_order(call: Call, device: str) -> None:
 
 @calls(of=UNDRAWN)
 def test_function_transforms(call: Call, device: str) -> None:
-    """The derivatives along a direction and the curvature in it are also those of two backwards."""
+    """The derivatives along a direction and the curvature in it equal the derivatives by two backwards."""
     xs, others = leaves(4, DOUBLE, device), [x.flip(0) for x in leaves(4, DOUBLE, device)]
     points, directions = (tuple(x.detach() for x in pair) for pair in (xs, others))
 

@@ -55,7 +55,7 @@ def test_offsets_past_31_bits(strides: tuple[int, int], dropout: bool, device: s
     results = []
     for x, y, arriving in (given, [v.double() for v in given]):
         x, y = x.detach().requires_grad_(), y.detach()
-        if dropout:  # the offsets are those of raw, a full mask, and the gradient of dropped
+        if dropout:  # raw, a full mask and the gradient of dropped have these offsets
             dropped, got = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, mask=y)
             gradients = torch.autograd.grad([dropped, got], x, [arriving, torch.ones_like(got)])
         else:

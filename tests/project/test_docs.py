@@ -7,6 +7,7 @@ import doctest
 import inspect
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -145,6 +146,24 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
     assert names["lstm"].weight_hh_l0.grad is not None
 
 
+def luminance(color: str) -> float:
+    """Compute the relative luminance of a color, `#rrggbb`, as WCAG 2 defines it."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117", "#1e2129"])  # GitHub's pages, and the site's dark one
+def test_the_picture_is_readable_on_a_white_page_and_on_a_dark_one(page: str) -> None:
+    picture = (ROOT / "docs" / "steps.svg").read_text()
+    colors = {*re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", picture)}
+    assert len(colors) == 2
+    assert re.search(r'id="patch_1">\s*<path [^>]*?style="fill: none"', picture), "the background is transparent"
+    for color in colors:
+        darker, lighter = sorted([luminance(color), luminance(page)])
+        assert (lighter + 0.05) / (darker + 0.05) >= 4, (color, page)
+
+
 def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "getting-started.md"
     (code,) = [code for code in snippets(page) if "padded to" in code]
@@ -224,6 +243,13 @@ def test_commands_and_files_that_pages_name_exist() -> None:
     text += "\n".join(file.read_text() for file in (*ROOT.glob("bench/*.md"), *ROOT.glob(".github/workflows/*.yml")))
     parts = set(re.findall(r"^#   \.ci/run (\w+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
     assert {"tests", "wheel"} <= set(re.findall(r"\.ci/run ([a-z]+)", text)) <= parts
+
+
+def test_the_patch_in_the_lab_book_applies_to_the_kernel(tmp_path: Path) -> None:
+    notes, file = (ROOT / "bench" / "NOTES.md").read_text(), tmp_path / "patch"
+    (patch,) = re.findall(r"^ *```diff\n(.*?)^ *```", notes, re.MULTILINE | re.DOTALL)
+    file.write_text(dedent(patch))
+    subprocess.run(["git", "apply", "--check", str(file)], cwd=ROOT, check=True)
 
 
 CALLS = """
