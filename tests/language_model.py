@@ -76,11 +76,6 @@ class Quantizer(nn.Module):
         return raw + (raw.round() - raw).detach()
 
 
-def doubled(_module: nn.Module, _args: Any, result: Any) -> Any:
-    """Double raw or dropped, as a forward hook."""
-    return (2 * result[0], *result[1:]) if isinstance(result, tuple) else 2 * result
-
-
 class Model(nn.Module):
     """A language model that knows nothing of fastreg. One dropout serves embeddings and output, as is common."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -42,15 +41,23 @@ class Model(Attached):
             self.reg.attach(self.other)
         return self.other(inputs())[0].sum()
 
+    def of_a_copy(self) -> Tensor:
+        if not hasattr(self, "twin"):
+            self.twin = copy.deepcopy(self.rnn).requires_grad_(True)
+        raw, _ = self.twin(inputs())
+        return self.end(raw, self.dropout(raw)).loss
+
+    def of_a_copy_after_a_frozen_stage(self) -> Tensor:
+        if not hasattr(self, "twin"):
+            frozen(self).right()
+        return self.of_a_copy()
+
 
 class Losing(Model):
     """Steps that lose each penalty of the LSTM."""
 
     def forgotten(self) -> None:
         self.loss().backward()
-
-    def forgotten_with_a_loss_of_the_state(self) -> None:
-        self(inputs()).hidden.sum().backward()
 
     def forgotten_without_the_dropout(self) -> None:
         self.rnn(inputs())[0].sum().backward()
@@ -74,9 +81,8 @@ class Losing(Model):
         self.reg.on_backward_begin(loss := self.loss())
         loss.backward()
 
-    def after_the_backward(self) -> None:
-        (loss := self.loss()).backward()
-        self.reg.on_backward_begin(loss)
+    def copied_after_a_frozen_stage(self) -> None:
+        self.regularized(self.of_a_copy_after_a_frozen_stage())
 
 
 @each_dropout
@@ -89,9 +95,9 @@ def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, alpha: float, 
     for _ in range(rights):
         m.right()
     m.reg.alpha = 2
-    ((at, message),) = alarms(getattr(m, step)).items()
+    found = alarms(getattr(m, step)).items()  # a FusedRNNDropout behind a copy has a warning of its own
+    ((at, message),) = [(at, x) for at, x in found if x.startswith("attach: no penalty got a gradient in 1")]
     assert LIMIT - 10 <= at <= LIMIT + 12
-    assert message.startswith("attach: no penalty got a gradient in 1")
     assert "runs of the attached LSTM" in message
     assert "loss = regularizer.on_backward_begin(loss)" in message
 
@@ -127,17 +133,10 @@ class Beside(Losing):
         self.regularized(self.loss() + self.beside())
 
     def copied(self) -> None:
-        if not hasattr(self, "twin"):
-            self.twin = copy.deepcopy(self.rnn)
-        raw, _ = self.twin(inputs())
-        self.regularized(self.end(raw, self.dropout(raw)).loss + self.beside())
+        self.regularized(self.of_a_copy() + self.beside())
 
     def copied_after_a_frozen_stage(self) -> None:
-        if not hasattr(self, "twin"):
-            frozen(self)
-            self.regularized(self.loss() + self.beside())
-            self.twin = copy.deepcopy(self.rnn).requires_grad_(True)
-        self.copied()
+        self.regularized(self.of_a_copy_after_a_frozen_stage() + self.beside())
 
     def in_a_reentrant_checkpoint(self) -> None:
         self.regularized(reentrant(self, inputs()) + self.beside())
@@ -150,22 +149,6 @@ def test_a_penalty_that_is_lost_beside_another_module_is_warned_of_once(step: st
     assert LIMIT - 10 <= at <= LIMIT + 12
     assert "of the attached LSTM, or losses without a call of it" in message
     assert "train() on it, or remove() the handle" in message
-
-
-@each_dropout
-@pytest.mark.parametrize("encoder", [copy.deepcopy, attrgetter("forward")])
-def test_training_of_what_is_not_attached_after_a_frozen_stage_is_warned_of(encoder: Any, dropout: Any) -> None:
-    m = Model(nn.LSTM, dropout)
-    frozen(m)
-    m.right()
-    m.rnn.requires_grad_(True)
-    trained = encoder(m.rnn)
-
-    def step() -> None:
-        raw, _ = trained(inputs())
-        m.regularized(m.end(raw, m.dropout(raw)).loss)
-
-    assert LIMIT - 1 in alarms(step)
 
 
 class Right(Model):
@@ -262,27 +245,15 @@ class Right(Model):
         self.loss().backward()
 
 
-LONG = {"windows_in_one_backward": 2, "penalties_in_one_backward": 2, "encoders_in_turn": 2, "gradual_unfreezing": 2}
-LONG |= {
-    "checkpointed_windows_in_one_backward": 2,
-    "evaluations": 2,
-    "accumulated": 4,
-    "lbfgs": 10,
-    "attacks": 20,
-}  # steps, and how often
+LONG = ["windows_in_one_backward", "checkpointed_windows_in_one_backward", "penalties_in_one_backward"]
+LONG += ["evaluations", "gradual_unfreezing", "encoders_in_turn"]
+OFTEN = dict.fromkeys(LONG, 2) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
 
 
 @each_dropout
 @steps(Right)
 def test_a_right_step_is_not_warned_of(step: str, dropout: Any) -> None:
-    assert alarms(getattr(Right(nn.LSTM, dropout), step), LONG.get(step, 120)) == {}
-
-
-class Quantizer(nn.Module):
-    """A quantizer whose codebook learns by an average, so that its input gets no gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.detach().round()
+    assert alarms(getattr(Right(nn.LSTM, dropout), step), OFTEN.get(step, 120)) == {}
 
 
 def test_a_module_above_a_frozen_encoder_in_evaluation_is_not_warned_of() -> None:
@@ -296,7 +267,8 @@ def test_a_module_above_a_frozen_encoder_in_evaluation_is_not_warned_of() -> Non
 
 
 def test_ar_alone_of_a_dropout_that_passes_no_gradient_is_not_warned_of() -> None:
-    m = Model(nn.LSTM, lambda p: Quantizer())
+    m = Model(nn.LSTM, PLAIN)
+    m.dropout.forward = torch.detach  # as a quantizer whose codebook learns by an average
     m.reg.beta = 0.0  # or raw would need the gradient of TAR
     assert alarms(m.right) == {}
 

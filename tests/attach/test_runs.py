@@ -79,13 +79,6 @@ class Model(Attached):
         self.train()
         return self
 
-    def copied(self) -> Model:
-        return deepcopy(self)
-
-    def trained_on(self, run: Any) -> Model:
-        self.reg.on_backward_begin(run.loss)
-        return self
-
 
 STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions that return a loss without a penalty
     "right": {
@@ -104,7 +97,6 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "a loss that needs no gradient": lambda m, x: m.head(x).sum().detach(),
     },
     "1 calls in training mode, 0 of them without gradients, and 0 runs": {
-        "a loss of something else": lambda m, x: m.after_a_run().head(x).sum(),
         "dropped is detached": lambda m, x: m.head(m(x).dropped.detach()).sum(),
     },
     "1 calls in training mode, 0 of them without gradients, and 1 runs": {
@@ -123,14 +115,11 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
     },
     "0 calls in training mode, 0 of them without gradients, and 1 runs": {
         "the second loss": Model.second_loss,
-        "the second loss on the state": lambda m, x: m.trained_on(run := m(x)).head(run.hidden).sum(),
     },
     "0 calls in training mode, 0 of them without gradients, and 0 runs": {
         "nothing is called": lambda m, x: m.head(x).sum(),
-        "nothing is called after a right step": lambda m, x: m.trained().head(x).sum(),
         "forward is called": lambda m, x: m.head(m.rnn.forward(x)[0]).sum(),
-        "a copy is called": lambda m, x: deepcopy(m)(x).loss,
-        "a copy is called after a validation": lambda m, x: m.validated(x).copied()(x).loss,
+        "a copy is called after a validation": lambda m, x: deepcopy(m.validated(x))(x).loss,
     },
 }
 REMEDIES = ("wrapper", "copy", "LayerDrop", "add up all losses", "use_reentrant=False", "torch.compiler.reset()")
@@ -168,21 +157,9 @@ def test_a_loss_that_misses_its_runs_is_the_one_error(case: str, name: str, drop
     m.check(m(x))  # the next step is right
 
 
-@of_all(False)
-def test_a_run_of_another_module_is_enough(case: str, name: str) -> None:
-    """A module may be left out of a step, beside another whose run the loss depends on."""
-    m, other, x = Model(nn.LSTM, PLAIN), lm.gru(), lm.inputs()
-    m.reg.attach(other)
-    loss, (raw, _) = STEPS[case][name](m, x), other(x)
-    torch.testing.assert_close(m.reg.on_backward_begin(loss + raw.sum()), loss + raw.sum() + lm.formula(raw, raw, 1))
-
-
 @each_dropout
-@pytest.mark.parametrize("before", ["nothing", "a right step"])
-def test_training_in_evaluation_mode_is_warned_of_once(before: str, dropout: Any) -> None:
+def test_training_in_evaluation_mode_is_warned_of_once(dropout: Any) -> None:
     m, x = Model(nn.LSTM, dropout), lm.inputs()
-    if before == "a right step":
-        m.trained()
     losses = [m.eval()(x).loss for _ in range(3)]
     results, messages = zip(*[lm.warned(partial(m.reg.on_backward_begin, loss)) for loss in losses], strict=True)
     assert all(result is loss for result, loss in zip(results, losses, strict=True))
