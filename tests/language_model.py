@@ -156,7 +156,7 @@ class Run(NamedTuple):
 
     @property
     def hidden(self) -> Tensor:
-        return self.state[0] if isinstance(self.state, tuple) else self.state
+        return self.state[0]
 
 
 class Attached(nn.Module):

@@ -33,9 +33,9 @@ from torch.optim import SGD  # noqa: E402
 
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
-from tests.adapters.contract import BATCH, COEFFICIENTS, NO_CALLBACK, loss_of  # noqa: E402
+from tests.adapters.contract import BATCH, COEFFICIENTS, loss_of  # noqa: E402
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_freed, recorded  # noqa: E402
-from tests.language_model import VOCABULARY, gap, hooks_of, regularizer  # noqa: E402
+from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = fastai.__version__ == "1.0.42"
@@ -100,9 +100,6 @@ class TestContract(LearnerContract):
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
-
-    def positional(self, learn: Any) -> list[Any]:
-        return [learn, 16]
 
     def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
         seen = []
@@ -192,13 +189,6 @@ def test_errors_of_the_callback() -> None:
         RNNTrainer(learn, None)
     fuse(learn).callbacks.append(Stock(learn, **STOCK))
     with pytest.raises(ValueError, match=r"^RNNTrainer: .* more than one"):
-        learn.fit(1)
-
-
-def test_a_regularizer_that_is_no_callback() -> None:
-    learn = learner()
-    learn.callbacks = [regularizer()]
-    with pytest.raises(AttributeError, match=NO_CALLBACK):
         learn.fit(1)
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net
-from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, gap, hooks_of, seeded
+from tests.adapters.contract import BATCHES, IDS, MASKS, NO_CALLBACK, PATHS, TURNED, Contract, Net
+from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, gap, hooks_of, regularizer, seeded
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
@@ -98,7 +98,6 @@ class LearnerContract(Contract):
     cut_off: Callable[..., None]  # lets something end a fit that leaves hooks behind
     begin_anew: Callable[..., None]  # makes the optimizer anew, and checks that nothing is left
     exported: Callable[..., Any]  # exports a learner, and loads it
-    positional: Callable[..., list[Any]]  # returns the arguments of the callback before alpha
     callbacks: Callable[..., list[Any]]
 
     @classmethod
@@ -107,12 +106,9 @@ class LearnerContract(Contract):
         """Return the weights that fastai's own callback trains."""
         return cls.trained(cls.learner(alpha, beta))
 
-    def regularizers(self, learn: Any) -> list[Any]:
-        return [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
-
     def regularizer(self, learn: Any) -> Any:
         """Return the one regularizer of a learner."""
-        (found,) = self.regularizers(learn)
+        (found,) = [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
         return found
 
     def fit(
@@ -269,5 +265,13 @@ class LearnerContract(Contract):
 
     def test_coefficients_beside_paths(self) -> None:
         learn = self.learner_of(self.net())
+        now = self.regularizer(learn)
+        now.alpha = now.beta = None
         with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn, got none"):
-            self.fused(*self.positional(learn), **PATHS)
+            self.fuse(learn, **PATHS)
+
+    def test_a_regularizer_that_is_no_callback(self) -> None:
+        learn = self.learner()
+        add: Any = getattr(learn, "add_cb", self.callbacks(learn).append)  # of fastai 2, which looks at it already
+        with pytest.raises(AttributeError, match=NO_CALLBACK):
+            learn.fit(1, callbacks=add(regularizer()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from bench.measure.timing import threads
 from fastreg import fused_ar_tar
-from tests import language_model as lm
-from tests.adapters.contract import BATCH, COEFFICIENTS, NO_CALLBACK, PATHS, loss_of
+from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, loss_of
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract
 from tests.conftest import skip_without, without
 from tests.language_model import VOCABULARY, Model, Triple, formula, gap, hooks_of
@@ -112,12 +110,13 @@ class TestContract(LearnerContract):
         cbs += [fa.RNNCallback()] * getattr(model, "captured", False)
         return fa.Learner(dls, model, loss_of, opt_func=fa.SGD, cbs=cbs)
 
-    def positional(self, learn: Any) -> list[Any]:
-        return []
-
     def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
+        def look(learn: Any) -> None:
+            seen.append(learn.opt.hypers[-1]["lr"])
+            raise fa.CancelStepException  # after which the rate has to be restored, too
+
         seen = []
-        trained(learn, on("before_step", lambda learn: seen.append(learn.opt.hypers[-1]["lr"])), lr=lr)
+        trained(learn, on("before_step", look), lr=lr)
         return [*seen, learn.opt.hypers[-1]["lr"]]
 
     def at_batches(self, do: Callable[[], object]) -> Any:
@@ -203,19 +202,6 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert str(learn.recorder.values[0][2]) == "nan"
 
 
-def test_bptt_scales_the_lr_only_for_a_step_that_is_cancelled() -> None:
-    def look(learn: Any) -> None:
-        seen.append((learn.rnn.raw_out.shape[1], learn.opt.hypers[-1]["lr"]))
-        raise fa.CancelStepException
-
-    learn, seen = fuse(learner()), []
-    learn.rnn_regularizer.bptt = 20
-    trained(learn, on("before_step", look))
-    assert {steps for steps, _ in seen} == {16, 1}
-    assert all(lr == pytest.approx(5e-3 * steps / 20) for steps, lr in seen)
-    assert learn.opt.hypers[-1]["lr"] == pytest.approx(5e-3)
-
-
 def validate(learn: Any) -> None:
     """Validate within an epoch, which fastai begins and ends as it does a fit."""
     kept = {name: vars(learn)[name] for name in ("dl", "n_iter", "epoch", "train_iter", "pct_train", "training")}
@@ -270,15 +256,6 @@ def test_learners_that_cannot_be_trained(own: Any, of_other: Any, error: type[Ex
 
 
 @either_regularized
-def test_a_copy_of_a_learner_is_fused_again(make: Any) -> None:
-    learn = make()
-    copied = copy.deepcopy(learn)
-    assert type(copied.rnn_regularizer) is fa.RNNRegularizer
-    options = {} if make is with_captures else PATHS
-    assert gap(trained(fuse(copied, **options)), trained(learn)) < 1e-5
-
-
-@either_regularized
 def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make: Any) -> None:
     def stop(_learn: Any) -> None:
         raise KeyboardInterrupt
@@ -291,11 +268,6 @@ def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make:
     with without("fastreg"):
         assert fa.load_learner("learner.pkl").metrics == []
     assert len(learn.validate()) == 1
-
-
-def test_a_regularizer_that_is_no_callback() -> None:
-    with pytest.raises(AttributeError, match=NO_CALLBACK):
-        of(Model, lm.regularizer())
 
 
 class Halve(fa.Callback):

@@ -65,11 +65,13 @@ def trainer_of(*callbacks: Any, **options: Any) -> Any:
     return pl.Trainer(callbacks=list(callbacks), **(quiet | defaults | options))
 
 
-def fit(module: Any, *callbacks: Any, validate: bool = False, path: Any = None, **options: Any) -> Any:
-    """Train for an epoch of six batches, or go on from a file, and return the logged metrics; also validate."""
+def fit(module: Any, *callbacks: Any, validate: bool = False, fits: int = 1, **options: Any) -> Any:
+    """Train in each fit for an epoch of six batches by one trainer, and return the logged metrics; also validate."""
     torch.manual_seed(0)
     trainer = trainer_of(*callbacks, **options)
-    trainer.fit(module, loader(), loader() if validate else None, ckpt_path=path)
+    for _ in range(fits):
+        trainer.fit(module, loader(), loader() if validate else None)
+        trainer.fit_loop.max_epochs += 1
     assert_clean(module, trainer)
     return trainer.callback_metrics
 
@@ -80,10 +82,15 @@ def assert_clean(module: Any, trainer: Any) -> None:
     assert lm.hooks_of(module) == 0
 
 
-def fit_both(*callbacks: Any, kind: Any = Module, written: Any = ("rnn",), **options: Any) -> tuple[Any, Any, Any]:
-    """Fit a module with callbacks, and one with the formula, to the same weights; return the terms, and both logs."""
+def fit_both(
+    *own: Any, kind: Any = Module, written: Any = ("rnn",), others: Any = (), **options: Any
+) -> tuple[Any, Any, Any]:
+    """Fit a module with callbacks of its own, and one with the formula, to the same weights.
+
+    Both have other callbacks, too. Return the terms, and both logs.
+    """
     module, formula = lm.seeded(kind), lm.seeded(kind, *written)
-    logs = fit(module, *callbacks, **options), fit(formula, **options)
+    logs = fit(module, *own, *others, **options), fit(formula, *others, **options)
     assert_same_weights(module, formula)
     return formula.terms, *logs
 
@@ -101,7 +108,7 @@ class TestContract(Contract):
         callbacks = [] if options is None else [callback(**({"dropout": None} | options))]
         steps: dict[str, Any] = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
         steps |= {"precision": "bf16-mixed"} if rounded else {}
-        return [fit(model, *callbacks, **steps) for _ in range(fits)][-1]
+        return fit(model, *callbacks, fits=fits, **steps)
 
 
 def test_steps_that_return_a_mapping_and_steps_that_are_skipped() -> None:
@@ -125,24 +132,6 @@ def test_logs_the_means_of_the_terms_over_an_epoch() -> None:
     assert not {"ar", "tar"} & fit(lm.seeded(Module), callback(log=False)).keys()
     with pytest.raises(TypeError, match="log: expected True or False, got 1"):
         callback(log=1)
-
-
-def test_a_trainer_may_fit_again() -> None:
-    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
-    for one, callbacks in ((module, [callback()]), (formula, [])):
-        torch.manual_seed(0)
-        trainer = trainer_of(*callbacks)
-        trainer.fit(one, loader())
-        trainer.fit_loop.max_epochs = 2
-        trainer.fit(one, loader())
-    assert_same_weights(module, formula)
-
-
-def test_a_fit_goes_on_within_an_epoch(tmp_path: Path) -> None:
-    saving = pl.callbacks.ModelCheckpoint(tmp_path, "file", every_n_train_steps=4)
-    fit(lm.seeded(Module), saving, enable_checkpointing=True)
-    terms, logged, _ = fit_both(callback(), path=tmp_path / "file.ckpt")
-    assert_means(logged, terms)
 
 
 def test_a_module_that_optimizes_by_hand_is_refused() -> None:
@@ -172,43 +161,32 @@ def test_a_fit_that_is_cut_off_leaves_nothing_behind(error: type[BaseException],
     assert_means(logged, formula.terms)
 
 
-@pytest.mark.parametrize(("same", "error"), [(True, None), (False, None), (False, ArithmeticError)])
-def test_a_trainer_within_a_fit_leaves_the_hooks_on(same: bool, error: Any) -> None:
-    """A callback validates by another trainer, which has the same callback of fastreg or another one."""
+@pytest.mark.parametrize("error", [None, ArithmeticError])
+def test_a_trainer_within_a_fit_leaves_the_hooks_on(error: Any) -> None:
+    """A callback validates by another trainer, which has the same callback of fastreg."""
 
-    def validate(trainer: Any, own: Any) -> None:
-        others = [one if same else callback()] * (own is module)
-        others.append(pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error)))
+    def validate(trainer: Any, module: Any) -> None:
+        failing = pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error))
         with pytest.raises(error) if error else nullcontext():
-            trainer_of(*others).validate(own, loader(), verbose=False)
-        own.train().trainer = trainer  # which Lightning leaves to the callback, at least after an error
+            trainer_of(*[] if module.written else [one], failing).validate(module, loader(), verbose=False)
+        module.train().trainer = trainer  # which Lightning leaves to the callback, at least after an error
 
-    one, validating = callback(), pl.callbacks.LambdaCallback(on_train_epoch_end=validate)
-    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
-    fit(module, one, validating, max_epochs=2)
-    fit(formula, validating, max_epochs=2)
-    assert_same_weights(module, formula)
+    one = callback()
+    fit_both(one, others=[pl.callbacks.LambdaCallback(on_train_epoch_end=validate)], max_epochs=2)
 
 
 def test_a_fit_within_a_fit() -> None:
     """Both have the same callback, which is attached again after the inner one."""
 
-    def fit_another(trainer: Any, own: Any, *_: Any) -> None:
-        if own is module or own is formula:
-            callbacks = [one] * (own is module)
-            other = lm.seeded(Module, *["rnn"] * (own is formula))
-            trainer_of(*callbacks).fit(other, loader())
-            others.append(other)
-            torch.manual_seed(1)
+    def fit_another(_trainer: Any, module: Any, *_: Any) -> None:
+        inner.append(lm.seeded(Module, *module.written))
+        trainer_of(*[] if module.written else [one]).fit(inner[-1], loader())
+        torch.manual_seed(1)
 
-    one, others = callback(), list[Any]()
-    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
-    nested = pl.callbacks.LambdaCallback(on_train_batch_end=fit_another)
-    fit(module, one, nested, limit_train_batches=2)
-    fit(formula, nested, limit_train_batches=2)
-    assert_same_weights(module, formula)
-    assert len(others) == 4
-    assert_same_weights(others[0], others[-1])
+    one, inner = callback(), list[Any]()
+    fit_both(one, others=[pl.callbacks.LambdaCallback(on_train_batch_end=fit_another)], limit_train_batches=2)
+    assert len(inner) == 4
+    assert_same_weights(inner[0], inner[-1])
 
 
 class Scaling(pl.Callback):
@@ -224,10 +202,7 @@ class Scaling(pl.Callback):
 
 
 def test_the_wrapper_of_another_callback_is_wrapped_and_put_back() -> None:
-    module, formula = lm.seeded(Module), lm.seeded(Module, "rnn")
-    fit(module, callback(alpha=2 * ALPHA, beta=2 * BETA), Scaling())
-    fit(formula, Scaling())
-    assert_same_weights(module, formula)
+    fit_both(callback(alpha=2 * ALPHA, beta=2 * BETA), others=[Scaling()])
 
 
 def wrapped(step: Any) -> Any:
