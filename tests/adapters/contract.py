@@ -80,6 +80,17 @@ def turned(mask: Any) -> Any:
     return lambda batch: mask(batch).T
 
 
+def keep_in_evaluation(net: Any) -> Any:
+    net.rnn.eval().train = lambda mode=True: net.rnn  # as modules with a frozen backbone do
+    return net
+
+
+def freeze(net: Any) -> Any:
+    net.embedding.requires_grad_(False)  # in training mode, as `freeze_feature_encoder()` and gradual unfreezing do
+    net.rnn.requires_grad_(False)
+    return net
+
+
 COEFFICIENTS: dict[str, Any] = {"alpha": ALPHA, "beta": BETA}
 PATHS: dict[str, Any] = {"rnn": "rnn", "dropout": "dropout"}
 MASKS: dict[str, Any] = {"valid": valid, "starts": starts}
@@ -153,19 +164,14 @@ class Contract:
         torch.testing.assert_close(got, terms.mean(0) if self.logs_means else terms[-1])
         assert lm.hooks_of(model) == 0
 
-    def test_each_of_two_fits_attaches_once_and_trains_the_weights_of_the_formula(self) -> None:
+    @pytest.mark.parametrize("compiled", [False, True])  # the RNN, before
+    def test_each_of_two_fits_attaches_once_and_trains_the_weights_of_the_formula(self, compiled: bool) -> None:
         own, model, formula = RNNRegularizer.attach, self.net(), self.net("rnn")
+        model.rnn = torch.compile(model.rnn, backend="eager") if compiled else model.rnn
         with mock.patch.object(RNNRegularizer, "attach", autospec=True, side_effect=own) as attach:
             self.fit(model, PATHS, fits=2)
         assert attach.call_count == 2
         self.fit(formula, fits=2)
-        lm.assert_same_weights(model, formula)
-
-    def test_an_rnn_that_was_compiled_before(self) -> None:
-        model, formula = self.net(), self.net("rnn")
-        model.rnn = torch.compile(model.rnn, backend="eager")
-        self.fit(model, PATHS)
-        self.fit(formula)
         lm.assert_same_weights(model, formula)
 
     def test_mixed_precision(self) -> None:
@@ -178,27 +184,17 @@ class Contract:
         lm.assert_same_weights(model, formula)
         assert any(not torch.equal(x, y) for x, y in zip(formula.parameters(), exact.parameters(), strict=True))
 
-    def test_modules_in_evaluation_are_warned_of_once(self) -> None:
-        model, without = self.net(), self.net()  # each is trained twice
-        for one in (model, without):  # as a module does that keeps a frozen backbone in evaluation
-            one.rnn.eval().train = lambda mode=True, rnn=one.rnn: rnn
-        with pytest.warns(UserWarning, match="in evaluation") as seen:
-            assert self.fit(model, PATHS, fits=2).get("ar") is None
-        assert sum("in evaluation" in str(x.message) for x in seen) == 1
-        self.fit(without, fits=2)
-        lm.assert_same_weights(model, without, rtol=0, atol=0)
-
-    def test_frozen_modules_add_nothing_and_no_warning(self) -> None:
-        """They are in training mode, as `freeze_feature_encoder()` and gradual unfreezing leave them."""
-        model, without = self.net(), self.net()
-        for one in (model, without):
-            one.embedding.requires_grad_(False)
-            one.rnn.requires_grad_(False)
+    @pytest.mark.parametrize("leave_out", [keep_in_evaluation, freeze])
+    def test_modules_that_are_left_out_add_nothing_and_those_in_evaluation_are_warned_of_once(
+        self, leave_out: Any
+    ) -> None:
+        model, without = leave_out(self.net()), leave_out(self.net())
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            assert self.fit(model, PATHS).get("ar") is None
-        assert not [x for x in seen if "penalty" in str(x.message)]
-        self.fit(without)
+            assert self.fit(model, PATHS, fits=2).get("ar") is None
+        messages = [str(x.message) for x in seen if "penalty" in str(x.message)]
+        assert ["in evaluation" in message for message in messages] == [True] * (leave_out is keep_in_evaluation)
+        self.fit(without, fits=2)
         lm.assert_same_weights(model, without, rtol=0, atol=0)
 
     def test_what_is_taken_for_what_is_said_once(self, capsys: pytest.CaptureFixture[str]) -> None:

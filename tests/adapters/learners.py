@@ -274,4 +274,5 @@ class LearnerContract(Contract):
         learn = self.learner()
         add: Any = getattr(learn, "add_cb", self.callbacks(learn).append)  # of fastai 2, which looks at it already
         with pytest.raises(AttributeError, match=NO_CALLBACK):
-            learn.fit(1, callbacks=add(regularizer()))
+            add(regularizer())
+            learn.fit(1)

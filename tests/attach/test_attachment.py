@@ -236,12 +236,6 @@ class Counting(Attached):
         self.train()
         return run.loss, [run]
 
-    def one_after_clear(self, x: Tensor) -> Any:
-        self.kept = self.rnn(x)[0]
-        self.dropout(self.kept[:, 1:])  # is no output of the RNN
-        self.reg.clear()
-        return (run := self(x)).loss, [run]
-
     def a_frozen_one_behind_a_layer(self, x: Tensor) -> Any:
         run = frozen(self)(self.head(x))
         return run.loss + self(x).loss, [run]

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests import language_model as lm
 from tests.conftest import more
-from tests.language_model import ALPHA, FUSED, HIDDEN, PLAIN, Attached
+from tests.language_model import ALPHA, FUSED, PLAIN, Attached
 from tests.random_training import Play
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
@@ -56,22 +55,6 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
         reg.on_backward_begin(lm.criterion(run(lm.tokens()), lm.tokens())).backward()
         compilations.append(counter.frame_count)
     assert 0 < compilations[0] <= compilations[1] == compilations[2]
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-def test_compiled_autograd() -> None:  # which fails on PyTorch's own RNNs
-    modules, reg = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(2)), lm.regularizer()
-    loss = want = torch.zeros(())
-    for module, dropout in zip(modules, (None, FUSED(0.3)), strict=True):
-        reg.attach(module, dropout, batch_first=True)
-        raw = module(lm.inputs())
-        dropped = raw if dropout is None else dropout(raw)
-        loss, want = loss + dropped.sin().mean(), want + lm.formula(raw, dropped, 1)
-    gradients = torch.autograd.grad(loss + want, [*modules.parameters()], retain_graph=True)
-    total = reg.on_backward_begin(loss)
-    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        total.backward()
-    torch.testing.assert_close([x.grad for x in modules.parameters()], [*gradients])
 
 
 # The seeds have all dropouts and masks, shared or not; from 100 on nets are compiled.
