@@ -285,7 +285,7 @@ class RNNRegularizer:
         Args:
             module: any module that runs over all time steps. Its `__call__` has to run: if a wrapper calls the
                 `forward` of a module inside it, as the WeightDrop of AWD-LSTM does, attach the wrapper. Raw is its
-                output if that is a tensor or a `PackedSequence`, or the first element of a tuple or list, or
+                output if that is a tensor or a `PackedSequence`, or the first element of a tuple, or
                 `last_hidden_state`.
             dropout: any module that gets raw itself as its input, and returns a tensor. It may be used elsewhere, too.
                 Without it, dropped is raw. A `FusedRNNDropout` computes the penalty itself, with the coefficients of
@@ -304,8 +304,8 @@ class RNNRegularizer:
             A handle whose `remove()` takes the hooks off. It is also a context manager that does this at its end.
 
         Raises:
-            TypeError: an argument has the wrong type, or the dropout comes before the RNN; in a step, the module's
-                output contains no raw, or is a list of layers, or the dropout returns no tensor.
+            TypeError: an argument has the wrong type; in a step, the module's output shows no raw, or the dropout
+                returns no tensor.
             ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
                 the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
                 a single time step, or the data of a `PackedSequence` in a `FusedRNNDropout`.
