@@ -67,8 +67,8 @@ class Source:
     Attributes:
         module: the module that returns raw. Of a compiled module it is the module inside, whose hooks run.
         dropout: the module that computes dropped from raw; `None` if dropped is raw.
-        output: a function that picks raw from the module's output; `None` if raw is that output, the first item of a tuple, or
-            `last_hidden_state`.
+        output: a function that picks raw from the module's output; `None` if raw is that output, the first item of a
+            tuple, or `last_hidden_state`.
         batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
         time_dim: the axis of time, instead of batch_first.
         masks: the functions of the arguments of the module's forward that say which time steps count.

@@ -203,6 +203,13 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert str(learn.recorder.values[0][2]) == "nan"
 
 
+def test_a_learner_without_a_recorder() -> None:
+    learn, other = with_paths(), with_paths()
+    learn.remove_cb(fa.Recorder)
+    learn.remove_cb(fa.ProgressCallback)
+    assert gap(trained(learn), trained(other)) == 0
+
+
 def test_bptt_scales_the_lr_only_for_a_step_that_is_cancelled() -> None:
     def look(learn: Any) -> None:
         seen.append((learn.rnn.raw_out.shape[1], learn.opt.hypers[-1]["lr"]))
