@@ -91,9 +91,10 @@ class Source:
         """
         check_callable("output", self.output)
         # torch.compile returns a module around the one whose hooks run
-        module, dropout = (getattr(x, "_orig_mod", x) for x in (self.module, self.dropout))
-        for argument, given in (("module", module), ("dropout", dropout)):
-            if not isinstance(given, nn.Module) and (given is not None or argument == "module"):
+        module: Any = getattr(self.module, "_orig_mod", self.module)
+        dropout: Any = getattr(self.dropout, "_orig_mod", self.dropout)
+        for argument, given, kinds in (("module", module, nn.Module), ("dropout", dropout, (nn.Module, type(None)))):
+            if not isinstance(given, kinds):
                 raise TypeError(f"{argument}: expected an nn.Module, got {type(given).__name__}")
         name, own = type(module).__name__, getattr(module, "batch_first", None)
         layout = self.batch_first
