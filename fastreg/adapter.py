@@ -27,7 +27,7 @@ from fastreg.attach.captures import check_output
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks, check_callable
 from fastreg.call.arguments import time_axis_of
-from fastreg.call.problem import axes_of, data_of, is_list
+from fastreg.call.problem import data_of, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
 
@@ -198,19 +198,20 @@ class Adapter:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.on_loss_begin`.
             ValueError: the sizes of the batch show that raw may be time first.
         """
-        raw, time_axis = check_output(output)[1], time_axis_of(**self.paths.layout())
-        raw = raw[-1] if is_list(raw) else raw
+        raw, layout = check_output(output)[1], self.paths.layout()
+        raw, time_axis = raw[-1] if is_list(raw) else raw, time_axis_of(**layout)
         shape, batch = (*data_of(raw).shape,), (*getattr(next(iter(self.batch), None), "shape", ()),)
-        if self.paths.layout() == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
+        if layout == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
-        time, of_sequences = axes_of(data_of(raw), time_axis.number())
+        time = time_axis.number() % len(shape)
         steps = len(raw.batch_sizes) if isinstance(raw, PackedSequence) else shape[time]
-        axis = int(of_sequences is not None and of_sequences < time)  # a mask has the axes of raw in their order
         masks: Any = self.paths.masks().of(*self.batch)
-        kept = {name: min(x.shape[axis], steps) for name, x in masks.items()}
-        masks = {name: x.narrow(axis, x.shape[axis] - kept[name], kept[name]) for name, x in masks.items()}
-        decoded = self.regularizer.on_loss_begin(output, **self.paths.layout(), **masks)
+        for name, mask in masks.items():
+            axis = int(time > 0)  # (batch, time), or (time, batch) where raw is time first
+            kept = min(mask.shape[axis], steps)
+            masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
+        decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
         self._captured = steps, "" if self._is_said else f"the model's output: {described(raw, time_axis, masks)}"
         return decoded
 

@@ -142,7 +142,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
         self.scaled.close()  # fastai calls it after a cancelled step, too
 
     def before_validate(self) -> None:
-        if self.learn.recorder.train_metrics and not self.learn.lock.locked():
+        shows_training = getattr(getattr(self.learn, "recorder", None), "train_metrics", False)
+        if shows_training and not self.learn.lock.locked():
             self.sums = torch.zeros(3)  # the validation has columns, too, but no terms
 
     def after_fit(self) -> None:

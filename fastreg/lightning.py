@@ -62,10 +62,16 @@ class ActivationRegularization(Adapter, Callback):
         self.logged = log
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Wrap the loop of fits, once for all callbacks of a trainer."""
-        loop = trainer.fit_loop
-        if getattr(loop.run, "func", None) is not regularized_fit:
-            loop.run = partial(regularized_fit, trainer, loop.run)
+        """Wrap the loop of the fit, once for all callbacks of a trainer; `lr_find` hides them while the loop runs."""
+        self.teardown(trainer, pl_module, stage)  # of a fit that was cut off
+        callbacks = [x for x in trainer.callbacks if isinstance(x, ActivationRegularization)]
+        trainer.fit_loop.run = partial(regularized_fit, trainer, callbacks, trainer.fit_loop.run)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the wrapper off the loop."""
+        run = trainer.fit_loop.run
+        if getattr(run, "func", None) is regularized_fit:
+            trainer.fit_loop.run = run.args[-1]
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
@@ -74,14 +80,13 @@ class ActivationRegularization(Adapter, Callback):
             pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
 
 
-def regularized_fit(trainer: Any, run: Callable[[], Any]) -> Any:
+def regularized_fit(trainer: Any, callbacks: Sequence[Any], run: Callable[[], Any]) -> Any:
     """Run the loop of a fit with the penalties of all callbacks; however it ends, leave nothing behind."""
     if not trainer.lightning_module.automatic_optimization:
         raise RuntimeError(
             "ActivationRegularization: the loss of a module with automatic_optimization=False never passes a callback; "
             "use fastreg.RNNRegularizer in its training_step"
         )
-    callbacks = [x for x in trainer.callbacks if isinstance(x, ActivationRegularization)]
     strategy, step = trainer.strategy, trainer.strategy.training_step  # which another callback may have wrapped
     with ExitStack() as undo:
         for callback in callbacks:

@@ -104,8 +104,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
     def mask_of(self, module: nn.Module, mask: Any) -> Any:
         """Return the function of masks; the attention mask is `(batch, time)` also where the module is time first."""
-        layout, own = self.layout_of(module), getattr(module, "batch_first", None)
-        is_time_first = layout.get("time_dim") == 0 or layout["batch_first"] is False or own is False
+        named, own = self.paths.layout(), getattr(module, "batch_first", None)
+        is_time_first = named["time_dim"] == 0 or False in (named["batch_first"], own)
         if mask is attention_mask and is_time_first:
             return super().mask_of(module, lambda batch: None if mask(batch) is None else mask(batch).T)
         return super().mask_of(module, mask)

@@ -304,8 +304,8 @@ class RNNRegularizer:
             A handle whose `remove()` takes the hooks off. It is also a context manager that does this at its end.
 
         Raises:
-            TypeError: an argument has the wrong type, or the dropout comes before the RNN; in a step, the module's
-                output contains no raw, or is a list of layers, or the dropout returns no tensor.
+            TypeError: an argument has the wrong type; in a step, the module's output shows no raw, or the dropout
+                returns no tensor.
             ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
                 the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
                 a single time step, or the data of a `PackedSequence` in a `FusedRNNDropout`.

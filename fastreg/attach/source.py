@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -17,16 +16,7 @@ from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import TimeAxis, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
-# Classes of modules that return no raw, or whose hooks do not run, with the expectation that an error names
-REFUSED: dict[Any, str] = {
-    nn.RNNCellBase: "a module that runs over all time steps, got {}, which runs one; attach the module that calls it, "
-    "or stack its outputs and call fused_ar_tar",
-    torch.jit.ScriptModule: "a module of Python, got {}; attach the module that it was made of",
-    (nn.ModuleList, nn.ModuleDict): "a module that is called itself, got {}; attach each of its modules",
-}
-
 ONE_SEQUENCE = TimeAxis(None, 0)  # (time, hidden)
-DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, FusedRNNDropout
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,36 +89,28 @@ class Source:
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
-        if any(hasattr(x, "_orig_mod") for x in (self.module, self.dropout)):  # torch.compile has returned it
-            inside = [getattr(x, "_orig_mod", x) for x in (self.module, self.dropout)]
-            return replace(self, module=inside[0], dropout=inside[1]).with_time_axis()
         check_callable("output", self.output)
-        _check_module("module", self.module)
-        if self.dropout is not None:
-            _check_module("dropout", self.dropout)
-        if isinstance(self.module, DROPOUTS) and isinstance(self.dropout, nn.RNNBase):
-            name, after = type(self.module).__name__, type(self.dropout).__name__
-            raise TypeError(f"module and dropout: expected the {after} before the {name}, got them in the other order")
-        name, own = type(self.module).__name__, getattr(self.module, "batch_first", None)
+        # torch.compile returns a module around the one whose hooks run
+        module: Any = getattr(self.module, "_orig_mod", self.module)
+        dropout: Any = getattr(self.dropout, "_orig_mod", self.dropout)
+        for argument, given, kinds in (("module", module, nn.Module), ("dropout", dropout, (nn.Module, type(None)))):
+            if not isinstance(given, kinds):
+                raise TypeError(f"{argument}: expected an nn.Module, got {type(given).__name__}")
+        name, own = type(module).__name__, getattr(module, "batch_first", None)
         layout = self.batch_first
         if layout is None and self.time_dim is None:
-            layout = batch_first_of(self.module)
+            layout = batch_first_of(module)
         elif isinstance(own, bool) and layout is (not own):
             raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
-        elif isinstance(self.module, nn.RNNBase) and self.time_dim is not None:
+        elif isinstance(module, nn.RNNBase) and self.time_dim is not None:
             raise ValueError(f"time_dim: expected None, as the {name} has batch_first={own}, got {self.time_dim}")
         time_axis = time_axis_of(layout, self.time_dim)
-        if isinstance(self.dropout, FusedRNNDropout):
-            if type(self.dropout).forward is not FusedRNNDropout.forward:
-                raise TypeError(
-                    "dropout: expected the forward of FusedRNNDropout, to which the regularizer passes its "
-                    f"coefficients, got the forward of {type(self.dropout).__name__}; derive it from nn.Module instead"
-                )
-            if (its := self.dropout.time_axis()) != time_axis:
-                raise ValueError(
-                    f"dropout: expected a FusedRNNDropout with {time_axis}, as the {name} has it, got {its}"
-                )
-        return replace(self, time_axis=time_axis)
+        if isinstance(dropout, FusedRNNDropout) and type(dropout).forward is not FusedRNNDropout.forward:
+            words = "the forward of FusedRNNDropout, whose result the penalty is of; derive it from nn.Module instead"
+            raise TypeError(f"dropout: expected {words}, got the forward of {type(dropout).__name__}")
+        if isinstance(dropout, FusedRNNDropout) and (its := dropout.time_axis()) != time_axis:
+            raise ValueError(f"dropout: expected a FusedRNNDropout with {time_axis}, as the {name} has it, got {its}")
+        return replace(self, module=module, dropout=dropout, time_axis=time_axis)
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
         """Return raw from the output of the module.
@@ -143,12 +125,8 @@ class Source:
         else:
             ask: Any = dict.get if isinstance(result, dict) else getattr  # a dictionary may take it for an item
             raw = ask(result, "last_hidden_state", result)
-            if type(raw) is list and _are_layers(raw):
-                raise TypeError(
-                    f"output: expected a function that picks raw, such as lambda result: result[-1], as the list that "
-                    f"the {type(self.module).__name__} returns looks like its layers, got None"
-                )
-            raw = next(iter(raw), raw) if is_list(raw) else raw
+            if is_list(raw) and not _are_layers(raw):
+                raw = next(iter(raw), raw)
         if not isinstance(raw, (Tensor, PackedSequence)):
             expected, advice = "output: expected the callable to pick", ""
             if self.output is None:
@@ -194,21 +172,12 @@ def batch_first_of(module: nn.Module) -> bool:
 
 
 def _are_layers(items: Sequence[Any]) -> bool:
-    """Return whether the first two items are activations of one batch, and not an output and a state."""
+    """Return whether items are a list of layers, whose batch and time agree, and not an output and a state."""
     sizes = [tuple(getattr(x, "shape", ()))[:2] for x in items[:2]]
-    return len(sizes) == 2 and len(sizes[0]) == 2 and sizes[0] == sizes[1]
+    return isinstance(items, list) and len(sizes) == 2 and len(sizes[0]) == 2 and sizes[0] == sizes[1]
 
 
 def check_callable(name: str, function: object) -> None:
     """Check that an argument is a function or `None`."""
     if function is not None and not callable(function):
         raise TypeError(f"{name}: expected a callable or None, got {type(function).__name__}")
-
-
-def _check_module(name: str, module: object) -> None:
-    """Check that a module is of a kind whose hooks run."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
-    for kinds, expected in REFUSED.items():
-        if isinstance(module, kinds):
-            raise TypeError(f"{name}: expected {expected.format(type(module).__name__)}")

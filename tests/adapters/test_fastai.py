@@ -202,6 +202,13 @@ def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture
     assert str(learn.recorder.values[0][2]) == "nan"
 
 
+def test_a_learner_without_a_recorder() -> None:
+    learn, other = with_paths(), with_paths()
+    learn.remove_cb(fa.Recorder)
+    learn.remove_cb(fa.ProgressCallback)
+    assert gap(trained(learn), trained(other)) == 0
+
+
 def validate(learn: Any) -> None:
     """Validate within an epoch, which fastai begins and ends as it does a fit."""
     kept = {name: vars(learn)[name] for name in ("dl", "n_iter", "epoch", "train_iter", "pct_train", "training")}

@@ -189,6 +189,18 @@ def test_a_fit_within_a_fit() -> None:
     assert_same_weights(inner[0], inner[-1])
 
 
+def test_the_search_for_a_learning_rate_has_the_penalty(tmp_path: Path) -> None:
+    """It hides all callbacks while it trains, and puts the weights back."""
+    losses = []
+    for written, callbacks in ((["rnn"], []), ([], [callback()])):
+        torch.manual_seed(0)
+        trainer, module = trainer_of(*callbacks, default_root_dir=tmp_path), lm.seeded(Module, *written)
+        found = pl.tuner.Tuner(trainer).lr_find(module, loader(), num_training=4, update_attr=False)
+        losses.append(found.results["loss"])
+        assert_clean(module, trainer)
+    assert losses[0] == pytest.approx(losses[1])
+
+
 class Scaling(pl.Callback):
     """Wraps the step of the trainer, too, for a whole fit."""
 
