@@ -133,6 +133,7 @@ CACHE = SimpleNamespace(keys=[torch.ones(2)])  # any object of the model
 Pair = namedtuple("Pair", "raw state")
 RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {  # a result with raw and a state, and `output`
     "a tuple": (lambda raw, state: (raw, (state, CACHE, state.to_sparse())), None),
+    "a list": (lambda raw, state: [raw, state], None),
     "lists": (lambda raw, state: [[raw], {"a": [state]}], lambda result: result[0][0]),
     "a named tuple": (Pair, None),
     "a dictionary": (lambda raw, state: {"a": raw, "b": state}, itemgetter("a")),
