@@ -62,8 +62,12 @@ def call(part: Result) -> str:
     compiled, eager = means(part)
     cases = sorted(part.of(BOTH), key=lambda case: -math.prod(case.info["shape"]))
     ties = [case for case in cases if not case.over("fastreg", "compiled").differs_from(1)]
-    which = "largest " * (ties == cases[: len(ties)])
-    tied = f" The {len(ties)} {which}of {len(cases)} cases tie with the compiled formula." * bool(ties)
+    are_largest, number = ties == cases[: len(ties)], len(ties)
+    if number == 1:
+        tied = f" {'The largest' if are_largest else 'One'} of {len(cases)} cases ties with the compiled formula."
+    else:
+        which = "largest " if are_largest else ""
+        tied = f" The {number} {which}of {len(cases)} cases tie with the compiled formula." if ties else ""
     return f"One call takes {compiled} of the compiled formula's time and {eager} of the eager formula's.{tied}"
 
 
