@@ -66,8 +66,8 @@ def call(part: Result) -> str:
     if number == 1:
         tied = f" {'The largest' if are_largest else 'One'} of {len(cases)} cases ties with the compiled formula."
     else:
-        which = "largest " if are_largest else ""
-        tied = f" The {number} {which}of {len(cases)} cases tie with the compiled formula." if ties else ""
+        which = f"The {number} largest" if are_largest else f"{number}"
+        tied = f" {which} of {len(cases)} cases tie with the compiled formula." if ties else ""
     return f"One call takes {compiled} of the compiled formula's time and {eager} of the eager formula's.{tied}"
 
 
