@@ -178,9 +178,9 @@ class Contract:
         if not self.can_round:
             pytest.skip("its mixed precision needs a GPU")
         model, formula, exact = self.net(), self.net("rnn"), self.net("rnn")
+        self.fit(exact)  # first, as the state of Accelerate keeps mixed precision beside Transformers 4
         self.fit(model, PATHS, rounded=True)
         self.fit(formula, rounded=True)
-        self.fit(exact)
         lm.assert_same_weights(model, formula)
         assert any(not torch.equal(x, y) for x, y in zip(formula.parameters(), exact.parameters(), strict=True))
 

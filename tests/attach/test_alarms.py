@@ -226,7 +226,7 @@ class Right(Model):
             optimizer.zero_grad()
             total = self.reg.on_backward_begin(self.loss())
             total.backward()
-            return total
+            return total.detach()  # PyTorch 2.8 warns of a loss with a graph
 
         optimizer.step(closure)
 
