@@ -175,7 +175,9 @@ class Adapter:
             AttributeError: a path names no module.
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
-        for rnn, dropout in [] if self.handles else self.modules(model):
+        if self.handles:
+            return
+        for rnn, dropout in self.modules(model):
             masks: Any = {name: self.mask_of(rnn, mask) for name, mask in vars(self.paths.masks()).items()}
             options = self.layout_of(rnn) | masks | {"output": self.paths.output}
             self.handles.append(self.regularizer.attach(rnn, dropout, **options))
@@ -207,8 +209,8 @@ class Adapter:
         time = time_axis.number() % len(shape)
         steps = len(raw.batch_sizes) if isinstance(raw, PackedSequence) else shape[time]
         masks: Any = self.paths.masks().of(*self.batch)
+        axis = int(time > 0)  # of a mask: (batch, time), or (time, batch) where raw is time first
         for name, mask in masks.items():
-            axis = int(time > 0)  # (batch, time), or (time, batch) where raw is time first
             kept = min(mask.shape[axis], steps)
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)

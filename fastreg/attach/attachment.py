@@ -142,7 +142,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         run = Run(self, is_held=source.dropout is not None and not again)
         # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses a run.
         if rows.requires_grad and any(map(is_on, given)) and not (again and hooks_on_saved(False)):
-            self.alarm.count(run)
+            alarm.count(run)
         call = Call(
             attachment=self,
             run=None if again else run,
@@ -170,7 +170,8 @@ class Attachment(AbstractContextManager["Attachment"]):
     def _note_evaluation(self, result: Any) -> None:
         """Note whether the module, which is in evaluation, takes part in a training."""
         takes_part = torch.is_grad_enabled() and any(x.requires_grad for x in tensors_in(result))
-        self.alarm.losses *= takes_part  # otherwise it was called as it should be
+        if not takes_part:  # it was called as it should be
+            self.alarm.losses = 0
         if torch.is_grad_enabled():
             self.calls.constant += not takes_part
             self.calls.is_evaluated_in_training = takes_part
@@ -181,7 +182,10 @@ class Attachment(AbstractContextManager["Attachment"]):
         Before a dropout raw gets no mark: the penalty of the run will depend on raw, and must not hold the run.
         """
         unmarked, marks = {id(x) for x in tensors_in(inputs)}, dict[int, Tensor]()
-        (unmarked.discard if self.source.dropout is None else unmarked.add)(id(rows))
+        if self.source.dropout is None:
+            unmarked.discard(id(rows))
+        else:
+            unmarked.add(id(rows))
 
         def marked(x: Tensor) -> Tensor:
             if x.requires_grad and id(x) not in unmarked and id(x) not in marks:

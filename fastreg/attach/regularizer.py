@@ -213,7 +213,8 @@ class RNNRegularizer:
         Returns:
             The penalty, and its terms, which are detached, on the device of the loss; `None` if there is nothing to
                 add, because all attached modules are in evaluation, or neither they nor the loss need a gradient.
-                Activations that `on_loss_begin` has captured have a penalty in evaluation, too.
+                Activations that `on_loss_begin` has captured have a penalty in evaluation, too, unless none needs a
+                gradient.
 
         Raises:
             RuntimeError: as `on_backward_begin`.
@@ -274,9 +275,9 @@ class RNNRegularizer:
         evaluation, runs without gradients, runs of frozen modules, and recomputations of activation checkpointing do
         not count. Attach before the model is compiled, or call `torch.compiler.reset()` after `attach`.
 
-        The last attach wins: it takes the hooks of any earlier one off the module. If 100 runs or
-        losses in a row bring no gradient of a penalty of the module, because `on_backward_begin` was forgotten or its
-        result is not used, a warning names the module.
+        The last attach wins: it takes the hooks of any earlier one off the module. If 100 runs or losses in a row bring
+        no gradient of a penalty of the module, because `on_backward_begin` was forgotten or its result is not used, a
+        warning names the module.
 
         The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
         place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
