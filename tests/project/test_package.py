@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +19,6 @@ import fastreg.__main__ as main
 from fastreg.call import backends
 from tests.conftest import ROOT, more, python, skip_on_formula, without
 
-HAS_AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-
 
 def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> None:
     for file, begin in {"pyproject.toml": 'version = "', "CHANGELOG.md": "## [", "CITATION.cff": "version: "}.items():
@@ -28,61 +26,8 @@ def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> 
         assert fastreg.__version__ == first, file
 
 
-def test_pre_commit_runs_the_ruff_of_make_lint() -> None:
-    files = "pyproject.toml", ".pre-commit-config.yaml"
-    (of_lint,), (of_hooks,) = (re.findall(r'"(ruff==[\d.]+)"', (ROOT / file).read_text()) for file in files)
-    assert of_lint == of_hooks
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy the source tree without its libraries."""
-    folder = tmp_path_factory.mktemp("tree") / "clone"
-    folder.mkdir()
-    built = shutil.ignore_patterns("__pycache__", "*.so", "build")
-    for name in ("fastreg", "kernels"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    setup = folder / "setup.py"
-    for slow, fast in ('"-O3"', '"-O0"'), ("for level in (3, 4)", "for level in ()"):  # one library, for all processors
-        assert setup.read_text().count(slow) == 1
-        setup.write_text(setup.read_text().replace(slow, fast))
-    return folder
-
-
-def test_the_wheel_has_all_modules_and_the_file_that_says_they_are_typed(clone: Path, tmp_path: Path) -> None:
-    python("setup.py", "--quiet", "build_py", "--build-lib", str(tmp_path), folder=clone)
-    modules = [x.relative_to(ROOT) for x in (*ROOT.glob("fastreg/**/*.py"), *ROOT.glob("fastreg/kernels/*.py"))]
-    built = {x.relative_to(tmp_path) for x in tmp_path.rglob("*") if x.is_file()}
-    assert built == {*modules, Path("fastreg", "py.typed")}
-
-
 @more
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
-def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: Path) -> None:
-    """Kernels that were never built mean the formula."""
-    tree = shutil.copytree(clone, tmp_path / "tree", symlinks=True)
-    for name in ("tests", "bench"):
-        shutil.copytree(ROOT / name, tree / name)
-    run, build = ["-m", "pytest", "tests/call/test_dropout.py"], ["setup.py", "--quiet", "build_ext"]
-    assert "CPU tensors take the plain formula" in python(*run, folder=tree).stdout
-    python(*build, folder=tree)
-    assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
-    (built,) = tree.glob("kernels/*.so")
-    inode = built.stat().st_ino
-    python(*build, folder=tree)
-    assert built.stat().st_ino == inode, "what is current is not built again"
-    with (tree / "kernels" / "cpu_rows.h").open("a") as header:
-        header.write("// another version\n")
-    said = python(*run, folder=tree, fails=True).stderr
-    assert re.search(rf"{built.name} was built from another version .*\n {{4}}\S+ {' '.join(build)}\n", said), said
-    python(*build, folder=tree)
-    assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
-
-
-@more
-@pytest.mark.skipif(not HAS_AVX, reason="needs AVX2")
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
 def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:
     skip_on_formula("cpu")
     said = python("-m", "fastreg", ATEN_CPU_CAPABILITY="default").stdout
@@ -90,13 +35,10 @@ def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:
     assert re.search(r"; PyTorch's capability, (DEFAULT|NO AVX), has no AVX2\n", said)
 
 
-HIDE_TRITON = """
-import importlib.util as util, sys
-find, sys.modules["triton"] = util.find_spec, None
-util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
-"""
 CALLS = """
-import sys, torch, warnings
+import sys
+sys.modules["triton"] = None
+import torch, warnings
 from fastreg import __main__ as main, fused_ar_tar
 x = torch.ones(2, 3, 4)
 with warnings.catch_warnings(record=True) as caught:
@@ -111,12 +53,17 @@ assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels
 """
 
 
-@more
-def test_nothing_but_pytorch_is_needed(clone: Path, tmp_path: Path) -> None:
+def test_the_package_is_whole_and_needs_nothing_but_pytorch(tmp_path: Path) -> None:
     """Without a compiler, the first call warns. The name `kernels` stays free for an unrelated distribution."""
-    tree, site = shutil.copytree(clone, tmp_path / "clone", symlinks=True), tmp_path / "site"
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    for name in ("fastreg", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
     python("setup.py", "--quiet", "build", "--build-lib", str(site), folder=tree, CC="false", CXX="false")
-    (site / "sitecustomize.py").write_text(HIDE_TRITON)
+    modules = [x.relative_to(ROOT) for x in (*ROOT.glob("fastreg/**/*.py"), *ROOT.glob("fastreg/kernels/*.py"))]
+    built = {x.relative_to(site) for x in site.rglob("*") if x.is_file()}
+    assert built == {*modules, Path("fastreg", "py.typed")}, "modules, and the file that says they are typed"
     done = python("-c", CALLS, folder=tmp_path, PYTHONPATH=str(site))
     assert not done.stderr
     assert done.stdout.count("runs the plain formula on CPUs") == 1, done
@@ -136,36 +83,25 @@ def test_a_missing_framework_is_named(adapter: str) -> None:
             import_module(f"fastreg.{adapter}")
 
 
-MIXED_UP = """
-from importlib import import_module
-for module in ("call.penalty", "attach.regularizer", "lightning"):
-    try:
-        import_module(f"fastreg.{module}")
-    except ImportError as error:
-        print(error)
-"""
-
-
-def test_a_package_that_is_mixed_up_with_another_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["call.penalty", "attach.regularizer", "lightning"])
+def test_a_package_that_is_mixed_up_with_another_says_so(module: str, tmp_path: Path) -> None:
     """The distribution called fastreg has been installed after ours."""
     shutil.copytree(ROOT / "fastreg", tmp_path / "fastreg")
     (tmp_path / "fastreg" / "__init__.py").write_text("def ols(): pass\n")
-    said = python("-c", MIXED_UP, folder=tmp_path).stdout
-    assert said.count(f"{tmp_path}/fastreg/__init__.py is not the file of fastreg-rnn") == 3
-    assert said.count("pip uninstall fastreg fastreg-rnn") == 3
+    said = python("-c", f"import fastreg.{module}", folder=tmp_path, fails=True).stderr
+    assert f"{tmp_path}/fastreg/__init__.py is not the file of fastreg-rnn" in said
+    assert "pip uninstall fastreg fastreg-rnn" in said
 
 
-Report = Callable[[], tuple[int, str]]
+def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Run `python -m fastreg` in this process, and return its status and its output."""
+    with mock.patch.object(sys, "argv", ["fastreg"]):
+        return main.main(), capsys.readouterr().out
 
 
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Report:
-    """Return a function that runs `python -m fastreg` in this process, and returns its status and its output."""
-    monkeypatch.setattr(sys, "argv", ["fastreg"])
-    return lambda: (main.main(), capsys.readouterr().out)
-
-
-def test_other_installations_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
+def test_other_installations_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("fastreg", "fastreg-rnn"):
         information = tmp_path / f"{name.replace('-', '_')}-1.2.dist-info" / "METADATA"
         information.parent.mkdir()
@@ -176,11 +112,11 @@ def test_other_installations_are_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delenv("PYTHONPATH", raising=False)
     hidden = f"the installation in {tmp_path / 'fastreg'} is hidden, because "
     monkeypatch.chdir(ROOT)
-    assert f"{hidden}Python looks into the current folder first" in report()[1]
+    assert f"{hidden}Python looks into the current folder first" in report(capsys)[1]
     monkeypatch.chdir(tmp_path)
-    assert f"{hidden}{ROOT} comes before it in sys.path" in report()[1]
+    assert f"{hidden}{ROOT} comes before it in sys.path" in report(capsys)[1]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    _, said = report()
+    _, said = report(capsys)
     assert f"{hidden}PYTHONPATH names {ROOT}" in said
     assert "the unrelated distribution 'fastreg' shares the name" in said
 
@@ -208,10 +144,12 @@ def test_a_program_that_imports_fastreg_keeps_its_filters_of_warnings(tmp_path: 
     assert "NumPy" not in said
 
 
-def test_a_wrong_result_fails_the_self_test(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
-    assert report()[0] == 0
+def test_a_wrong_result_fails_the_self_test(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(capsys)[0] == 0
     monkeypatch.setattr(main, "fused_ar_tar", lambda raw, dropped, *_, lengths: raw.sum() + dropped.sum())
-    status, said = report()
+    status, said = report(capsys)
     assert status == 1
     assert "SELF-TEST FAILED: AssertionError" in said
 
