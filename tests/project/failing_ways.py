@@ -6,13 +6,11 @@ import ctypes
 import itertools
 import os
 import signal
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench import test_call, test_step
 from bench.measure.formulas import fastai
 
 
@@ -39,15 +37,11 @@ def wrong(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
     return 1.001 * fastai(raw, dropped, alpha, beta)
 
 
-def interrupt(*_: Any, **__: Any) -> None:
-    """End the run as Ctrl-C does."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets processes in the background ignore it
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(999)
+def pytest_collection() -> None:
+    """Add the ways, after the package of another checkout has been imported."""
+    from bench import test_call, test_step
 
-
-full = torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
-test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raising(ValueError("no\nsuch"))}
-test_call.WAYS |= {"is_too_large": late(raising(full)), "aborts_late": late(os.abort), "wrong": wrong}
-test_call.WAYS |= {"interrupts": interrupt}
-test_step.WAYS |= {"wrong": test_step.by(wrong)}
+    full = torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
+    test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raising(ValueError("no\nsuch"))}
+    test_call.WAYS |= {"is_too_large": late(raising(full)), "aborts_late": late(os.abort), "wrong": wrong}
+    test_step.WAYS |= {"wrong": test_step.by(wrong)}

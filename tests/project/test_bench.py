@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -61,10 +60,9 @@ def test_ways_are_compared_round_by_round() -> None:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_a_busy_machine_is_noticed() -> None:
     """Another process computes on the core of this thread."""
-    core = {min(cores := os.sched_getaffinity(0))}
-    script = f"import os; os.sched_setaffinity(0, {core})\nwhile True: pass"
-    other = subprocess.Popen([sys.executable, "-c", script])
-    os.sched_setaffinity(0, core)
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         turns = timing.take_turns({"work": lambda: sum(range(10**6))}, Rounds(5, 1.0))
     finally:
@@ -134,11 +132,11 @@ def test_each_way_of_fastreg_in_each_benchmark_has_one_of_the_other_checkout() -
 
 
 def test_kernels_that_are_missing_or_older_than_their_sources_are_refused(tmp_path: Path) -> None:
-    """Benchmarks would measure the formula, of this checkout or of another one."""
+    """Benchmarks would measure the formula, of this checkout or of another one, and tests would test it."""
     skip_on_formula("cpu")
     own, others = tmp_path / "own", tmp_path / "others"
     for folder, ignored in ((own, "__pycache__"), (others, "*.so")):
-        for name in ("fastreg", "kernels", "bench", "examples"):
+        for name in ("fastreg", "kernels", "bench", "examples", "tests"):
             shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns(ignored))
         shutil.copy(ROOT / "pyproject.toml", folder)
     with (own / "kernels" / "cpu_rows.h").open("a") as header:
@@ -148,6 +146,8 @@ def test_kernels_that_are_missing_or_older_than_their_sources_are_refused(tmp_pa
         said = python(*collect, *options, folder=checkout, fails=True, CUDA_VISIBLE_DEVICES="").stderr
         build = rf"\(cd {re.escape(str(folder))} && \S+ setup\.py --quiet build_ext\)"
         assert re.search(rf"^ERROR: fastreg runs the plain formula on CPUs: .*\n.*\n {{4}}{build}$", said, re.MULTILINE)
+    said = python("-m", "pytest", "tests/call", "--collect-only", folder=own, fails=True).stderr
+    assert re.search(r"was built from another version .*\n {4}\S+ setup\.py --quiet build_ext$", said, re.MULTILINE)
 
 
 def test_each_way_of_a_step_adds_the_penalty_as_its_name_says() -> None:
@@ -178,73 +178,44 @@ def test_what_a_way_adds_is_printed_in_milliseconds_and_its_ratio_to_its_counter
     assert comparison("fastreg", {"over": {"eager": [0.5, 0.1]}}) == "0.500 ± 0.100 of eager"
 
 
-def bench(folder: Path, *options: str, fails: bool = True, script: bool = False) -> str:
-    """Run benchmarks by bench/run.sh or by pytest itself; return the output."""
-    skip_on_formula("cpu")
-    own = "--limit=15", "--benchmark-max-time=0.02", f"--benchmark-json={folder}/json"
-    # With the variable of pytest-xdist, pytest-benchmark would measure nothing.
-    environment: dict[str, Any] = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "PYTHON": sys.executable}
-    if not script:
-        return python("-m", "pytest", "bench", *own, *options, fails=fails, **environment).stdout
-    command = ["bash", "bench/run.sh", "300", f"{folder}/lines.jsonl", "bench", *own, *options]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True).stdout
-
-
-WHY = {
-    "raises": "ValueError: no",
-    "is_too_large": "OutOfMemoryError: out of memory. Tried to allocate 2 GiB",
-    "wrong": "AssertionError: differs from the formula in float64 by 1.0e-03",
-}
-DIED = ["aborts", "hangs", "aborts_late"]
+# With the variable of pytest-xdist, pytest-benchmark would measure nothing.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "PYTEST_XDIST_WORKER": "", "PYTHON": sys.executable}
 FAILING = "-p", "tests.project.failing_ways"
-SHAPE = "20x70x96-float32"
-CASE = f"penalty-{SHAPE}-batch_first"
 
 
 def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
     """After a crash or a hang another process goes on behind it, and at the end the missing rows are named."""
-    output = bench(tmp_path, *FAILING, "-k", f"{SHAPE} and not compiled and not interrupts", script=True)
-    found = lines.read(tmp_path / "lines.jsonl")
-    missing = {test.removeprefix(f"{CASE}/"): why for test, why in found["missing"].items()}
-    assert missing == WHY | dict.fromkeys(DIED, lines.DIED)
-    assert [row["name"] for row in found["benchmarks"]] == ["eager", "fastreg"]
-    assert f"{CASE}/hangs: {lines.DIED}" in output
-    (own,) = (row for row in found["benchmarks"] if row["name"] == "fastreg")
+    skip_on_formula("cpu")
+    shape, file = "20x70x96-float32", tmp_path / "lines.jsonl"
+    command = ["bash", "bench/run.sh", "300", f"{file}", "bench", *FAILING, "-k", f"{shape} and not compiled"]
+    command += ["--limit=15", "--benchmark-max-time=0.02", "--benchmark-min-rounds=10", f"--before={ROOT}"]
+    output = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True).stdout
+    found, case = lines.read(file), f"penalty-{shape}-batch_first"
+    why = {
+        "raises": "ValueError: no",
+        "is_too_large": "OutOfMemoryError: out of memory. Tried to allocate 2 GiB",
+        "wrong": "AssertionError: differs from the formula in float64 by 1.0e-03",
+    }
+    why |= dict.fromkeys(["aborts", "hangs", "aborts_late"], lines.DIED)
+    assert found["missing"] == {f"{case}/{way}": reason for way, reason in why.items()}
+    assert f"{case}/hangs: {lines.DIED}" in output
+    assert re.search(rf"{case}: fastreg before: \d+\.\d+ ± 0\.\d+ of fastreg", output)
+    assert [row["name"] for row in found["benchmarks"]] == ["eager", "fastreg", "fastreg before"]
+    own = found["benchmarks"][1]
     assert own["extra_info"]["peak_bytes"] < 20 * 70 * 96 * 4, "no temporary is as large as raw"
     assert own["options"]["timer"] == "seconds of turns"
-    with (tmp_path / "lines.jsonl").open("a") as file:
-        file.write('{"row": {"cut off')
-    assert lines.read(tmp_path / "lines.jsonl") == found
-
-
-def test_an_interrupt_loses_no_row(tmp_path: Path) -> None:
-    selected = f"({SHAPE} and (eager or fastreg)) or (forward and float32 and (interrupts or fastreg))"
-    file = tmp_path / "lines.jsonl"
-    output = bench(tmp_path, *FAILING, "-k", selected, f"--lines={file}")
-    assert "KeyboardInterrupt" in output
-    rows = json.loads((tmp_path / "json").read_text())["benchmarks"]
-    assert [row["name"] for row in rows] == ["eager", "fastreg"]
-    assert lines.records(file)[-1] == {"end": int(pytest.ExitCode.INTERRUPTED)}
-    bench(tmp_path, *FAILING, "-k", f"({selected}) and not interrupts", f"--lines={file}", fails=False)
-    assert len(lines.read(file)["benchmarks"]) == 3, "the second run went on"
+    with file.open("a") as cut_off:
+        cut_off.write('{"row": {"cut off')
+    assert lines.read(file) == found
 
 
 @more
-def test_steps_are_checked(tmp_path: Path) -> None:
-    output = bench(tmp_path, *FAILING, "-k", "LSTM-8x10x16", "--benchmark-disable", "--limit=300")
+def test_steps_are_checked() -> None:
+    skip_on_formula("cpu")
+    options = "-k", "LSTM-8x10x16", "--benchmark-disable", "--limit=300"
+    output = python("-m", "pytest", "bench", *FAILING, *options, fails=True, **ENVIRONMENT).stdout
     assert "adds something else than the formula" in output
     assert "1 failed, 6 passed" in output
-
-
-@more
-def test_two_runs_are_compared(tmp_path: Path) -> None:
-    skip_without("pygal")
-    own = f"--benchmark-storage={tmp_path}", "-k", f"{SHAPE} and (fastreg or before)", f"--before={ROOT}"
-    bench(tmp_path, *own, "--benchmark-save=one", fails=False)
-    output = bench(tmp_path, *own, "--benchmark-compare", f"--benchmark-histogram={tmp_path}/drawn", fails=False)
-    assert re.search(rf"{CASE}: fastreg before: [01]\.\d+ ± 0\.\d+ of fastreg", output)
-    assert "(0001_one)" in output
-    assert [*tmp_path.glob("drawn*.svg")]
 
 
 def test_options_without_effect_are_refused() -> None:
@@ -353,32 +324,8 @@ def test_what_is_committed_is_what_was_measured() -> None:
 
 
 def test_the_first_minutes_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    command = ["bash", "bench/on_gpu.sh", "first"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command, environment = ["bash", "bench/on_gpu.sh", "first"], ENVIRONMENT | {"OUT": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode
     assert "expected a GPU, got none" in done.stderr
     assert not [*tmp_path.iterdir()]
-
-
-@more
-def test_the_notebook_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs in a folder where a made-up bench/on_gpu.sh writes a made-up result."""
-    skip_without("nbclient")
-    import nbformat
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(ROOT / "bench" / "on_gpu.ipynb", as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in code), "strip the outputs before a commit"
-    code[0].source = code[0].source.replace("torch.cuda.is_available()", "True")
-    results = tmp_path / "bench" / "results" / "first"
-    results.mkdir(parents=True)
-    (tmp_path / "bench" / "on_gpu.sh").write_text(f'cd {results}; echo "tables of $@" | tee first.md > sweep.md\n')
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path / "bench")}}).execute()
-    outputs = "".join(str(output) for cell in code for output in cell.outputs)
-    assert "self-test passed" in outputs
-    assert "tables of first" in outputs
-    with zipfile.ZipFile(tmp_path / "bench" / "gpu-results.zip") as archive:
-        assert archive.namelist() == ["first.md", "sweep.md"]
