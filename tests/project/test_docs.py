@@ -1,4 +1,4 @@
-"""The README, docs/ and docstrings: snippets run, figures are right, commands exist; `make docs` checks the links."""
+"""The README, docs/ and docstrings: snippets and recipes run, figures are right; `make docs` checks the links."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import fastreg
 from fastreg import fused_ar_tar
@@ -146,24 +148,6 @@ def test_the_readme_replaces_the_formula_by_its_equal() -> None:
     assert names["lstm"].weight_hh_l0.grad is not None
 
 
-def luminance(color: str) -> float:
-    """Compute the relative luminance of a color, `#rrggbb`, as WCAG 2 defines it."""
-    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-@pytest.mark.parametrize("page", ["#ffffff", "#0d1117", "#1e2129"])  # GitHub's pages, and the site's dark one
-def test_the_picture_is_readable_on_a_white_page_and_on_a_dark_one(page: str) -> None:
-    picture = (ROOT / "docs" / "steps.svg").read_text()
-    colors = {*re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", picture)}
-    assert len(colors) == 2
-    assert re.search(r'id="patch_1">\s*<path [^>]*?style="fill: none"', picture), "the background is transparent"
-    for color in colors:
-        darker, lighter = sorted([luminance(color), luminance(page)])
-        assert (lighter + 0.05) / (darker + 0.05) >= 4, (color, page)
-
-
 def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     page = ROOT / "docs" / "getting-started.md"
     (code,) = [code for code in snippets(page) if "padded to" in code]
@@ -195,23 +179,16 @@ def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
         assert " ".join(inspect.getdoc(value).partition("\n\n")[0].split()) in section
 
 
-def literals() -> list[str]:
-    """Return the strings in the code of the package, with dots for values."""
-    nodes = [node for file in (ROOT / "fastreg").rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
-    strings = [
-        x.values if isinstance(x, ast.JoinedStr) else [x] for x in nodes if isinstance(x, (ast.JoinedStr, ast.Constant))
-    ]
-    texts = ["".join([str(x.value) if isinstance(x, ast.Constant) else "…" for x in parts]) for parts in strings]
-    return [re.sub(r"{.*?}", "…", text) for text in texts]
-
-
 def test_the_page_of_messages_quotes_the_code() -> None:
-    page, found = (ROOT / "docs" / "messages.md").read_text(), literals()
+    """The page has dots for values."""
+    page, files = (ROOT / "docs" / "messages.md").read_text(), [*(ROOT / "fastreg").rglob("*.py")]
+    code = "\n".join(ast.unparse(ast.parse(file.read_text())) for file in files)  # which joins the parts of a string
+    code = re.sub(r"{.*?}", "…", code)
     quotes = re.findall(r"^\|[^|]+\| `([^`\n]+)`", page, re.MULTILINE)
     assert len(quotes) > 20
     for quote in quotes:
         words = quote.split(": expected ")[-1].strip("… ")  # the name of an argument is a value
-        assert any(words in text for text in found), quote
+        assert words in code, quote
 
 
 def test_each_row_of_the_conventions_converts_its_coefficient() -> None:
@@ -279,3 +256,153 @@ def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
     (tmp_path / "fastreg").symlink_to(ROOT / "fastreg")
     files = [f"{page.stem}.py" for page in pages]
     python("-m", "pyright", "--pythonpath", sys.executable, *files, folder=tmp_path)
+
+
+RECIPES = ROOT / "docs" / "recipes.md"
+Loss = Callable[[Tensor], Tensor]
+
+
+def recipe(name: str) -> Any:
+    """Run the snippet of the page that defines a function, and return the function."""
+    (code,) = [snippet for snippet in snippets(RECIPES) if f"def {name}(" in snippet]
+    return run(code, RECIPES)[name]
+
+
+def check(ours: Loss, theirs: Loss, *shape: int) -> None:
+    """Compare the value and the gradient with respect to a random tensor."""
+    torch.manual_seed(1)
+    x = torch.randn(shape, requires_grad=True)
+    got, want = ours(x), theirs(x)
+    assert want > 0
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * value, x) for value in (got, want)))
+
+
+def squares(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Tensor:
+    """Square the differences of order n of (batch, time, ...) whose steps all count, where only the first may start."""
+    parts = [(row, slice(t, t + n + 1)) for row in range(len(x)) for t in range(x.shape[1] - n)]
+    if valid is not None:
+        parts = [(row, steps) for row, steps in parts if valid[row, steps].all()]
+    if starts is not None:
+        parts = [(row, steps) for row, steps in parts if not starts[row, steps][1:].any()]
+    return torch.cat([x[part].diff(n=n, dim=0).square() for part in parts])
+
+
+PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
+DRAWN = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
+VALID, STARTS = DRAWN < 0.7, DRAWN < 0.25
+
+
+@pytest.mark.parametrize("mask", [None, PREFIX])
+def test_reconstruction_and_velocity(mask: Any) -> None:
+    """In the loss of DiffPoseTalk a change counts if its second step counts."""
+    function, target, counts = recipe("reconstruction_and_velocity"), torch.randn(3, 9, 6), PREFIX | (mask is None)
+
+    def diffposetalk(pred: Tensor) -> Tensor:
+        velocity = F.mse_loss(target.diff(dim=1), pred.diff(dim=1), reduction="none")[counts[:, 1:]].mean()
+        return 2.0 * F.mse_loss(target, pred, reduction="none")[counts].mean() + 5.0 * velocity
+
+    check(lambda pred: function(pred, target, 2.0, 5.0, mask), diffposetalk, 3, 9, 6)
+
+
+def test_curvature() -> None:
+    function = recipe("curvature")
+
+    def diffposetalk(vertices: Tensor) -> Tensor:
+        moves = vertices.diff(dim=1)
+        return F.mse_loss(moves[:, 1:], moves[:, :-1], reduction="none")[PREFIX[:, 2:]].mean()
+
+    check(lambda x: function(x.flatten(2), 1.0, valid=PREFIX), diffposetalk, 3, 9, 4, 3)
+    check(lambda h: function(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), 3, 9, 6)
+    check(lambda x: function(x, 1.0, VALID, STARTS), lambda x: squares(x, VALID, STARTS, n=2).mean(), 3, 12, 6)
+
+
+def test_action_smoothness() -> None:
+    function = recipe("action_smoothness")
+    episodes = STARTS.T.float()
+    check(
+        lambda x: function(x.transpose(0, 1), episodes, 2.0), lambda x: 2 * squares(x, starts=STARTS).mean(), 3, 12, 5
+    )
+
+
+# By words of a row, for activations that are not (batch, time, features).
+SHAPES = {"`(time, batch": (8, 3, 5), "`(channels, ": (4, 9, 7), "`(batch, channels, time, ": (2, 3, 5, 4, 3)}
+
+
+def rows() -> list[list[str]]:
+    """Return the rows of the table: a loss, its formula, and the line of code that computes the same."""
+    lines = re.findall(r"^\| (.*fused_ar_tar\(.*`) \|$", RECIPES.read_text(), re.MULTILINE)
+    assert lines
+    return [[cell.strip("`") for cell in line.split(" | ")] for line in lines]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].split(",")[0])
+def test_a_line_of_the_table_equals_the_formula(row: list[str]) -> None:
+    what, formula, line = row
+    shape = next((shape for words, shape in SHAPES.items() if words in what), (3, 9, 6))
+    names = {"F": F, "fused_ar_tar": fused_ar_tar, "valid": PREFIX, "w": torch.arange(1.0, 7)}
+    check(lambda x: eval(line, names | {"x": x}), lambda x: eval(formula, names | {"x": x}), *shape)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8)], ids=str)
+def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
+    names = recipe("activity_regularizer").__globals__
+    model, gru = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.ReLU()), torch.nn.GRU(7, 4)
+    model.append(gru)
+    x = torch.randn(shape)
+    found = names["activity_regularizer"](model, {"1": 0.5, "2": 2.0})
+    loss = model(x)[0].sum()
+    plain, hidden = loss.detach(), model[1](model[0](x)).detach()
+    for regularizer in found:
+        loss = regularizer.on_backward_begin(loss)
+    want = plain + 0.5 * hidden.square().mean() + 2.0 * gru(hidden)[0].square().mean()
+    torch.testing.assert_close(loss, want)
+    with pytest.raises(AttributeError, match="missing"):
+        names["activity_regularizer"](model, {"missing": 0.5})
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+def test_hubert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the mask of frames with the model's own, and the logged terms with the formula."""
+    skip_without("transformers")
+    monkeypatch.chdir(tmp_path)
+    names, kept = recipe("frames").__globals__, list[Any]()
+    model, trainer = names["model"], names["trainer"]
+    model.register_forward_pre_hook(lambda _, args, options: kept.append(options["attention_mask"]), with_kwargs=True)
+    model.get_submodule(names["last"]).register_forward_hook(lambda module, args, output: kept.append(output))
+    trainer.train()
+    samples, output, *_ = kept  # of the first step
+    x, entry = output[0] if isinstance(output, tuple) else output, trainer.state.log_history[-3]
+    mask = names["frames"]({"attention_mask": samples})
+    torch.testing.assert_close(mask, model._get_feature_vector_attention_mask(x.shape[1], samples))
+    assert 0 < mask.sum() < mask.numel()
+    assert entry["ar"] == pytest.approx(x[mask].square().mean().item(), rel=1e-5)
+    assert entry["tar"] == pytest.approx(squares(x, mask).mean().item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of gymnasium
+def test_recurrent_ppo() -> None:
+    """Compare what the hook adds to the gradient in padded minibatches, and the logged terms, with the formula."""
+    skip_without("sb3_contrib")
+    names = recipe("regularize").__globals__
+    options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}
+    ppo = names["RecurrentPPO"](names["RegularizedPolicy"], "CartPole-v1", **options)
+    names["regularize"](ppo, 2.0, 1.0)
+    ppo.learn(64)
+    kept, padded = list[Any](), 0
+    ppo.policy.sequence.register_forward_hook(lambda module, args, output: kept.append((*args, output)))
+    for data in ppo.rollout_buffer.get(32):
+        ppo.logger.dump()  # which forgets the terms so far
+        inputs = data.observations, data.actions.long().flatten(), data.lstm_states, data.episode_starts
+        values, log_prob, _ = ppo.policy.evaluate_actions(*inputs)
+        x, output = kept.pop()
+        mask = (data.mask > 1e-8).view(x.shape[:2])
+        padded += int((~mask).sum())
+        ar, tar = x[mask].square().mean(), squares(x, mask).mean()
+        logged = [ppo.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
+        assert logged == pytest.approx([ar.item(), tar.item()], rel=1e-5)
+        got, plain = torch.autograd.grad(values.mean() + log_prob.mean(), [x, output], retain_graph=True)
+        torch.testing.assert_close(got, plain + torch.autograd.grad(2.0 * ar + 1.0 * tar, x)[0])
+    assert padded
+    ppo.policy.set_training_mode(False)
+    assert ppo.policy.sequence(x) is x, "no penalty while it collects experience"
