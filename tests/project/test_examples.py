@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,49 +38,31 @@ def test_every_example_is_run_and_on_a_page_and_on_the_site() -> None:
     assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in [*SCRIPTS, FASTAI1])
 
 
-Start = Callable[..., tuple[list[float], str]]
-
-
-@pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Start:
-    """Return a function that runs a script in a folder, and returns the losses that it shows, and all of its output."""
-
-    def run(script: str, *options: str) -> tuple[list[float], str]:
-        framework, loss = SCRIPTS[script]
-        if framework is not None:
-            skip_without(framework)
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", [script, *options])
-        with threads(1):
-            if script == "two_rooms.py":  # which plans for a minute
-                monkeypatch.setattr(two_rooms, "TRIALS", 10)
-                two_rooms.main(["--steps", "60"])
-            else:
-                runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-        assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
-        output = capsys.readouterr().out.replace("\r", "\n")
-        return [float(number) for number in re.findall(loss, output)], output
-
-    return run
-
-
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
-def test_an_example_learns(script: str, started: Start) -> None:
-    losses, output = started(script)
+def test_an_example_learns(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    framework, loss = SCRIPTS[script]
+    if framework is not None:
+        skip_without(framework)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [script])
+    with threads(1):
+        if script == "two_rooms.py":  # which plans for a minute
+            monkeypatch.setattr(two_rooms, "TRIALS", 10)
+            two_rooms.main(["--steps", "60"])
+        else:
+            runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
+    output = capsys.readouterr().out.replace("\r", "\n")
+    losses = [float(number) for number in re.findall(loss, output)]
     assert len(losses) >= 3, output
     assert losses[-1] < losses[0] - 0.2
     assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
     tars = re.findall(r"\btar\W+([\d.]+\d)", output) or re.findall(r"([\d.]+) +\d\d:\d\d", output)  # fastai's column
     assert float(tars[-1]) > 0, "the last batch has changes"
-
-
-@pytest.mark.filterwarnings("ignore")  # the frameworks' own
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "two_rooms.py"])
-def test_an_example_ends_after_as_many_steps_as_it_is_told(script: str, started: Start) -> None:
-    losses, _ = started(script, "--updates" if script == "recurrent_policy.py" else "--epochs", "1")
-    assert len(losses) == (2 if script == "every_layer.py" else 1)  # with TAR and without
 
 
 def kinds_of_outputs(cell: Any) -> list[list[str]]:
@@ -112,10 +93,3 @@ def test_vicreg_is_zero_for_numbers_that_vary_and_agree_in_nothing() -> None:
     assert (float(variance), float(covariance)) == pytest.approx(
         (1 - (1 / 3) ** 0.5, 2 / 9 / two_rooms.LATENT), rel=1e-3
     )
-
-
-def test_a_plot_has_a_panel_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    two_rooms.plot({name: two_rooms.WorldModel() for name in two_rooms.SETTINGS}, "rooms.png")
-    assert [panel.get_title() for panel in drawn[0].axes if panel.collections] == [*two_rooms.SETTINGS]
