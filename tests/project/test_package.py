@@ -135,15 +135,6 @@ def test_a_release_has_absolute_links(tmp_path: Path) -> None:
     assert changelog in (tmp_path / "pyproject.toml").read_text()
 
 
-def test_a_program_that_imports_fastreg_keeps_its_filters_of_warnings(tmp_path: Path) -> None:
-    (tmp_path / "program").mkdir()
-    (tmp_path / "program" / "__init__.py").write_text("import warnings\nbefore = [*warnings.filters]\nimport fastreg\n")
-    ask = "import program, warnings\nprint([str(x) for x in warnings.filters if x not in program.before])\n"
-    (tmp_path / "program" / "__main__.py").write_text(ask)
-    said = python("-m", "program", folder=tmp_path, PYTHONPATH=str(ROOT)).stdout
-    assert "NumPy" not in said
-
-
 def test_a_wrong_result_fails_the_self_test(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Demo and studies on small data, their rules, and the agreement of the committed pages with the JSON lines."""
+"""The demo and the examples learn; the studies follow their rules, and the committed pages show their JSON lines."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import hashlib
 import json
 import random
 import re
+import runpy
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from math import exp
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from bench.measure.timing import threads
 from bench.study import demo, report, run, training, two_rooms
 from bench.study.awd_lstm import AWDLSTM, Dropouts
 from bench.study.report import PENALTIES, Run
 from examples import two_rooms as example
+from tests.conftest import ROOT, more, skip_without
 
 pytestmark = pytest.mark.main
 
@@ -91,13 +96,9 @@ def test_a_difference_counts_if_it_is_clear_of_its_standard_error():
     assert verdicts == ["higher", "not significant", "lower", "not significant"]
 
 
-def test_the_share_of_a_penalty_is_taken_at_the_best_epoch():
-    run_with_both = Run(2.0, 1.0, 1, [3.0, 2.0], [5.0, 4.0], [0.9, 0.1], [0.9, 0.2], 2.5, 3.5, {}, {})
-    assert run_with_both.share == pytest.approx((2 * 0.1 + 0.2) / 2.5)
-
-
 def test_the_pages_show_means_that_are_computed_by_hand():
     """From the JSON lines, without the code that renders them."""
+    page = report.COMMITTED.with_suffix(".md").read_text()
     records = [json.loads(line) for line in report.COMMITTED.read_text().splitlines()]
     plain, tar = (
         {x["seed"]: exp(x["test_loss"]) for x in records if (x["alpha"], x["beta"]) == (0, b)} for b in (0, 1)
@@ -105,8 +106,11 @@ def test_the_pages_show_means_that_are_computed_by_hand():
     apart = [tar[seed] - plain[seed] for seed in plain]
     error, lower = stdev(apart) / len(apart) ** 0.5, sum(x < 0 for x in apart)
     row = f"| TAR | 0 | 1 | {mean(apart):+.2f}±{error:.2f} | {lower} of {len(apart)} seeds | lower |"
-    assert row in report.COMMITTED.with_suffix(".md").read_text()
-    assert f"| none | {len(plain)} | {mean(plain.values()):.2f}±" in report.COMMITTED.with_suffix(".md").read_text()
+    assert row in page
+    assert f"| none | {len(plain)} | {mean(plain.values()):.2f}±" in page
+    both = [x | {"best": x["valid_loss"].index(min(x["valid_loss"]))} for x in records if x["alpha"] and x["beta"]]
+    shares = [(2 * x["ar"][x["best"]] + x["tar"][x["best"]]) / x["best_train_loss"] for x in both]
+    assert f"{mean(shares):.1%} with AR and TAR" in page
     records = [json.loads(line) for line in two_rooms.COMMITTED.read_text().splitlines()]
     weights = example.SETTINGS["with TAR"]
     fresh = [x for x in records if x["weights"] == [*weights] and x["seed"] in two_rooms.FRESH_SEEDS]
@@ -130,3 +134,79 @@ def test_the_committed_studies_are_whole_and_their_pages_agree():
     assert {*alone[:2]} <= {*two_rooms.VICREG_ALONE[1:-1]}, "the best weights without TAR are on the edge of the grid"
     for page, text in [*report.pages(file).items(), *two_rooms.pages(two_rooms.COMMITTED).items()]:
         assert page.read_text() == text, "run `python -m bench.study.run` or `python -m bench.study.two_rooms`"
+
+
+# script -> the framework that it needs, and the pattern of a loss in its output
+SCRIPTS = {
+    **dict.fromkeys(("loop.py", "custom_rnn.py", "every_layer.py", "two_rooms.py"), (None, r"loss ([\d.]+)")),
+    "recurrent_policy.py": (None, r"missed ([\d.]+)"),
+    "fastai_lm.py": ("fastai", r"(?m)^.*?\b\d +([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +\d\d:\d\d"),
+    "lightning_lm.py": ("lightning", r"loss ([\d.]+)"),
+    "transformers_trainer.py": ("transformers", r"'loss': '?([\d.]+)"),
+}
+NOTEBOOK = "fastai_lm.ipynb"
+FASTAI1 = "fastai1.py"  # tests/adapters/test_fastai1.py runs it, in another process
+
+
+def test_every_example_is_run_and_on_a_page_and_on_the_site() -> None:
+    files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
+    assert files == {*SCRIPTS, NOTEBOOK, FASTAI1}
+    pages = "".join(page.read_text() for page in ROOT.glob("docs/*.md"))
+    assert all(f"(../examples/{file})" in pages for file in files)
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in [*SCRIPTS, FASTAI1])
+
+
+@pytest.mark.filterwarnings("ignore")  # the frameworks' own
+@pytest.mark.parametrize("script", [pytest.param(x, marks=[more] * (x == "every_layer.py")) for x in SCRIPTS])
+def test_an_example_learns(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    framework, loss = SCRIPTS[script]
+    if framework is not None:
+        skip_without(framework)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", [script])
+    with threads(1):
+        if script == "two_rooms.py":  # which plans for a minute
+            monkeypatch.setattr(example, "TRIALS", 10)
+            example.main(["--steps", "60"])
+        else:
+            runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert not any(tmp_path.iterdir()), "an example leaves nothing behind"
+    output = capsys.readouterr().out.replace("\r", "\n")
+    losses = [float(number) for number in re.findall(loss, output)]
+    assert len(losses) >= 3, output
+    assert losses[-1] < losses[0] - 0.2
+    assert {"ar", "tar"} <= {*re.findall(r"\w+", output)}
+    tars = re.findall(r"\btar\W+([\d.]+\d)", output) or re.findall(r"([\d.]+) +\d\d:\d\d", output)  # fastai's column
+    assert float(tars[-1]) > 0, "the last batch has changes"
+
+
+def kinds_of_outputs(cell: Any) -> list[list[str]]:
+    return [[output.output_type, *sorted(output.get("data", {}))] for output in cell.outputs]
+
+
+@more
+def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    skip_without("fastai", "bible", "nbclient")
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the notebook's own shows plots
+    notebook = nbformat.read(ROOT / "examples" / NOTEBOOK, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    committed = [kinds_of_outputs(cell) for cell in code]
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert committed == [kinds_of_outputs(cell) for cell in code], "run the notebook, and commit it with its outputs"
+    assert "image/png" in committed[-1][-1], "the last cell plots"
+
+
+def test_vicreg_is_zero_for_numbers_that_vary_and_agree_in_nothing() -> None:
+    apart = 2 * torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[-1.0, 1.0], [-1.0, -1.0]]])
+    assert [*map(float, example.vicreg(apart))] == [0.0, 0.0]
+    variance, covariance = example.vicreg(apart[..., :1].expand(2, 2, 2) / 4)
+    assert (float(variance), float(covariance)) == pytest.approx((1 - (1 / 3) ** 0.5, 2 / 9 / example.LATENT), rel=1e-3)
