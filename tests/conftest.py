@@ -45,7 +45,6 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
-LIMIT = 60  # seconds for a test of a call, which takes a few
 STDERR = pytest.StashKey[int]()
 
 
@@ -97,7 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """End the process of a test in which a kernel hangs, which holds the interpreter and so leaves no other way."""
     if item.get_closest_marker("more") is None and item.path.parent.name in ("kernels", "call"):
-        faulthandler.dump_traceback_later(LIMIT, exit=True, file=item.config.stash[STDERR])
+        faulthandler.dump_traceback_later(60, exit=True, file=item.config.stash[STDERR])  # a test takes a few seconds
     try:
         return (yield)
     finally:

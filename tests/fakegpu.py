@@ -27,7 +27,6 @@ def problems(folder: Path) -> list[str]:
         found += [f"{name}: no way was found wrong"] * (not checked)
         lost = lines.DIED, lines.NOT_REACHED
         found += [f"{name}: {test}: {why}" for test, why in run["missing"].items() if why in lost]
-        found += [f"{name}: no page"] * (not (folder / f"{name}.md").exists())
     log, parts = (folder / "first.log").read_text(), ("== tests of tests/kernels", "== tests of tests/call")
     return found + [f"no {part!r} in the log" for part in parts if part not in log]
 

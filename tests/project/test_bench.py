@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,25 +89,19 @@ def test_fastreg_launches_two_kernels_and_the_formulas_more() -> None:
         assert figures.launches(lambda _, penalty=penalty: torch.autograd.grad(penalty(), inputs, one)) == count, way
 
 
-@pytest.fixture
-def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Make a checkout whose penalty is a multiple of the sum of raw; forget it after the test."""
+@pytest.mark.usefixtures("dynamo")
+def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code, too, which looks modules up by their names."""
     package = tmp_path / "fastreg"
     (package / "call").mkdir(parents=True)
     (package / "call" / "backends.py").write_text("FACTOR = 7\n")
     penalty = "from fastreg.call.backends import FACTOR\ndef fused_ar_tar(raw, *_): return FACTOR * raw.sum()\n"
     (package / "__init__.py").write_text(penalty)
     monkeypatch.setattr(before, "package", None)
-    yield tmp_path
-    for name in [name for name in sys.modules if name.startswith("before.")]:
-        del sys.modules[name]
-
-
-@pytest.mark.usefixtures("dynamo")
-def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(other: Path) -> None:
-    """Compiled code, too, which looks modules up by their names."""
     assert before.both(lambda package: {"way": package}) == {"way": fastreg}
-    before.load(other)
+    before.load(tmp_path)
     ways = before.both(lambda package: {"way": package.fused_ar_tar})
     assert [*ways] == ["way", "way before"]
     assert ways["way"] is fused_ar_tar is sys.modules["fastreg"].fused_ar_tar
