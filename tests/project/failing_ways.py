@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 
@@ -26,13 +27,6 @@ def late(fail: Callable[[], Any]) -> Callable[..., Any]:
     return lambda *inputs, **options: fastai(*inputs, **options) if next(calls) < 10 else fail()
 
 
-def raising(error: Exception) -> Callable[..., None]:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
-
-
 def wrong(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
     return 1.001 * fastai(raw, dropped, alpha, beta)
 
@@ -41,7 +35,8 @@ def pytest_collection() -> None:
     """Add the ways, after the package of another checkout has been imported."""
     from bench import test_call, test_step
 
-    full = torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB")
-    test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "raises": raising(ValueError("no\nsuch"))}
-    test_call.WAYS |= {"is_too_large": late(raising(full)), "aborts_late": late(os.abort), "wrong": wrong}
+    full = Mock(side_effect=torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB"))
+    error = Mock(side_effect=ValueError("no\nsuch"))
+    test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "wrong": wrong, "raises": error}
+    test_call.WAYS |= {"is_too_large": late(full), "aborts_late": late(os.abort)}
     test_step.WAYS |= {"wrong": test_step.by(wrong)}
