@@ -140,12 +140,12 @@ def test_adjust_scales_the_lrs_of_all_groups_for_a_step_that_fails_and_fuse_keep
 
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
     learn = learner()
-    learn.callbacks = [RNNTrainer(learn, 99 if adjust else None, ALPHA, BETA, adjust)]
+    learn.callbacks = [RNNTrainer(learn, 99, ALPHA, BETA, adjust)]
     with pytest.raises(ArithmeticError):
         learn.fit(1, slice(1e-4, 1e-2), callbacks=[at("on_backward_end", look, 1000)])
     assert lrs_of(learn) == pytest.approx(base)
     (now,) = fuse(learn).callbacks
-    assert (now.bptt, now.alpha, now.beta, now.adjust) == (99 if adjust else None, ALPHA, BETA, adjust)
+    assert (now.bptt, now.alpha, now.beta, now.adjust) == (99, ALPHA, BETA, adjust)
 
 
 def test_a_validation_leaves_no_hooks_and_a_fit_around_it_goes_on() -> None:

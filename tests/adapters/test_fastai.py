@@ -128,7 +128,7 @@ class TestContract(LearnerContract):
     def cut_off(self, learn: Any) -> None:
         learn.rnn_regularizer.bptt = 20
         with pytest.raises(KeyboardInterrupt):
-            trained(learn, on("before_step", interrupt))
+            trained(learn, on("before_step", interrupt), lr=0.5)
         learn.rnn_regularizer.bptt = None
 
     def exported(self, learn: Any) -> Any:
