@@ -119,6 +119,7 @@ REJECTED: list[tuple[dict[str, Any], Any, str]] = [
     ({"drop_out": "dropout"}, TypeError, r"^{adapter}: expected dropout, got an argument with the name 'drop_out'$"),
     ({"rnn": "lstm"}, AttributeError, r"(Net|Module) has no attribute `lstm`"),
     ({"valid": lambda _: [1]}, TypeError, r"^valid: expected the callable to return a mask.* or None, got list$"),
+    ({"starts": lambda _: torch.tensor(True)}, TypeError, r"^starts: .* a mask.* or None, got a tensor without axes$"),
     # Without paths, fastai's adapters expect a model that returns its activations.
     ({"rnn": None, "dropout": None}, (TypeError, ValueError), r"got (\[\] and \[\]|neither|dict\. Let .*)$"),
 ]
