@@ -6,7 +6,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib import reload
 from operator import attrgetter
 from typing import Any
@@ -34,7 +33,7 @@ from torch.optim import SGD  # noqa: E402
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
 from tests.adapters.contract import BATCH, COEFFICIENTS, loss_of  # noqa: E402
-from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_freed, recorded  # noqa: E402
+from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_holds_no_activations_after  # noqa: E402
 from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
@@ -85,7 +84,7 @@ def fail(*_: Any, **__: Any) -> None:
 class TestContract(LearnerContract):
     """One process runs it for one release."""
 
-    stock, fused, adapter = Stock, RNNTrainer, "RNNTrainer"
+    adapter = "RNNTrainer"
     fuse = staticmethod(fuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("callbacks"))
@@ -113,9 +112,6 @@ class TestContract(LearnerContract):
         with pytest.raises(ArithmeticError):
             trained(learn, at("on_train_end", fail))
 
-    def begin_anew(self, learn: Any) -> None:
-        learn.create_opt(1e-3)
-
     def exported(self, learn: Any) -> Any:
         if OLD:
             pytest.skip("its load_learner knows no language models, or it has no exports")
@@ -135,22 +131,21 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
     assert gap(*weights) < 1e-5
 
 
-@pytest.mark.parametrize(("adjust", "fails"), [(False, False), (True, False), (True, True)])
-def test_adjust_scales_the_lr_only_for_the_step(adjust: bool, fails: bool) -> None:
+@pytest.mark.parametrize("adjust", [False, True])
+def test_adjust_scales_the_lrs_of_all_groups_for_a_step_that_fails_and_fuse_keeps_it(adjust: bool) -> None:
     def look(last_input: Any, **_: Any) -> None:
-        steps.append((last_input.shape[1], lrs_of(learn)))
-        if fails:
-            raise ArithmeticError
+        factor = last_input.shape[1] / 99 if adjust else 1
+        assert lrs_of(learn) == pytest.approx([factor * lr for lr in base])
+        fail()
 
-    learn, steps, spy = learner(), [], at("on_backward_end", look, 1000)
-    learn.callbacks = [RNNTrainer(learn, 20, ALPHA, BETA, adjust)]
-    with pytest.raises(ArithmeticError) if fails else nullcontext():
-        learn.fit(1, slice(1e-4, 1e-2), callbacks=[spy])
     base = [lr for lr in (1e-4, 1e-3, 1e-2) for _ in range(2)]  # two groups a layer group, with decay and without
+    learn = learner()
+    learn.callbacks = [RNNTrainer(learn, 99, ALPHA, BETA, adjust)]
+    with pytest.raises(ArithmeticError):
+        learn.fit(1, slice(1e-4, 1e-2), callbacks=[at("on_backward_end", look, 1000)])
     assert lrs_of(learn) == pytest.approx(base)
-    for length, scaled in steps:
-        assert scaled == pytest.approx([lr * (length / 20 if adjust else 1) for lr in base])
-    assert any(length != 20 for length, _ in steps)
+    (now,) = fuse(learn).callbacks
+    assert (now.bptt, now.alpha, now.beta, now.adjust) == (99, ALPHA, BETA, adjust)
 
 
 def test_a_validation_leaves_no_hooks_and_a_fit_around_it_goes_on() -> None:
@@ -169,18 +164,12 @@ def test_a_validation_leaves_no_hooks_and_a_fit_around_it_goes_on() -> None:
 
 def test_no_activations_are_held_after_a_step_that_failed() -> None:
     learn = fuse(learner())
-    alive = recorded(learn)
-    with pytest.raises(ArithmeticError):
-        trained(learn, at("on_backward_begin", fail))
-    assert_freed(alive)
 
+    def train() -> None:
+        with pytest.raises(ArithmeticError):
+            trained(learn, at("on_backward_begin", fail))
 
-@pytest.mark.parametrize(("bptt", "adjust"), [(None, False), (16, True)])
-def test_the_arguments_of_the_release_are_kept(bptt: Any, adjust: bool) -> None:
-    learn = learner()
-    learn.callbacks = [RNNTrainer(learn, bptt, ALPHA, BETA, adjust)]
-    (now,) = fuse(learn).callbacks
-    assert (now.bptt, now.alpha, now.beta, now.adjust) == (bptt, ALPHA, BETA, adjust)
+    assert_holds_no_activations_after(train, learn)
 
 
 def test_errors_of_the_callback() -> None:

@@ -3,80 +3,70 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastreg import FusedRNNDropout, fused_ar_tar
-from tests.adapters.contract import BATCHES, IDS, MASKS, NO_CALLBACK, PATHS, TURNED, Contract, Net
-from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, gap, hooks_of, regularizer, seeded
+from fastreg.adapter import Adapter
+from tests.adapters.contract import BATCHES, IDS, MASKS, TURNED, Contract, Net
+from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, gap, hooks_of, seeded, tokens
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
 
-# the part of the learner that is of a subclass, if any, the options of `fuse`, and the error
-REJECTED: list[tuple[str | None, dict[str, Any], type[Exception], str]] = [
+
+def subclass(part: Any, _: Any = None) -> None:
+    part.__class__ = type("Mine", (type(part),), {})
+
+
+# what a user has done to the callback and to the decoder, if anything, the options of `fuse`, and the error
+REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, AttributeError, "no attribute `lstm`"),
-    (None, {"alpha": 3.0}, TypeError, "multiple values for argument 'alpha'"),
     (None, {"lengths": len}, TypeError, "expected rnn, dropout, .*, valid, starts, got an argument with the name 'len"),
     (None, {"dropout": "1.output_dp"}, TypeError, r"rnn and dropout: expected .* got \[None, '1\.output_dp'\]"),
     (None, {"output": len}, TypeError, r"rnn and dropout: expected .* got \[None\]"),
-    ("regularizer", {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
-    ("dropout", {"dropout": True}, ValueError, "dropout: expected the RNNDropout of a language model .* with Mine"),
+    (lambda now, _: vars(now).update(alpha=None, beta=None), {"rnn": "0"}, TypeError, "beside rnn, got none"),
+    (subclass, {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
+    (lambda _, head: subclass(head.output_dp), {"dropout": True}, ValueError, "the RNNDropout of a .* with Mine$"),
+    (lambda _, head: delattr(head, "output_dp"), {"dropout": True}, ValueError, "got True for a .* with NoneType$"),
 ]
 
 
 class Captures(Net):
-    """Returns the tensors that fastai's callbacks capture; decoded is batch first even if the activations are not."""
+    """Returns the tensors that fastai's callbacks capture; decoded is batch first even if the activations are not.
+
+    Its inputs are one or several tensors, whose sum is the token ids.
+    """
 
     captured, time_first = True, False
     flat = False  # whether decoded has rows of all sequences
 
-    def forward(self, input_ids: Tensor) -> Any:
-        decoded, layers = self.run(input_ids)
+    def forward(self, *inputs: Tensor) -> Any:  # pyright: ignore
+        decoded, layers = self.run(torch.stack(inputs).sum(0))
         raw, dropped, _ = layers["rnn"]
         decoded = decoded.flatten(0, 1) if self.flat else decoded
         return (decoded, raw.transpose(0, 1), dropped.transpose(0, 1)) if self.time_first else (decoded, raw, dropped)
 
 
-class Inputs(Net):
-    """Takes its token ids as a sum of inputs, and returns its activations, or its loss."""
-
-    def __init__(self, time_first: bool, captured: bool) -> None:
-        super().__init__()
-        self.time_first, self.captured = time_first, captured
-
-    def forward(self, *inputs: Tensor) -> Any:  # pyright: ignore
-        axes = (1, 0) if self.time_first else (0, 1)
-        ids = sum(inputs, torch.zeros((), dtype=torch.long)).permute(axes)
-        if not self.captured:
-            return super().forward(ids)
-        decoded, layers = self.run(ids)
-        return tuple(x.permute(*axes, 2) for x in (decoded, *layers["rnn"][:2]))
-
-
 ROWS = [((ids,), -ids) for ids in IDS]  # the inputs, and the target
 
 
-def recorded(learn: Any) -> list[Any]:
-    """Return a list that gets weak references to the activations of each call of a language model."""
+def assert_holds_no_activations_after(do: Callable[[], object], learn: Any) -> None:
+    """Do something, and check that no activations are left of the calls of a language model."""
 
     def record(_module: Any, _inputs: Any, output: Any) -> None:
-        for layers in output[1:]:
-            alive.extend(map(weakref.ref, layers if isinstance(layers, (list, tuple)) else [layers]))
+        alive.extend(map(weakref.ref, tree_leaves(output[1:])))
 
     alive: list[Any] = []
     learn.model[1].register_forward_hook(record)
-    return alive
-
-
-def assert_freed(alive: list[Any]) -> None:
+    do()
     gc.collect()
     assert alive
     assert not any(ref() is not None for ref in alive)
@@ -87,8 +77,6 @@ class LearnerContract(Contract):
 
     logs_means = False
 
-    stock: Any  # fastai's own callback
-    fused: Any  # the callback of fastreg
     fuse: Callable[..., Any]
     learner: Callable[..., Any]  # makes a learner of a language model, always with the same weights
     learner_of: Callable[..., Any]  # makes one of a model that returns its loss, which may be regularized
@@ -96,7 +84,6 @@ class LearnerContract(Contract):
     trained: Callable[..., Tensor]  # trains a learner for an epoch with more callbacks, and returns the weights
     at_batches: Callable[..., Any]  # makes a callback that calls a function before each training batch
     cut_off: Callable[..., None]  # lets something end a fit that leaves hooks behind
-    begin_anew: Callable[..., None]  # makes the optimizer anew, and checks that nothing is left
     exported: Callable[..., Any]  # exports a learner, and loads it
     callbacks: Callable[..., list[Any]]
 
@@ -107,19 +94,19 @@ class LearnerContract(Contract):
         return cls.trained(cls.learner(alpha, beta))
 
     def regularizer(self, learn: Any) -> Any:
-        """Return the one regularizer of a learner."""
-        (found,) = [cb for cb in self.callbacks(learn) if isinstance(cb, (self.stock, self.fused))]
+        """Return the one regularizer of a learner, fastai's or ours, which has the same name."""
+        (found,) = [cb for cb in self.callbacks(learn) if type(cb).__name__ == self.adapter]
         return found
 
     def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False
+        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
     ) -> dict[str, Any]:
         learn = self.learner_of(model, options is not None, accumulated)
         if options is not None:
             self.fuse(learn, **options)
         torch.manual_seed(0)
         for _ in range(fits):
-            learn.fit(1, 0.5)
+            learn.fit(1, 0.5, None, cbs)
         return {} if options is None else {x: getattr(self.regularizer(learn), x) for x in ("ar", "tar")}
 
     @pytest.mark.parametrize("dropout", [False, True])
@@ -138,34 +125,29 @@ class LearnerContract(Contract):
         assert all(ar > 0 and tar > 0 for ar, tar in others)  # without the last batch, which has one step in fastai 2
         assert now.ar > 0
 
-    def test_a_dropout_is_swapped_once_for_all_fits(self) -> None:
+    def test_fuse_swaps_in_place_and_the_dropout_once_for_all_fits(self) -> None:
         learn = self.learner()
         learn.model.eval()
         own = learn.model[1].output_dp
-        fused = self.fuse(learn, dropout=True).model[1].output_dp
+        assert self.fuse(learn, dropout=True, valid=lambda x: x < 0) is learn
+        fused = learn.model[1].output_dp
         assert isinstance(fused, FusedRNNDropout)
-        assert (fused.p, fused.training) == (own.p, False)
-        self.trained(learn)
-        assert self.fuse(learn, dropout=True).model[1].output_dp is fused
-        self.callbacks(learn).remove(self.regularizer(learn))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # it has no penalty then
-            for _ in range(2):
-                fused.train()(torch.ones(2, 3, 4, requires_grad=True))
+        assert (fused.p, fused.alpha, fused.beta, fused.training) == (own.p, 0, 0, False)
+        now = self.regularizer(self.fuse(learn, dropout=True, valid=lambda x: x >= 0))  # the last arguments count
+        assert (isinstance(now, Adapter), now.alpha, now.beta) == (True, ALPHA, BETA)
+        assert gap(self.trained(learn), self.stock_weights()) < 1e-5
+        assert learn.model[1].output_dp is fused
 
-    @pytest.mark.parametrize("inputs", [1, 2])
     @pytest.mark.parametrize("captured", [False, True])
     @pytest.mark.parametrize("time_first", [False, True])
-    def test_the_lr_follows_the_time_steps_of_raw(self, time_first: bool, captured: bool, inputs: int) -> None:
-        ids = torch.stack(IDS).view(BATCHES, BATCH, TIME)
-        ids = ids.transpose(1, 2).flatten(0, 1) if time_first else ids.flatten(0, 1)
-        rows = [((x,) if inputs == 1 else (x - x // 2, x // 2), -x) for x in ids]
-        learn = self.learner_of(Inputs(time_first, captured), rows=rows, size=TIME if time_first else BATCH)
-        options = {} if captured else {"rnn": "turned" if time_first else "second"}
+    def test_the_lr_follows_the_time_steps_of_raw(self, time_first: bool, captured: bool) -> None:
+        """The batch has the layout of raw, which decoded has, too; with captures it is a sum of inputs."""
+        size, length = (TIME, BATCH) if time_first else (BATCH, TIME)
+        rows = [((x - x // 2, x // 2) if captured else (x,), -x) for x in tokens(BATCHES * size, length)]
+        learn = self.learner_of(Captures() if captured else Net(), rows=rows, size=size)
+        options = {} if captured else {"rnn": "decoder"}
         now = self.regularizer(self.fuse(learn, batch_first=not time_first, **options))
-        now.bptt = 2 * TIME
-        if hasattr(now, "adjust"):
-            now.adjust = True
+        now.bptt, now.adjust = 2 * TIME, True  # which only fastai 1 has to be told
         *scaled, after = self.lrs_of_steps(learn, 0.5)
         assert scaled == [0.25] * BATCHES
         assert after == 0.5
@@ -174,9 +156,7 @@ class LearnerContract(Contract):
     @pytest.mark.parametrize("what", ["fit", "validate"])
     def test_no_activations_are_held(self, what: str, dropout: bool) -> None:
         learn = self.fuse(self.learner(), dropout=dropout)
-        alive = recorded(learn)
-        learn.fit(1) if what == "fit" else learn.validate()
-        assert_freed(alive)
+        assert_holds_no_activations_after(partial(learn.fit, 1) if what == "fit" else learn.validate, learn)
 
     @pytest.mark.parametrize("then", ["the next fit", "fuse"])
     def test_a_fit_after_one_that_was_cut_off(self, then: str) -> None:
@@ -189,24 +169,16 @@ class LearnerContract(Contract):
             assert hooks_of(learn.model) == 0
         learn.model.load_state_dict(other.model.state_dict())
         for one in (learn, other):
-            self.begin_anew(one)
+            one.model.zero_grad()
         assert gap(self.trained(learn), self.trained(other)) < 1e-5
-
-    def test_fuse_swaps_in_place(self) -> None:
-        learn = self.learner()
-        # with the arguments of the last call
-        assert self.fuse(self.fuse(learn, valid=lambda x: x < 0), dropout=True) is learn
-        now = self.regularizer(learn)
-        assert (type(now), now.alpha, now.beta) == (self.fused, ALPHA, BETA)
-        assert gap(self.trained(learn), self.stock_weights()) < 1e-5
 
     def test_exports_regularize_again_after_fuse(self) -> None:
         learn = self.fuse(self.learner(), dropout=True)
         self.trained(learn)
         again = self.exported(learn)
         now = self.regularizer(self.fuse(again, dropout=True))
-        assert (type(now), now.alpha, now.beta) == (self.fused, ALPHA, BETA)
-        assert type(self.regularizer(learn)) is self.fused
+        assert (isinstance(now, Adapter), now.alpha, now.beta) == (True, ALPHA, BETA)
+        assert isinstance(self.regularizer(learn), Adapter)
         assert hooks_of(again.model) == 0
         tokens = torch.randint(2, VOCABULARY, (4, 6))
         for one in (again.model, learn.model):
@@ -229,7 +201,7 @@ class LearnerContract(Contract):
             with pytest.raises(ValueError, match=r"batch_first: .* raw is \(7, 3, 6\) and the batch \(3, 7\), got N"):
                 self.fit(models[1], {})
 
-    @pytest.mark.parametrize("layout", [{}, {"batch_first": False}, {"time_dim": 0}])
+    @pytest.mark.parametrize("layout", [{}, {"time_dim": 0}])
     def test_captures_of_no_time_steps_and_of_fewer_than_the_mask(self, layout: dict[str, Any]) -> None:
         for steps in (0, 3):
             learn = self.fuse(self.learner(), valid=lambda x: x != 1, **layout)
@@ -243,12 +215,11 @@ class LearnerContract(Contract):
             want = fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid, **layout)
             torch.testing.assert_close(now.regularizer.on_backward_begin(torch.zeros(())), want)
 
-    @pytest.mark.parametrize(("subclassed", "options", "error", "message"), REJECTED)
-    def test_fuse_rejects_and_swaps_nothing(self, subclassed: Any, options: Any, error: Any, message: str) -> None:
+    @pytest.mark.parametrize(("change", "options", "error", "message"), REJECTED)
+    def test_fuse_rejects_and_swaps_nothing(self, change: Any, options: Any, error: Any, message: str) -> None:
         learn = self.learner()
-        if subclassed:
-            part = self.regularizer(learn) if subclassed == "regularizer" else learn.model[1].output_dp
-            part.__class__ = type("Mine", (type(part),), {})
+        if change:
+            change(self.regularizer(learn), learn.model[1])
         parts = [*self.callbacks(learn), *learn.model.modules()]
         with pytest.raises(error, match=message):
             self.fuse(learn, **options)
@@ -258,18 +229,3 @@ class LearnerContract(Contract):
     def test_only_a_learner_is_fused(self) -> None:
         with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
             self.fuse(0)
-
-    def test_a_model_without_the_dropout_of_a_language_model(self) -> None:
-        with pytest.raises(ValueError, match=r"the path of a dropout beside rnn=, got True for a Net with NoneType$"):
-            self.fuse(self.learner_of(self.net()), dropout=True)
-
-    def test_coefficients_beside_paths(self) -> None:
-        learn = self.learner_of(self.net())
-        now = self.regularizer(learn)
-        now.alpha = now.beta = None
-        with pytest.raises(TypeError, match="alpha and beta: expected coefficients beside rnn, got none"):
-            self.fuse(learn, **PATHS)
-
-    def test_a_regularizer_that_is_no_callback(self) -> None:
-        with pytest.raises(AttributeError, match=NO_CALLBACK):
-            self.trained(self.learner(), regularizer())

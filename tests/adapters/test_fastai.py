@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.measure.timing import threads
-from fastreg import fused_ar_tar
 from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, loss_of
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract
 from tests.conftest import skip_without, without
@@ -83,17 +82,21 @@ def trained(learn: Any, *cbs: Any, epochs: int = 1, lr: float = 5e-3) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
 
 
-def on(event: str, do: Callable[[Any], object]) -> Any:
-    """Return a callback that does something with the learner at an event, in training and after other callbacks."""
+def on(event: str, do: Callable[[Any], object], order: int = 100) -> Any:
+    """Return a callback that does something with the learner at an event of the training, after most callbacks."""
     made = fa.Callback(**{event: lambda self: do(self.learn)})
-    made.order, made.run_valid = 100, False
+    made.order, made.run_valid = order, False
     return made
+
+
+def interrupt(_learn: Any) -> None:
+    raise KeyboardInterrupt
 
 
 class TestContract(LearnerContract):
     """fastai's loop calls no `after_fit` after an error, so that hooks stay after a fit that was cut off."""
 
-    stock, fused, adapter = fa.RNNRegularizer, RNNRegularizer, "RNNRegularizer"
+    adapter = "RNNRegularizer"
     fuse = staticmethod(fuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("cbs"))
@@ -123,46 +126,15 @@ class TestContract(LearnerContract):
         return on("before_batch", lambda _: do())
 
     def cut_off(self, learn: Any) -> None:
-        def stop(learn: Any) -> None:
-            if learn.train_iter == 2:
-                raise KeyboardInterrupt
-
         learn.rnn_regularizer.bptt = 20
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                trained(learn, on("before_step", stop))
-
-    def begin_anew(self, learn: Any) -> None:
-        learn.opt, learn.rnn_regularizer.bptt = None, None
-        learn.model.zero_grad()
+        with pytest.raises(KeyboardInterrupt):
+            trained(learn, on("before_step", interrupt), lr=0.5)
+        learn.rnn_regularizer.bptt = None
 
     def exported(self, learn: Any) -> Any:
         learn.export("learner.pkl")
         with without("fastreg"):
             return fa.load_learner("learner.pkl")
-
-
-@pytest.mark.parametrize("max_len", [None, 16])
-def test_text_classifiers_with_padding_and_without(max_len: int | None) -> None:
-    """Fastai pads by whole chunks before a text, and by the rest behind it; half of the batch is padding here."""
-    texts = [torch.randint(2, VOCABULARY, (n,)) for n in (30, 29, 21, 17, 16, 9, 3, 1)]
-    padded = [fa.pad_chunk(fa.TensorText(x), pad_idx=1, seq_len=8, pad_len=30).as_subclass(Tensor) for x in texts]
-    rows = [(fa.TensorText(x), torch.tensor(i % 2)) for i, x in enumerate(padded)]
-    dls, config = fa.DataLoaders(*[fa.DataLoader(rows, bs=8)] * 2), fa.awd_lstm_clas_config | SMALL
-    model = fa.get_text_classifier(fa.AWD_LSTM, VOCABULARY, 2, seq_len=8, config=config, max_len=max_len)
-    learn = fa.TextLearner(dls, model, ALPHA, BETA, loss_func=fa.CrossEntropyLossFlat())
-
-    def check(learn: Any) -> None:
-        raw = learn.rnn.raw_out
-        want = fused_ar_tar(raw, learn.rnn.out, ALPHA, BETA, valid=(torch.stack(padded) != 1)[:, -raw.shape[1] :])
-        got = learn.loss_grad - learn.loss
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(*(torch.autograd.grad(x, raw, retain_graph=True) for x in (got, want)))
-        checked.append(raw)
-
-    checked: list[Tensor] = []
-    trained(fuse(learn, valid=lambda x: x != 1), on("after_loss", check))
-    assert checked
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -194,19 +166,14 @@ def test_terms_are_columns_of_every_log(both: bool) -> None:
     assert learn.metrics.attrgot("name") == ["accuracy"]
 
 
-def test_no_logging_and_no_terms_without_a_penalty(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_logging_no_terms_without_a_penalty_and_no_recorder(capsys: pytest.CaptureFixture[str]) -> None:
     learn = with_paths()
     trained(learn)
     assert not capsys.readouterr().out
     trained(learn, on("before_batch", lambda learn: learn.model.rnn.eval()))
     assert str(learn.recorder.values[0][2]) == "nan"
-
-
-def test_a_learner_without_a_recorder() -> None:
-    learn, other = with_paths(), with_paths()
-    learn.remove_cb(fa.Recorder)
-    learn.remove_cb(fa.ProgressCallback)
-    assert gap(trained(learn), trained(other)) == 0
+    learn.remove_cbs([fa.Recorder, fa.ProgressCallback])
+    trained(learn)
 
 
 def validate(learn: Any) -> None:
@@ -246,10 +213,8 @@ def test_fuse_keeps_where_the_callback_runs() -> None:
     assert gap(trained(fuse(learn)), TestContract.stock_weights(0.0, 0.0)) < 1e-5
 
 
-NEITHER = r"expected an RNNCallback, .* or rnn= and dropout=, .* got neither"
 # the callbacks of two learners; the first one is trained
 REJECTED: list[tuple[list[Any], list[Any], type[Exception], str]] = [
-    ([RNNRegularizer(1.0)], [], TypeError, NEITHER),
     ([RNNRegularizer(1.0, **PATHS), fa.RNNRegularizer()], [], ValueError, "RNNRegularizer: the learner has another"),
     (shared := [RNNRegularizer(1.0, **PATHS)], shared, RuntimeError, "another learner has this callback, too"),
 ]
@@ -264,12 +229,9 @@ def test_learners_that_cannot_be_trained(own: Any, of_other: Any, error: type[Ex
 
 @either_regularized
 def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make: Any) -> None:
-    def stop(_learn: Any) -> None:
-        raise KeyboardInterrupt
-
     learn = make()
     with pytest.raises(KeyboardInterrupt):
-        trained(learn, on("after_batch", stop))
+        trained(learn, on("after_batch", interrupt))
     assert learn.metrics.attrgot("name") == ["ar", "tar"]
     learn.export("learner.pkl")
     with without("fastreg"):
@@ -277,17 +239,10 @@ def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make:
     assert len(learn.validate()) == 1
 
 
-class Halve(fa.Callback):
-    """Halves the loss that is differentiated, before fastai's callback adds its penalty."""
-
-    order, run_valid = 0, False
-
-    def after_loss(self) -> None:
-        self.learn.loss_grad = self.learn.loss_grad / 2
-
-
 def test_the_penalty_is_added_in_the_order_of_fastai() -> None:
-    stock, fused = (trained(make(learner()), Halve()) for make in (lambda learn: learn, fuse))
+    """The loss is halved before fastai's callback adds its penalty."""
+    halve = on("after_loss", lambda learn: setattr(learn, "loss_grad", learn.loss_grad / 2), order=0)
+    stock, fused = trained(learner(), halve), trained(fuse(learner()), halve)
     assert gap(fused, stock) < 1e-5
     assert gap(stock, TestContract.stock_weights()) > 1e-3
 
@@ -296,20 +251,15 @@ def test_a_subclass_has_an_order_of_its_own() -> None:
     class Late(RNNRegularizer):
         order = 20
 
+    def look(learn: Any) -> None:
+        seen.append(learn.loss_grad - learn.loss)
+
     seen: list[Tensor] = []
-    learn = of(Model, Late(ALPHA, BETA, **PATHS))
-    own = on("after_loss", lambda learn: seen.append(learn.loss_grad - learn.loss))
-    between = on("after_loss", lambda learn: seen.append(learn.loss_grad - learn.loss))
-    between.order = 15
-    trained(learn, between, own)
+    trained(of(Model, Late(ALPHA, BETA, **PATHS)), on("after_loss", look, order=15), on("after_loss", look, order=25))
     assert all(before == 0 < after for before, after in zip(seen[::2], seen[1::2], strict=True))
 
 
 def test_a_prediction_within_a_fit_that_ends_like_a_fit() -> None:
     """`tta` begins and ends with the events of a fit, and a fit around it goes on."""
-
-    def predict(learn: Any) -> None:
-        learn(["before_fit", "after_fit"])
-
-    weights = [trained(with_paths(), *cbs) for cbs in ([], [on("after_batch", predict)])]
-    assert gap(*weights) == 0
+    predict = on("after_batch", lambda learn: learn(["before_fit", "after_fit"]))
+    assert gap(trained(with_paths(), predict), trained(with_paths())) == 0

@@ -6,7 +6,6 @@ import copy
 import functools
 import warnings
 from collections import UserDict
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import lightning.pytorch as pl  # noqa: E402
 
 from fastreg.lightning import ActivationRegularization  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import DATA, NO_CALLBACK, PATHS, Contract, Net  # noqa: E402
+from tests.adapters.contract import DATA, PATHS, Contract, Net  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights  # noqa: E402
 
 # Lightning and its imports warn.
@@ -45,7 +44,7 @@ class Module(Net, pl.LightningModule):
         return outputs["loss"]
 
     def validation_step(self, batch: Any) -> None:  # pyright: ignore
-        self(**batch)
+        self.training_step(batch)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.5)
@@ -103,9 +102,9 @@ class TestContract(Contract):
     kind, adapter = Module, "ActivationRegularization"
 
     def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False
+        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
     ) -> dict[str, float]:
-        callbacks = [] if options is None else [callback(**({"dropout": None} | options))]
+        callbacks = cbs if options is None else [callback(**({"dropout": None} | options))]
         steps: dict[str, Any] = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
         steps |= {"precision": "bf16-mixed"} if rounded else {}
         return fit(model, *callbacks, fits=fits, **steps)
@@ -161,32 +160,19 @@ def test_a_fit_that_is_cut_off_leaves_nothing_behind(error: type[BaseException],
     assert_means(logged, formula.terms)
 
 
-@pytest.mark.parametrize("error", [None, ArithmeticError])
-def test_a_trainer_within_a_fit_leaves_the_hooks_on(error: Any) -> None:
-    """A callback validates by another trainer, which has the same callback of fastreg."""
+@pytest.mark.parametrize("nested", ["validate", "fit"])
+def test_a_trainer_within_a_fit_that_has_the_same_callback(nested: str) -> None:
+    """It validates the module, which stays attached, or fits another one; the module is attached again after that."""
 
-    def validate(trainer: Any, module: Any) -> None:
-        failing = pl.callbacks.LambdaCallback(on_validation_start=mock.Mock(side_effect=error))
-        with pytest.raises(error) if error else nullcontext():
-            trainer_of(*[] if module.written else [one], failing).validate(module, loader(), verbose=False)
-        module.train().trainer = trainer  # which Lightning leaves to the callback, at least after an error
-
-    one = callback()
-    fit_both(one, others=[pl.callbacks.LambdaCallback(on_train_epoch_end=validate)], max_epochs=2)
-
-
-def test_a_fit_within_a_fit() -> None:
-    """Both have the same callback, which is attached again after the inner one."""
-
-    def fit_another(_trainer: Any, module: Any, *_: Any) -> None:
-        inner.append(lm.seeded(Module, *module.written))
-        trainer_of(*[] if module.written else [one]).fit(inner[-1], loader())
+    def start(trainer: Any, module: Any, *_: Any) -> None:
+        another.append(module if nested == "validate" else lm.seeded(Module, *module.written))
+        getattr(trainer_of(*[] if module.written else [one]), nested)(another[-1], loader())
         torch.manual_seed(1)
+        module.train().trainer = trainer  # which Lightning leaves to the callback
 
-    one, inner = callback(), list[Any]()
-    fit_both(one, others=[pl.callbacks.LambdaCallback(on_train_batch_end=fit_another)], limit_train_batches=2)
-    assert len(inner) == 4
-    assert_same_weights(inner[0], inner[-1])
+    one, another = callback(), list[Any]()
+    fit_both(one, others=[pl.callbacks.LambdaCallback(on_train_batch_end=start)], limit_train_batches=2)
+    assert_same_weights(another[0], another[-1])
 
 
 def test_the_search_for_a_learning_rate_has_the_penalty(tmp_path: Path) -> None:
@@ -201,99 +187,60 @@ def test_the_search_for_a_learning_rate_has_the_penalty(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1])
 
 
-class Scaling(pl.Callback):
-    """Wraps the step of the trainer, too, for a whole fit."""
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.step = trainer.strategy.training_step
-        trainer.strategy.training_step = lambda *args: 2 * self.step(*args)
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        assert trainer.strategy.training_step.__qualname__.startswith("Scaling")
-        trainer.strategy.training_step = self.step
-
-
 def test_the_wrapper_of_another_callback_is_wrapped_and_put_back() -> None:
-    fit_both(callback(alpha=2 * ALPHA, beta=2 * BETA), others=[Scaling()])
-
-
-def wrapped(step: Any) -> Any:
-    @functools.wraps(step)
-    def inner(self: Any, batch: Any) -> Any:
-        return step(self, batch)
-
-    return inner
+    module, formula, own = lm.seeded(Module), lm.seeded(Module, "rnn"), callback(alpha=2 * ALPHA, beta=2 * BETA)
+    for one, callbacks in ((module, [own]), (formula, [])):
+        torch.manual_seed(0)
+        trainer = trainer_of(*callbacks)
+        step = trainer.strategy.training_step
+        trainer.strategy.training_step = doubled = lambda *args, step=step: 2 * step(*args)
+        trainer.fit(one, loader())
+        assert trainer.strategy.training_step is doubled
+    assert_same_weights(module, formula)
 
 
 class Wrapped(Module):
-    """Has a training step of one argument, which a decorator wraps."""
+    """Has a wrapped step of one argument, which logs nothing, because `torch.compile` fails in `log`."""
 
-    training_step = wrapped(Module.training_step)
-
-
-class Unlogged(Module):
-    """Logs nothing, because `torch.compile` fails in `log`."""
-
+    @functools.wraps(Module.training_step)
     def training_step(self, batch: Any) -> Any:  # pyright: ignore
         return self(**batch)["loss"]
 
 
 def test_compiled_modules_and_wrapped_steps() -> None:
     fit_both(callback(), kind=Wrapped)
-    fit_both(callback(), kind=lambda *args: torch.compile(Unlogged(*args), backend="eager"))
-
-
-class ValidatesByItsStep(Module):
-    def validation_step(self, batch: Any) -> None:  # pyright: ignore
-        self.training_step(batch)
+    fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
 
 
 def test_a_validation_step_that_calls_the_training_step() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        fit_both(callback(), kind=ValidatesByItsStep, validate=True)
+        fit_both(callback(), validate=True)
     assert not [x for x in seen if "penalty" in str(x.message)]
 
 
 class Uneven(Module):
-    """Has its RNN in evaluation in the second process in the second epoch; writes the terms of each epoch to a file."""
-
-    folder: Path
+    """Has its RNN in evaluation in the second process in the second epoch; checks the means at the end of each."""
 
     def on_train_epoch_start(self) -> None:
         torch.set_num_threads(1)  # after a fork, OpenMP hangs with more
         self.rnn.train(self.global_rank + self.current_epoch < 2)
 
     def on_train_epoch_end(self) -> None:
-        logged = torch.stack([self.trainer.callback_metrics[term] for term in ("ar", "tar")])
-        torch.save((torch.stack(self.terms), logged), self.folder / f"{self.current_epoch}{self.global_rank}")
+        terms: Any = self.all_gather(torch.stack(self.terms))
+        regularized = terms[: 2 - self.current_epoch]  # the processes that add a penalty
+        assert_means(self.trainer.callback_metrics, [*regularized.flatten(0, 1)])
         self.terms.clear()
 
 
 @more
-def test_processes_log_the_mean_of_all(tmp_path: Path) -> None:
+def test_processes_log_the_mean_of_all() -> None:
     """One of them adds no penalty in the second epoch; the other must not wait for it."""
     # A fork spares imports of half a minute; with a GPU, torch refuses a backward in a forked process.
     method = "spawn" if torch.cuda.is_available() else "fork"
     options: Any = {"process_group_backend": "gloo", "start_method": method, "timeout": timedelta(seconds=60)}
     module = lm.seeded(Uneven, "rnn")  # which keeps the terms
-    module.folder = tmp_path
     fit(module, callback(), max_epochs=2, strategy=pl.strategies.DDPStrategy(**options), devices=2)
-    for epoch, regularized in enumerate(([0, 1], [0])):
-        saved = [torch.load(tmp_path / f"{epoch}{rank}") for rank in range(2)]
-        want = torch.cat([saved[rank][0] for rank in regularized]).mean(0)
-        for _, logged in saved:
-            torch.testing.assert_close(logged, want)
-
-
-def test_a_regularizer_that_is_no_callback() -> None:
-    with pytest.raises(AttributeError, match=NO_CALLBACK):
-        fit(lm.seeded(Module), lm.regularizer())
-
-
-def test_a_path_is_required() -> None:
-    with pytest.raises(ValueError, match=r"rnn and dropout: expected each path of an RNN once, .* got \[\]"):
-        ActivationRegularization(ALPHA, BETA)
 
 
 def test_two_callbacks_add_their_penalties_and_log_the_mean() -> None:

@@ -21,7 +21,7 @@ import transformers  # noqa: E402
 
 from fastreg.transformers import RegularizedTrainer  # noqa: E402
 from tests import language_model as lm  # noqa: E402
-from tests.adapters.contract import COEFFICIENTS, DATA, IDS, NO_CALLBACK, PATHS, Contract, Net, turned, valid  # noqa: E402
+from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Contract, Net, turned, valid  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
 
 # transformers and its imports warn.
@@ -74,11 +74,11 @@ class TestContract(Contract):
     adapter = "RegularizedTrainer"
 
     def fit(
-        self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False
+        self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
     ) -> dict[str, float]:
         args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch", "bf16": rounded}
         if options is None:
-            return fit(model, transformers.Trainer, args, fits=fits).state.log_history[0]
+            return fit(model, transformers.Trainer, args, fits=fits, callbacks=[*cbs]).state.log_history[0]
         return fit(model, args=args, fits=fits, **({"dropout": None} | options)).state.log_history[0]
 
 
@@ -159,15 +159,10 @@ def test_subclasses_of_trainer_on_either_side(kinds: Any) -> None:
     assert_same_weights(fit(lm.seeded(Net), both(*kinds)).model, fit(lm.seeded(Net, "rnn"), OwnStep).model)
 
 
-class Unread(list[Any]):
-    """A dataset that shows no example before the loader asks for a batch, as an example may draw random numbers."""
+class Columns(list[Any]):
+    """A dataset as those of Hugging Face, whose column the trainer takes out before an example is read."""
 
-    def __init__(self, rows: list[Any], *column_names: str) -> None:
-        super().__init__(rows)
-        self.column_names = column_names
-
-    def __iter__(self) -> Any:
-        raise AssertionError("an example was read")
+    column_names = "input_ids", "attention_mask"
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
@@ -175,49 +170,33 @@ class Stream(torch.utils.data.IterableDataset[Any]):
         return iter(MASKED)
 
 
-# The trainer takes the column out of a dataset of Hugging Face before an example is read.
-@pytest.mark.parametrize("data", [Unread(MASKED), Stream(), Unread(DATA, "input_ids", "attention_mask")])
+@pytest.mark.parametrize(
+    ("model", "data", "options", "count"),
+    [
+        (Net(), MASKED, {}, 1),
+        (Net(), Stream(), {}, 1),
+        (Net(), Columns(DATA), {}, 1),
+        (Net(), DATA, {}, 0),
+        (Net(), MASKED, {"valid": valid}, 0),
+        (Masked(), MASKED, {}, 0),
+    ],
+)
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=more)])
-def test_a_mask_that_the_trainer_takes_out_is_warned_of_once(data: Any, workers: int) -> None:
-    args = {"max_steps": 3, "dataloader_num_workers": workers}
-    with pytest.warns(UserWarning, match="padding counts in AR and TAR, .* forward of the Net does not") as seen:
-        fit(Net(), args=args, data=data)
-    assert sum("padding counts" in str(x.message) for x in seen) == 1
+def test_a_mask_that_the_trainer_takes_out_and_no_other_is_warned_of_once(
+    model: Any, data: Any, options: Any, count: int, workers: int
+) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(model, args={"max_steps": 3, "dataloader_num_workers": workers}, data=data, **options)
+    messages = [str(x.message) for x in seen if "padding counts in AR and TAR" in str(x.message)]
+    assert [f"forward of the {type(model).__name__} does not take it" in x for x in messages] == [True] * count
 
 
-def test_no_mask_is_lost() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        fit(Masked(), data=MASKED)
-        fit(Net(), data=MASKED, valid=valid)
-        fit(Net(), data=MASKED, valid=None)
-        fit(Net(), data=DATA)
-
-
-def test_a_schedule_of_the_coefficients() -> None:
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            trainer.alpha = trainer.beta = 0.0
-
-    trainer = trainer_of(lm.seeded(Net), args=IN_PARTS, callbacks=[Stop()])
-    trainer.train()
-    assert trainer.regularizer.alpha == trainer.regularizer.beta == 0
-    lm.assert_other_weights(trainer.model, fit(lm.seeded(Net), args=IN_PARTS).model)
-
-
-class Inside(Net):
-    """Has RNNs of both layouts inside of modules that do not show theirs."""
-
-    def __init__(self, *written: str) -> None:
-        super().__init__(*written)
-        self.second, self.last = nn.Sequential(self.second), nn.Sequential(nn.GRU(6, 6))
-
-
-def test_a_layout_is_read_from_a_module_or_asked_for() -> None:
-    model, formula = lm.seeded(Inside), lm.seeded(Inside, "second")
-    assert_same_weights(fit(model, rnn="second", dropout=None).model, fit(formula, transformers.Trainer).model)
+def test_a_layout_that_a_module_does_not_show_is_asked_for() -> None:
+    model = Net()
+    model.turned = nn.Sequential(nn.GRU(6, 6))
     with pytest.raises(ValueError, match=r"batch_first: .* may return \(time, batch, hidden\) like the GRU inside"):
-        fit(model, rnn="last", dropout=None)
+        fit(model, rnn="turned", dropout=None)
     assert hooks_of(model) == 0
 
 
@@ -239,11 +218,6 @@ def test_an_attention_mask_that_does_not_fit_the_module() -> None:
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
 
 
-def test_a_regularizer_that_is_no_callback() -> None:
-    with pytest.raises(AttributeError, match=NO_CALLBACK):
-        trainer_of(Net(), transformers.Trainer, callbacks=[lm.regularizer()])
-
-
 def test_errors_when_it_is_made() -> None:
     class OwnBeta(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -252,8 +226,6 @@ def test_errors_when_it_is_made() -> None:
 
     with pytest.raises(AttributeError, match="Net has no attribute `lstm`"):
         trainer_of(Net(), rnn="lstm")
-    with pytest.raises(ValueError, match=r"rnn and dropout: expected each path of an RNN once, .* got \[\]"):
-        trainer_of(Net(), rnn=None, dropout=None)
     with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizr'"):
         trainer_of(Net(), tokenizr=1)
     with pytest.raises(AttributeError, match="regularizer"):
