@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
-from torch import Tensor
 
 from bench.offline import registers
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
@@ -160,7 +159,7 @@ def test_no_spills_on_other_gpus_or_with_narrow_loads(target: Any, dtype: torch.
         assert_no_spills(binary, SPILLED_BY_128 if hidden == 400 else MOST_SPILLED_NARROW)
 
 
-def train(*shape: int, batch_first: bool = True, **marks: Tensor) -> None:
+def train(*shape: int, batch_first: bool = True, **marks: Any) -> None:
     """Run the penalty and dropout, forward and backward: four variants of the kernel."""
     raw, dropped = (torch.zeros(shape, requires_grad=True) for _ in range(2))
     fused_ar_tar(raw, dropped, 2.0, 1.0, batch_first=batch_first, **marks).backward()

@@ -150,9 +150,9 @@ def test_the_same_bits_for_any_number_of_threads(dtypes: Any, layout: Any, lengt
 def test_more_items_than_programs_and_more_elements_than_32_bits_count() -> None:
     """Many views of one sequence have the mean of that sequence; each of them is an item, in each of two walks."""
     raw, dropped = torch.randn(2, 1, 64, 256).unbind()
-    many = (x.expand(2**17 + 1, 64, 256) for x in (raw, dropped))
+    many = 2**17 + 1, 64, 256
     with threads(2):
-        got = fused_ar_tar(*many, ALPHA, BETA, return_terms=True)
+        got = fused_ar_tar(raw.expand(many), dropped.expand(many), ALPHA, BETA, return_terms=True)
     want = truth(raw.double(), dropped.double(), ALPHA, BETA)
     torch.testing.assert_close([x.double() for x in got], [*want], rtol=2e-6, atol=0)
 

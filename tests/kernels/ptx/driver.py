@@ -7,6 +7,7 @@ import random
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -61,23 +62,15 @@ class Executor(StandInDriver):
         return len(self.kernels) - 1, len(self.kernels) - 1, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
-        if metadata.num_ctas != 1 or metadata.global_scratch_size or profiled:
-            raise NotImplementedError("clusters, or scratch memory")
+        return partial(self.launch, source.signature.values(), metadata.num_warps)
 
-        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
-            _, _, _, *arguments = rest  # metadata and hooks of the launch
-            if (y, z) != (1, 1):
-                raise NotImplementedError("a grid of more than one axis")
-            given = list(flat(source.signature.values(), arguments))
-            self.launch(*self.kernels[function], x, metadata.num_warps, given)
-
-        return launch
-
-    def launch(self, decoded: Decoder, shared: int, grid: int, warps: int, given: list[tuple[str, Any]]) -> None:
-        """Run `grid` programs. `given` has the types and values of the arguments that are not constants."""
-        memory = regions([x for kind, x in given if kind[0] == "*" and x is not None])
-        values = [packed(kind, x) for kind, x in given]
+    def launch(self, kinds: Any, warps: int, *given: Any) -> None:
+        """Run the programs of a launch, given what Triton gives to its launchers."""
+        grid, _, _, _, function, _, _, _, _, *arguments = given
+        decoded, shared = self.kernels[function]
+        typed = [*flat(kinds, arguments)]
+        memory = regions([x for kind, x in typed if kind[0] == "*" and x is not None])
+        values = [packed(kind, x) for kind, x in typed]
         values += [bytes(8)] * (len(decoded.parameters) - len(values))  # of scratch memory that there is none of
         machine = Machine(
             code=ctypes.addressof(decoded.code),
@@ -116,8 +109,7 @@ def packed(kind: str, value: Any) -> bytes:
     """Return the bytes of an argument."""
     if kind[0] == "*":
         return struct.pack("<Q", 0 if value is None else value.data_ptr())
-    formats = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
-    formats |= {"u1": "?", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
+    formats = {"i1": "?", "i32": "i", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
     return struct.pack(f"<{formats[kind]}", value)
 
 

@@ -30,13 +30,12 @@ def forms() -> dict[str, Form]:
             table[name.replace("T", kind)] = Form(tuple(types.replace("T", kind).split()), code.replace("T", kind))
 
     signed, unsigned, untyped = (tuple(f"{kind}{bits}" for bits in (16, 32, 64)) for kind in "sub")
-    integers = signed + unsigned
-    floats = ("f32", "f64", *HALVES)
+    integers, reals = signed + unsigned, ("f32", "f64")
     packed = tuple(f"{kind}x2" for kind in HALVES)
 
     for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
         for rounding in ("", ".rn"):
-            define(f"{name}{rounding}.T", "T T T", f"A {sign} B", *floats, *packed)
+            define(f"{name}{rounding}.T", "T T T", f"A {sign} B", *reals, *HALVES, *packed)
         define(f"{name}{'.lo' if name == 'mul' else ''}.T", "T T T", f"A {sign} B", *integers)
     define("mad.lo.T", "T T T T", "A * B + C", *integers)
     for kind, bits in (("s", 16), ("s", 32), ("u", 16), ("u", 32)):
@@ -47,16 +46,13 @@ def forms() -> dict[str, Form]:
     define("rem.T", "T T T", "B == 0 || B == -1 ? 0 : A % B", *signed)
     define("div.T", "T T T", "B == 0 ? (T)-1 : A / B", *unsigned)
     define("rem.T", "T T T", "B == 0 ? A : A % B", *unsigned)
-    define("div.full.T", "T T T", "A / B", "f32")
-    define("div.rn.T", "T T T", "A / B", "f32", "f64")
-    define("fma.rn.T", "T T T T", "fmaf(A, B, C)", "f32")
+    define("div.rn.T", "T T T", "A / B", *reals)
     define("fma.rn.T", "T T T T", "fma(A, B, C)", "f64")
-    define("neg.T", "T T", "-A", *signed, *floats)
-    define("abs.T", "T T", "A < 0 ? -A : A", *signed)
-    define("abs.T", "T T", "fabs(A)", *floats)
+    define("fma.rn.T", "T T T T", "fmaf(A, B, C)", "f32")
+    define("neg.T", "T T", "-A", *signed, *reals, *HALVES)
     for name, sign in (("min", "<"), ("max", ">")):
         define(f"{name}.T", "T T T", f"A {sign} B ? A : B", *integers)
-        define(f"{name}.T", "T T T", f"A {sign} B || B != B ? A : B", *floats)
+        define(f"{name}.T", "T T T", f"A {sign} B || B != B ? A : B", *reals)
     for name, sign in (("and", "&"), ("or", "|"), ("xor", "^")):
         define(f"{name}.T", "T T T", f"A {sign} B", *untyped)
         define(f"{name}.T", "T T T", f"!!A {sign} !!B", "pred")
@@ -67,46 +63,37 @@ def forms() -> dict[str, Form]:
         define("shr.T", "T T b32", f"B < {bits} ? A >> B : 0", f"u{bits}", f"b{bits}")
         define("shr.T", "T T b32", f"A >> (B < {bits} ? B : {bits - 1})", f"s{bits}")
     define("bfe.T", "T T b32 b32", "B < 32 ? A >> B & (C < 32 ? (1u << C) - 1 : -1u) : 0", "u32")
-    define("selp.T", "T T T pred", "C ? A : B", *integers, *untyped, "f32", "f64")
-    define("mov.T", "T T", "A", *integers, *untyped, "f32", "f64", "pred")
-    orders = {"eq": "==", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-    comparisons = {name: f"A {sign} B" for name, sign in orders.items()}
-    for name, code in comparisons.items():
-        define(f"setp.{name}.T", "pred T T", code, *integers, *untyped)
+    define("selp.T", "T T T pred", "C ? A : B", *integers, *untyped, *reals)
+    define("mov.T", "T T", "A", *integers, *untyped, *reals, "pred")
+    for name, sign in (("eq", "=="), ("lt", "<"), ("le", "<="), ("gt", ">"), ("ge", ">=")):
+        define(f"setp.{name}.T", "pred T T", f"A {sign} B", *integers, *untyped, *reals)
     define("setp.ne.T", "pred T T", "A != B", *integers, *untyped)
-    comparisons |= {f"{name}u": f"{code} || A != A || B != B" for name, code in comparisons.items()}
-    comparisons |= {"ne": "A < B || A > B", "neu": "A != B", "nan": "A != A || B != B", "num": "A == A && B == B"}
-    for name, code in comparisons.items():
-        define(f"setp.{name}.T", "pred T T", code, *floats)
-        for half, place in (("low", "2 * t"), ("high", "2 * t + 1")):  # an instruction with two predicates is made of
-            values = f"f32 A = from_T(a[{place}]), B = from_T(b[{place}]);"
-            define(f"{half}.setp.{name}.Tx2", "pred Tx2 Tx2", f"EACH {{ {values} d[t] = {code}; }};", *HALVES)
+    define("setp.neu.T", "pred T T", "A != B", *reals)
 
     for source in integers:
         define(f"cvt.T.{source}", f"T {source}", "A", *integers)
-        define(f"cvt.rn.T.{source}", f"T {source}", "A", "f32", "f64")
-    for byte in ("u8", "s8"):  # in a wider register
-        define(f"cvt.T.{byte}", "T b16", f"({byte})A", *integers)
-        define(f"cvt.T.{byte}.b32", "T b32", f"({byte})A", *integers)
+        define(f"cvt.rn.T.{source}", f"T {source}", "A", *reals)
+    for byte in ("u8", "s8"):
+        for register in ("b16", "b32"):  # which is wider, and which the decoder adds to the name
+            define(f"cvt.T.{byte}.{register}", f"T {register}", f"({byte})A", *integers)
     for half in HALVES:
-        define(f"cvt.T.{half}", f"T {half}", "A", "f32", "f64")
+        define(f"cvt.T.{half}", f"T {half}", "A", *reals)
         define(f"cvt.rn.{half}.f32", f"{half} f32", "A")
         define(f"cvt.rn.{half}x2.f32", "b32 f32 f32", f"(b32)to_{half}(A) << 16 | to_{half}(B)")
     define("cvt.f64.f32", "f64 f32", "A")
     define("cvt.rn.f32.f64", "f32 f64", "A")
     for whole, half in (("b32", "b16"), ("b64", "b32")):  # what `mov` between a register and two halves is made of
-        bits = half[1:]
-        define(f"join.{whole}", f"{whole} {half} {half}", f"A | ({whole})B << {bits}")
+        define(f"join.{whole}", f"{whole} {half} {half}", f"A | ({whole})B << {half[1:]}")
         define(f"low.{whole}", f"{half} {whole}", "A")
-        define(f"high.{whole}", f"{half} {whole}", f"A >> {bits}")
+        define(f"high.{whole}", f"{half} {whole}", f"A >> {half[1:]}")
 
     byte = "u64 x = (u64)b[t] << 32 | a[t]; u32 s = c[t] >> 4 * k, y = x >> 8 * (s & 7) & 255;"
     chosen = f"for (int k = 0; k < 4; k++) {{ {byte} z |= (s & 8 ? y >> 7 ? 255u : 0 : y) << 8 * k; }}"
     define("prmt.b32", "b32 b32 b32 b32", f"EACH {{ u32 z = 0; {chosen} d[t] = z; }};")
     define("shfl.sync.bfly.b32", "b32 b32 b32", "b32 x[LANES]; memcpy(x, a, sizeof x); EACH d[t] = x[t ^ b[t]];")
-    for name, step in (("add", "x + a[t]"), ("min", "a[t] < x ? a[t] : x"), ("max", "a[t] > x ? a[t] : x")):
-        fold = f"T x = a[0]; for (int t = 1; t < LANES; t++) x = {step}; EACH d[t] = x;"
-        define(f"redux.sync.{name}.T", "T T", fold, "s32", "u32")
+    define(
+        "redux.sync.add.T", "T T", "T x = 0; for (int t = 0; t < LANES; t++) x += a[t]; EACH d[t] = x;", "s32", "u32"
+    )
     return table
 
 

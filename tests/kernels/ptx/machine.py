@@ -1,50 +1,37 @@
-"""The machine of machine.c, compiled once with the instructions of instructions.py: its structures and its library."""
+"""The machine of machine.c, compiled with the instructions of instructions.py: its structures and its library."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
+import re
 import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.kernels.ptx.instructions import FORMS, HALVES
 
+SOURCE = Path(__file__).with_name("machine.c").read_text()
+COMMAND = "gcc -O2 -ftree-vectorize -march=native -ffp-contract=off -fwrapv -fno-strict-aliasing -w -shared -fPIC -xc -"
 KINDS = ("pure", "branch", "barrier", "return", "load", "store", "atomic_add")
 NUMBERS = {name: number for number, name in enumerate(FORMS)}
+TYPES = {"s32": ctypes.c_int32, "u32": ctypes.c_uint32, "s64": ctypes.c_int64, "u64": ctypes.c_uint64}
+TYPES |= {"char": ctypes.c_char, "u8*": ctypes.c_char_p}
 
 
-def structure(name: str, **fields: Any) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+def structure(name: str) -> Any:
+    """Return a structure of machine.c, which describes its fields."""
+    (body,) = re.findall(rf"typedef struct {{([^}}]*)}} {name};", SOURCE)
+    fields = []
+    for kind, names in re.findall(r"(\w+) ([^;]+);", re.sub(r"//.*|const ", "", body)):
+        for pointer, field, length in re.findall(r"(\*?)(\w+)(?:\[(\d+)\])?", names):
+            its = TYPES.get(kind + pointer, ctypes.c_void_p)
+            fields.append((field, its * int(length) if length else its))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-I32, U32, I64, U64, PTR = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_void_p
-# As in machine.c, which describes the fields.
-Instruction = structure(
-    "Instruction",
-    **dict.fromkeys(("kind", "handler", "guard", "negated"), I32),
-    operands=I32 * 10,
-    **dict.fromkeys(("element", "vector", "width", "is_signed", "shared", "target"), I32),
-    offset=I64,
-)
-Region = structure("Region", begin=U64, end=U64, granule=U64, shadow=PTR)
-Fault = structure(
-    "Fault",
-    what=ctypes.c_char * 120,
-    **dict.fromkeys(("instruction", "program", "thread", "other_program", "other_thread"), I32),
-)
-Machine = structure(
-    "Machine",
-    code=PTR,
-    constants=ctypes.c_char_p,
-    **dict.fromkeys(("registers", "file", "warps", "shared", "grid", "resident"), I32),
-    regions=PTR,
-    region_count=I32,
-    seed=U32,
-)
+Instruction, Region, Fault, Machine = map(structure, ("Instruction", "Region", "Fault", "Machine"))
 
 
 def handler(name: str) -> str:
@@ -70,7 +57,7 @@ def handler(name: str) -> str:
 
 @cache
 def library() -> ctypes.CDLL:
-    """Compile the machine, once for each version, and load it."""
+    """Compile the machine, and load it."""
     ivdep = '_Pragma("GCC ivdep")'
     handlers = [
         "typedef u8 b8; typedef u16 b16; typedef u32 b32; typedef u64 b64;",
@@ -80,17 +67,10 @@ def library() -> ctypes.CDLL:
         f"static Handler *const HANDLER[] = {{ {', '.join(f'h{i}' for i in range(len(FORMS)))} }};",
         "#undef EACH",
     ]
-    source = Path(__file__).with_name("machine.c").read_text().replace("#include HANDLERS", "\n".join(handlers))
-    command = (
-        "gcc -O2 -ftree-vectorize -march=native -ffp-contract=off -fwrapv -fno-strict-aliasing -w -shared -fPIC -xc -"
-    )
-    folder = Path(tempfile.gettempdir()) / f"ptx-machine-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    built = folder / f"{hashlib.sha256((command + source).encode()).hexdigest()[:20]}.so"
-    if not built.exists():
-        fresh = built.with_suffix(f".{os.getpid()}")  # other processes may build it at the same time
-        subprocess.run([*command.split(), "-o", fresh, "-lm"], input=source.encode(), check=True)
-        fresh.rename(built)
-    loaded = ctypes.CDLL(str(built))
+    source = SOURCE.replace("#include HANDLERS", "\n".join(handlers)).encode()
+    with TemporaryDirectory() as folder:
+        built = f"{folder}/machine.so"
+        subprocess.run([*COMMAND.split(), "-o", built, "-lm"], input=source, check=True)
+        loaded = ctypes.CDLL(built)
     loaded.launch.restype = ctypes.c_int64
     return loaded
