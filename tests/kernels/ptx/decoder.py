@@ -24,10 +24,8 @@ class Decoder:
 
     def __init__(self, ptx: str):
         text = re.sub(r"//[^\n]*", "", ptx)
-        entry = re.search(r"\.visible \.entry (\w+)\((.*?)\).*?^\{(.*?)^\}", text, re.M | re.S)
-        if entry is None:
-            raise NotImplementedError("PTX without an entry")
-        self.name, parameters, body = entry.groups()
+        entry = r"\.visible \.entry (\w+)\((.*?)\).*?^\{(.*?)^\}"
+        ((self.name, parameters, body),) = re.findall(entry, text, re.M | re.S)
         self.parameters = [parameter.split()[-1] for parameter in filter(str.strip, parameters.split(","))]
         self.places: dict[str, tuple[int, int]] = {}  # registers: offset and bytes a lane
         self.file = 0
@@ -90,16 +88,13 @@ class Decoder:
         raise NotImplementedError(f"operand {text}")
 
     def decode(self, statement: str) -> Iterator[Any]:
-        match = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement)
-        if match is None:
-            raise NotImplementedError(statement)
-        negation, guard, name, rest = match.groups()
-        operands = [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", rest) if x.strip()]
         try:
-            if guard is not None and name.split(".")[1:2] == ["sync"] and name != "bar.sync":
+            ((negation, guard, name, rest),) = re.findall(r"^(?:@(!?)(%\w+) )?([a-z][\w.:]*) ?(.*)$", statement)
+            operands = [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", rest) if x.strip()]
+            if guard and name.split(".")[1:2] == ["sync"] and name != "bar.sync":
                 raise NotImplementedError("an exchange between lanes under a predicate")
             for instruction in self.instructions(name, operands):
-                instruction.guard = -1 if guard is None else self.operand(guard, 1)
+                instruction.guard = self.operand(guard, 1) if guard else -1
                 instruction.negated = negation == "!"
                 yield instruction
         except (KeyError, ValueError, NotImplementedError) as error:
@@ -153,13 +148,10 @@ class Decoder:
             raise NotImplementedError("a form of access that is not known")
         (width,) = {self.places[x][1] for x in names if x in self.places} or {SIZES[element]}
         shared = "global" not in parts
-        place = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", where)
-        if place is None:
-            raise NotImplementedError(f"address {where}")
-        base = self.operand(place[1], 4 if shared else 8)
+        ((base, offset),) = re.findall(r"^\[ ?([%$\w]+) ?(?:\+ ?(-?\d+) ?)?\]$", where)
         return make(
             kind,
-            [base, *(-1 if x == "_" else self.operand(x, width) for x in names)],
+            [self.operand(base, 4 if shared else 8), *(-1 if x == "_" else self.operand(x, width) for x in names)],
             element=SIZES[element],
             vector=1 if is_atomic else len(names),
             width=width,
@@ -167,7 +159,7 @@ class Decoder:
             shared=shared,
             # An order within one program orders nothing between programs.
             target=0 if "cta" in parts else sum(ORDERS.get(x, 0) for x in parts),
-            offset=int(place[2] or 0),
+            offset=int(offset or 0),
         )
 
 
