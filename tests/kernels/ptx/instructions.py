@@ -91,9 +91,8 @@ def forms() -> dict[str, Form]:
     chosen = f"for (int k = 0; k < 4; k++) {{ {byte} z |= (s & 8 ? y >> 7 ? 255u : 0 : y) << 8 * k; }}"
     define("prmt.b32", "b32 b32 b32 b32", f"EACH {{ u32 z = 0; {chosen} d[t] = z; }};")
     define("shfl.sync.bfly.b32", "b32 b32 b32", "b32 x[LANES]; memcpy(x, a, sizeof x); EACH d[t] = x[t ^ b[t]];")
-    define(
-        "redux.sync.add.T", "T T", "T x = 0; for (int t = 0; t < LANES; t++) x += a[t]; EACH d[t] = x;", "s32", "u32"
-    )
+    total = "T x = 0; for (int t = 0; t < LANES; t++) x += a[t]; EACH d[t] = x;"
+    define("redux.sync.add.T", "T T", total, "s32", "u32")
     return table
 
 
