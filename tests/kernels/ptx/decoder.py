@@ -6,8 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tests.kernels.ptx.instructions import FORMS, SIZES
-from tests.kernels.ptx.machine import KINDS, NUMBERS, Instruction
+from tests.kernels.ptx.machine import FORMS, KINDS, NUMBERS, SIZES, Instruction
 
 LANES = 32
 ORDERS = {"relaxed": 0, "acquire": 1, "release": 2, "acq_rel": 3}
