@@ -14,10 +14,12 @@ from tests.kernels.ptx.driver import Executor, executed
 EXECUTOR = Executor()
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Take CPU tensors before `tests/conftest.py` asks which cases can run here."""
     stack = ExitStack()
     stack.enter_context(executed(EXECUTOR))
-    config.add_cleanup(stack.close)
+    early_config.add_cleanup(stack.close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

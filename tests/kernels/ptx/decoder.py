@@ -6,14 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tests.kernels.ptx.instructions import FORMS, SIZES
-from tests.kernels.ptx.machine import KINDS, NUMBERS, Instruction
+from tests.kernels.ptx.machine import FORMS, KINDS, NUMBERS, SIZES, Instruction
 
 LANES = 32
 ORDERS = {"relaxed": 0, "acquire": 1, "release": 2, "acq_rel": 3}
-HINTS = {"cg", "ca", "cs", "lu", "cv", "wb", "wt", "nc"}  # of caches, which the machine does not have
-SPACES = {"global", "shared", "shared::cta"}
-ACCESS, ATOMIC = {"v2", "v4", "v8"}, {"add", "cta", "gpu", "sys", *ORDERS}  # parts of names that may be beside these
+SPACES, HINTS = {"global", "shared", "shared::cta"}, {"ca", "cg", "cs"}  # of caches, which the machine does not have
+ACCESS, ATOMIC = {*SPACES, *HINTS, "v2", "v4", "v8"}, {*SPACES, *ORDERS, "add", "cta", "gpu"}  # known parts of names
 
 
 class Decoder:
@@ -25,10 +23,8 @@ class Decoder:
 
     def __init__(self, ptx: str):
         text = re.sub(r"//[^\n]*", "", ptx)
-        entry = re.search(r"\.visible \.entry (\w+)\((.*?)\).*?^\{(.*?)^\}", text, re.M | re.S)
-        if entry is None:
-            raise NotImplementedError("PTX without an entry")
-        self.name, parameters, body = entry.groups()
+        entry = r"\.visible \.entry (\w+)\((.*?)\).*?^\{(.*?)^\}"
+        ((self.name, parameters, body),) = re.findall(entry, text, re.M | re.S)
         self.parameters = [parameter.split()[-1] for parameter in filter(str.strip, parameters.split(","))]
         self.places: dict[str, tuple[int, int]] = {}  # registers: offset and bytes a lane
         self.file = 0
@@ -91,16 +87,13 @@ class Decoder:
         raise NotImplementedError(f"operand {text}")
 
     def decode(self, statement: str) -> Iterator[Any]:
-        match = re.fullmatch(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement)
-        if match is None:
-            raise NotImplementedError(statement)
-        negation, guard, name, rest = match.groups()
-        operands = [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", rest) if x.strip()]
         try:
-            if guard is not None and name.split(".")[1:2] == ["sync"] and name != "bar.sync":
+            ((negation, guard, name, rest),) = re.findall(r"^(?:@(!?)(%\w+) )?([a-z][\w.:]*) ?(.*)$", statement)
+            operands = [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+", rest) if x.strip()]
+            if guard and name.split(".")[1:2] == ["sync"] and name != "bar.sync":
                 raise NotImplementedError("an exchange between lanes under a predicate")
             for instruction in self.instructions(name, operands):
-                instruction.guard = -1 if guard is None else self.operand(guard, 1)
+                instruction.guard = self.operand(guard, 1) if guard else -1
                 instruction.negated = negation == "!"
                 yield instruction
         except (KeyError, ValueError, NotImplementedError) as error:
@@ -110,12 +103,10 @@ class Decoder:
         base, *parts = name.split(".")
         if base == "bra":
             yield make("branch")
-        elif name in ("ret", "exit"):
+        elif name == "ret":
             yield make("return")
         elif [name, *operands] == ["bar.sync", "0"]:
             yield make("barrier")
-        elif base == "createpolicy":
-            return  # of caches
         elif name.startswith("ld.param."):
             to, size = self.places[operands[0]]
             value = self.parameters.index(operands[1].strip("[]")), parts[-1][0] == "s"
@@ -133,17 +124,14 @@ class Decoder:
             for half, to in zip(("low", "high"), group(operands[0]), strict=True):
                 if to != "_":
                     yield self.pure(f"{half}.{parts[0]}", [to, operands[1]])
-        elif base == "setp" and "|" in operands[0]:
-            for half, to in zip(("low", "high"), operands[0].split("|"), strict=True):
-                yield self.pure(f"{half}.{name}", [to, *operands[1:]])
         elif base == "shfl":
             if operands[3:] not in (["31", "-1"], ["0x1f", "-1"]) or "|" in operands[0]:
                 raise NotImplementedError("not all lanes take part")
             yield self.pure(name, operands[:3])
         elif base == "redux":
             yield self.pure(name, operands[:2])  # the third is a register with the lanes that take part: all of a warp
-        elif base == "cvt" and parts[-1] in ("u8", "s8") and self.places[operands[1]][1] == 4:
-            yield self.pure(f"{name}.b32", operands)
+        elif base == "cvt" and parts[-1] in ("u8", "s8"):
+            yield self.pure(f"{name}.b{8 * self.places[operands[1]][1]}", operands)
         else:
             yield self.pure(name, operands)
 
@@ -154,28 +142,23 @@ class Decoder:
 
     def access(self, kind: str, parts: list[str], names: list[str], where: str) -> Any:
         """Make a load or a store of a vector of registers, or an atomic addition with a result and a value."""
-        is_atomic, element = kind == "atomic_add", parts[-1]
-        modifiers = {x for x in parts[:-1] if x not in HINTS and not x.startswith(("L1::", "L2::"))}
-        spaces, others = modifiers & SPACES, modifiers - SPACES
-        if len(spaces) != 1 or others - (ATOMIC if is_atomic else ACCESS) or (is_atomic and element[0] == "f"):
+        is_atomic, element, parts = kind == "atomic_add", parts[-1], parts[:-1]
+        if not {*parts} <= (ATOMIC if is_atomic else ACCESS) or (is_atomic and element[0] == "f"):
             raise NotImplementedError("a form of access that is not known")
         (width,) = {self.places[x][1] for x in names if x in self.places} or {SIZES[element]}
-        shared = spaces <= {"shared", "shared::cta"}
-        place = re.fullmatch(r"\[\s*([%$\w]+)\s*(?:\+\s*(-?\d+))?\s*\]", where)
-        if place is None:
-            raise NotImplementedError(f"address {where}")
-        base = self.operand(place[1], 4 if shared else 8)
+        shared = "global" not in parts
+        ((base, offset),) = re.findall(r"^\[ ?([%$\w]+) ?(?:\+ ?(-?\d+) ?)?\]$", where)
         return make(
             kind,
-            [base, *(-1 if x == "_" else self.operand(x, width) for x in names)],
+            [self.operand(base, 4 if shared else 8), *(-1 if x == "_" else self.operand(x, width) for x in names)],
             element=SIZES[element],
             vector=1 if is_atomic else len(names),
             width=width,
             is_signed=element[0] == "s" and kind != "store",
             shared=shared,
             # An order within one program orders nothing between programs.
-            target=0 if "cta" in others else sum(ORDERS.get(x, 0) for x in others),
-            offset=int(place[2] or 0),
+            target=0 if "cta" in parts else sum(ORDERS.get(x, 0) for x in parts),
+            offset=int(offset or 0),
         )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import random
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from struct import pack
 from typing import Any
 
 import pytest
@@ -15,12 +16,13 @@ from triton.backends import Backend, backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
-from tests.kernels.ptx.decoder import LANES, Decoder
+from tests.kernels.ptx.decoder import Decoder
 from tests.kernels.ptx.machine import Fault, Machine, Region, library
 from tests.kernels.stand_in import StandInDriver, active
 
 H100 = GPUTarget("cuda", 90, 32)
 RESIDENT = 8  # programs that run at once
+FORMATS = {"i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
 
 
 class PTXError(RuntimeError):
@@ -50,34 +52,22 @@ class Executor(StandInDriver):
         self.random = random.Random(0)
         self.kernels: list[tuple[Decoder, int]] = []  # that were loaded, and bytes of shared memory of a program
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "warpSize": LANES}
-
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self.kernels.append((Decoder(ptx.decode()), shared))
         return len(self.kernels) - 1, len(self.kernels) - 1, 0, 0, 1024
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        profiled = getattr(metadata, "profile_scratch_size", 0)  # not in Triton 3.4
-        if metadata.num_ctas != 1 or metadata.global_scratch_size or profiled:
-            raise NotImplementedError("clusters, or scratch memory")
+        return partial(self.launch, source.signature.values(), metadata.num_warps)
 
-        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
-            _, _, _, *arguments = rest  # metadata and hooks of the launch
-            if (y, z) != (1, 1):
-                raise NotImplementedError("a grid of more than one axis")
-            given = list(flat(source.signature.values(), arguments))
-            self.launch(*self.kernels[function], x, metadata.num_warps, given)
-
-        return launch
-
-    def launch(self, decoded: Decoder, shared: int, grid: int, warps: int, given: list[tuple[str, Any]]) -> None:
-        """Run `grid` programs. `given` has the types and values of the arguments that are not constants."""
-        memory = regions([x for kind, x in given if kind[0] == "*" and x is not None])
-        values = [packed(kind, x) for kind, x in given]
+    def launch(self, kinds: Any, warps: int, *given: Any) -> None:
+        """Run the programs of a launch, given what Triton gives to its launchers."""
+        grid, _, _, _, function, _, _, _, _, *arguments = given
+        decoded, shared = self.kernels[function]
+        typed = [(kind, x) for kind, x in zip(kinds, arguments, strict=True) if kind != "constexpr"]
+        memory = regions([x for _, x in typed if isinstance(x, torch.Tensor)])
+        values = [
+            pack("Q", x.data_ptr()) if isinstance(x, torch.Tensor) else pack(FORMATS[kind], x) for kind, x in typed
+        ]
         values += [bytes(8)] * (len(decoded.parameters) - len(values))  # of scratch memory that there is none of
         machine = Machine(
             code=ctypes.addressof(decoded.code),
@@ -101,24 +91,6 @@ class Executor(StandInDriver):
                 its = f"thread {fault.other_thread}" if fault.other_thread >= 0 else "several threads"
                 message += f"; the other: program {fault.other_program}, {its}"
             raise PTXError(message)
-
-
-def flat(kinds: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
-    """Return types and values of the arguments that are not constant, tuples flattened."""
-    for kind, value in zip(kinds, arguments, strict=True):
-        if isinstance(kind, tuple):
-            yield from flat(kind, value)
-        elif kind != "constexpr":
-            yield kind, value
-
-
-def packed(kind: str, value: Any) -> bytes:
-    """Return the bytes of an argument."""
-    if kind[0] == "*":
-        return struct.pack("<Q", 0 if value is None else value.data_ptr())
-    formats = {"i1": "?", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "fp32": "f", "fp64": "d"}
-    formats |= {"u1": "?", "u8": "B", "u16": "H", "u32": "I", "u64": "Q"}
-    return struct.pack(f"<{formats[kind]}", value)
 
 
 def regions(tensors: list[torch.Tensor]) -> Any:
