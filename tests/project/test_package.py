@@ -65,7 +65,7 @@ def test_tests_end_until_stale_libraries_are_built_again(clone: Path, tmp_path: 
     tree = shutil.copytree(clone, tmp_path / "tree", symlinks=True)
     for name in ("tests", "bench"):
         shutil.copytree(ROOT / name, tree / name)
-    run, build = ["-m", "pytest", "tests/call/test_dropout.py"], ["setup.py", "--quiet", "build_ext"]
+    run, build = ["-m", "pytest", "tests/call/test_penalty.py"], ["setup.py", "--quiet", "build_ext"]
     assert "CPU tensors take the plain formula" in python(*run, folder=tree).stdout
     python(*build, folder=tree)
     assert "CPU tensors take the C++ kernels" in python(*run, folder=tree).stdout
