@@ -101,25 +101,6 @@ def test_copies_hold_no_penalty(duplicate: Any) -> None:
     check_own(twin, lm.inputs())
 
 
-@pytest.mark.parametrize("trains", [True, False])
-def test_an_untaken_penalty_warns_once(trains: bool) -> None:
-    dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), lm.inputs().requires_grad_()
-    for _ in range(2):
-        dropout(raw)
-        dropout.take()
-        with torch.no_grad():
-            dropout(raw)
-    dropout(raw)
-    with pytest.warns(UserWarning, match=r"penalty of the last forward .* add the penalty of take\(\)"):
-        dropout.train(trains)(raw)
-    dropout.train()(raw)
-    dropout(raw)
-    for coefficients in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (torch.tensor(0.5), 0.0)):
-        (one := FusedRNNDropout(0.3, *coefficients))(raw)
-        with pytest.warns(UserWarning, match="it was not taken") if any(coefficients) else nullcontext():
-            one(raw)  # where both are 0 it may serve the embeddings, too
-
-
 def test_a_checkpoint_recomputes_no_penalty_and_a_reentrant_one_warns_once() -> None:
     dropout, raw = FusedRNNDropout(0.3, ALPHA, BETA), lm.inputs().requires_grad_()
     with torch.no_grad():
