@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for, cpu_tensors_by
 from fastreg.call.dropout import BACKWARDS
-from tests.calls import CALLS, MORE_CALLS, Call, calls, deterministic, everything, leaves, total
+from tests.calls import CALLS, Call, calls, deterministic, everything, leaves, total
 from tests.conftest import PLANS, by_triton, memory_of, skip_on_formula
 from tests.exact import truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
@@ -24,7 +24,7 @@ from tests.samples import BF16, DOUBLE, FLOAT, HALF
 pytestmark = pytest.mark.numbers
 
 
-@calls(of=CALLS | MORE_CALLS)
+@calls()
 def test_repeats_bitwise(call: Call, device: str) -> None:
     first, *more = (everything(call, leaves(300, device=device)) for _ in range(3))
     with deterministic():
@@ -131,7 +131,7 @@ def step(call: Any, xs: list[Tensor], *coefficients: Any) -> list[Tensor]:
     return everything(lambda *xs: call(*xs, *coefficients), xs)
 
 
-@calls("pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation", of=CALLS | MORE_CALLS)
+@calls("pair", "same", "layers", "lengths", "packed", "mask", "mask_lengths", "evaluation")
 def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_backward(call: Any, device: str) -> None:
     xs = leaves(device=device)
     alpha, beta = (torch.tensor(0.0, device=device) for _ in range(2))

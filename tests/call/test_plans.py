@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import CALLS, flat, leaves, marks_for, mask_for, packed, total
+from tests.calls import CALLS, Nothing, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import PLANS, memory_of, skip_on_formula
 from tests.samples import Decorated, transposed
 
@@ -30,6 +30,7 @@ MODES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
     "hooks": lambda: saved_tensors_hooks(lambda x: x.clone(), lambda x: x),
+    "dispatch": Nothing,
     "plain": nullcontext,
 }
 # Each changes one fact of the calls below. A `mode` is no argument, but the context of the call.
@@ -52,6 +53,7 @@ EITHER: dict[str, dict[str, Any]] = {
     "without gradients": {"mode": "no_grad"},
     "inference mode": {"mode": "inference"},
     "hooks on saved tensors": {"mode": "hooks"},
+    "a dispatch mode, which sees the formula": {"mode": "dispatch"},
 }
 PENALTY: dict[str, dict[str, Any]] = EITHER | {
     "another shape of as many elements": {"raw": RAW.reshape(5, 3, 8), "dropped": DROPPED.reshape(5, 3, 8)},
