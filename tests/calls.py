@@ -50,14 +50,6 @@ def marks_for(x: Tensor) -> Tensor:
     return (torch.arange(x.shape[0] * x.shape[1], device=x.device) % 5 > 0).view(x.shape[:2])
 
 
-def starts_for(x: Tensor) -> Tensor:
-    return ~marks_for(x).roll(2)
-
-
-def time_first(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: mask(x).t()
-
-
 def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
     """Take the first rows of a tensor, of any number of axes, for packed ones."""
     return PackedSequence(x.flatten(0, -2)[: sum(sizes)], torch.tensor(sizes))
@@ -127,7 +119,7 @@ CALLS: dict[str, Call] = {
     "module_of_raw": partial(module, ar_of="raw"),
     "valid": partial(pair, valid=marks_for),
     "marks_time_first": partial(
-        pair, axes=(0, 1), time_dim=0, valid=time_first(marks_for), starts=time_first(starts_for)
+        pair, axes=(0, 1), time_dim=0, valid=lambda x: marks_for(x).t(), starts=lambda x: ~marks_for(x).roll(2).t()
     ),
     "packed": of_packed,
     "tensors": partial(of_tensors, pair),
