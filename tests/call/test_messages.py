@@ -239,9 +239,9 @@ def test_a_step_after_a_penalty_that_was_not_taken_warns_once_and_so_does_a_copy
         assert [warning.filename for warning in caught] == [__file__]
         for _ in range(2):
             dropout.train()(own())
+        dropout, last = duplicate(dropout), dropout  # without the penalty of the last forward
         with nullcontext() if coefficients else pytest.raises(RuntimeError, match=f"^FusedRNNDropout: {NO_PENALTY}"):
-            dropout.take()
-        dropout = duplicate(dropout)
+            last.take()
 
 
 def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_attached_is_no_mistake() -> None:
