@@ -141,8 +141,8 @@ def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_ba
         assert_close(step(call, xs, alpha, beta), step(call, xs, a, b), rtol=0, atol=0)
     got = total(call(*xs, alpha, beta))
     beta.fill_(1.0)
-    name = "" if backend_for(torch.device(device)) is None else "beta: .*"
-    with pytest.raises(RuntimeError, match=f"{name}modified by an inplace operation"):
+    error = pytest.raises(RuntimeError, match=r"beta: .*modified by an inplace operation")
+    with nullcontext() if backend_for(torch.device(device)) is None else error:  # the formula keeps what it has read
         got.backward()
 
 
