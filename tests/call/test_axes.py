@@ -154,7 +154,7 @@ def test_backends_encode_as_the_formula_and_clamp_lengths(shape: tuple[int, int]
     valid = torch.rand(shape, device=device) < 0.7 if "valid" in given else None
     starts = torch.rand(shape, device=device) < 0.2 if "starts" in given else None
     want = encoded(shape, lengths, valid, starts)
-    for byte in (1, 2, 255):
+    for byte in (2, 255):  # random calls have masks of 0 and 1
         marks = [x if x is None else (x.to(torch.uint8) * byte).view(torch.bool) for x in (valid, starts)]
         got = backend.encoder(shape, torch.device(device))(lengths, *marks)
         torch.testing.assert_close([*got], [*want], rtol=0, atol=0)
