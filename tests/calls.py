@@ -32,22 +32,13 @@ def deterministic() -> Iterator[None]:
 class Nothing(TorchDispatchMode):
     """A dispatch mode that changes nothing; fastreg runs the formula, so that modes see its operators."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(function)
         return function(*args, **(kwargs or {}))
 
 
 def mask_for(x: Tensor) -> Tensor:
     kept = torch.arange(x.shape[2], device=x.device) % 3 > 0
     return (1.5 * kept).to(x.dtype).expand(x.shape[0], 1, x.shape[2])
-
-
-def full_mask_for(x: Tensor) -> Tensor:
-    return mask_for(x) * marks_for(x).unsqueeze(-1).to(x.dtype)
 
 
 def lengths_for(x: Tensor) -> Tensor:
@@ -57,14 +48,6 @@ def lengths_for(x: Tensor) -> Tensor:
 
 def marks_for(x: Tensor) -> Tensor:
     return (torch.arange(x.shape[0] * x.shape[1], device=x.device) % 5 > 0).view(x.shape[:2])
-
-
-def starts_for(x: Tensor) -> Tensor:
-    return ~marks_for(x).roll(2)
-
-
-def time_first(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda x: mask(x).t()
 
 
 def packed(x: Tensor, sizes: list[int]) -> PackedSequence:
@@ -134,16 +117,12 @@ CALLS: dict[str, Call] = {
     "drawn_lengths": partial(dropout, lengths=lengths_for),
     "module": module,
     "module_of_raw": partial(module, ar_of="raw"),
-}
-# Further ones, for derivatives.
-MORE_CALLS: dict[str, Call] = {
     "valid": partial(pair, valid=marks_for),
     "marks_time_first": partial(
-        pair, axes=(0, 1), time_dim=0, valid=time_first(marks_for), starts=time_first(starts_for)
+        pair, axes=(0, 1), time_dim=0, valid=lambda x: marks_for(x).t(), starts=lambda x: ~marks_for(x).roll(2).t()
     ),
     "packed": of_packed,
     "tensors": partial(of_tensors, pair),
-    "full_mask": partial(dropout, mask=full_mask_for),
     "mask_lengths": partial(dropout, mask=mask_for, lengths=lengths_for),
     "mask_tensors": partial(of_tensors, partial(dropout, mask=mask_for)),
     "module_of_ar": partial(module, beta=0.0),
@@ -153,9 +132,10 @@ MORE_CALLS: dict[str, Call] = {
 }
 
 
-def calls(*names: str, but: tuple[str, ...] = (), of: dict[str, Call] = CALLS) -> Any:
-    names = names or tuple(name for name in of if name not in but)
-    return pytest.mark.parametrize("call", [of[name] for name in names], ids=names)
+def calls(*names: str, but: tuple[str, ...] = ()) -> Any:
+    """Parametrize a test by calls of these names, or by all whose names begin otherwise than `but`."""
+    names = names or tuple(name for name in CALLS if not name.startswith(but))
+    return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
 
 
 def leaves(time: int = 5, dtype: torch.dtype = FLOAT, device: str = "cpu", batch: int = 3) -> list[Tensor]:

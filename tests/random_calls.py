@@ -11,7 +11,7 @@ import argparse
 import random
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -54,8 +54,10 @@ def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
 class Kind:
     """Draw a kind of call from a seed, and compare calls of this kind with the formulas."""
 
+    layout: dict[str, Any]
+
     def __init__(self, seed: int, device: str = "cpu") -> None:
-        self.device, self.counts, self.values = device, Counter[str](), {}
+        self.device, self.counts = device, Counter[str]()
         self.draw, self.bits = random.Random(seed), torch.Generator().manual_seed(seed)
         choose = self.draw.choice
         self.operation = choose(["pair", "pair", "same", "packed", "dropout", "dropout"])
@@ -112,147 +114,138 @@ class Kind:
             shape = self.draw.choice([(2, 37, 201), (2, 19, 136)] if by_triton(self.device) else shapes)
         self.shape = tuple(shape)
 
-    def leaf(self, i: int, steps: dict[str, Tensor]) -> Tensor:
+    def leaf(self, i: int) -> Tensor:
         """Draw raw or dropped, with NaN and infinity where steps do not count."""
         values = torch.randn(self.shape, generator=self.bits, dtype=DOUBLE) * self.draw.choice([0.1, 1, 3])
         values = values.to(self.dtypes[i])
         if self.operation != "packed" and self.spoils_padding:
-            spoil(values, **steps, **self.layout)
-        expands = not steps or not self.spoils_padding
+            spoil(values, **self.steps, **self.layout)
+        expands = not self.steps or not self.spoils_padding
         return memory(values.to(self.device), self.draw, expands).requires_grad_(self.need_gradients[i])
 
-    def steps(self) -> dict[str, Tensor]:
+    def draw_steps(self) -> None:
         """Draw lengths, valid steps and starts; masks have the axes of batch and time in the order of the shape."""
         batch, time = 0 if self.axis else 1, self.shape[self.axis]
         axes = sorted([batch, self.axis]) if self.axis or len(self.shape) > 2 else [self.axis]
         sequences = self.shape[batch] if len(axes) > 1 else 1
-        given = {}
-        if "lengths" in self.marks:
-            lengths = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
-            given["lengths"] = lengths.to(self.draw.choice(INTEGERS[time > 127 :]))
-        for name in [x for x in self.marks if x != "lengths"]:
-            share = self.draw.choice([0.3, 0.8, 1.0]) if name == "valid" else 0.3
-            marks = torch.rand([self.shape[axis] for axis in axes], generator=self.bits) < share
-            given[name] = marks.to(self.draw.choice([torch.bool, *INTEGERS]))
-        for name, x in given.items():
-            given[name] = self.draw.choice([x, x, x.t().contiguous().t(), torch.stack([x] * 2, -1)[..., 0]])
-        return given
+        self.steps: dict[str, Tensor] = {}
+        for name in self.marks:
+            if name == "lengths":
+                x = torch.randint(int(self.operation == "packed"), time + 1, (sequences,), generator=self.bits)
+                dtypes = INTEGERS[time > 127 :]
+            else:
+                share = self.draw.choice([0.3, 0.8, 1.0]) if name == "valid" else 0.3
+                x = torch.rand([self.shape[axis] for axis in axes], generator=self.bits) < share
+                dtypes = [torch.bool, *INTEGERS]
+            x = x.to(self.draw.choice(dtypes))
+            self.steps[name] = self.draw.choice([x, x, x.t().contiguous().t(), torch.stack([x] * 2, -1)[..., 0]])
 
-    def coefficients(self) -> tuple[list[Any], list[float]]:
-        """Draw alpha and beta, as the call gets them and as numbers."""
-        numbers = [self.draw.choice([0.5, 2.0, 2.0, self.draw.uniform(0.1, 3)]) for _ in range(2)]
+    def draw_coefficients(self) -> None:
+        """Draw alpha and beta, as numbers and as the call gets them."""
+        self.numbers = [self.draw.choice([0.5, 2.0, 2.0, self.draw.uniform(0.1, 3)]) for _ in range(2)]
         if self.coefficient_of_0 is not None:
-            numbers[self.coefficient_of_0 == "beta"] = 0.0
-        given: list[Any] = list(numbers)
+            self.numbers[self.coefficient_of_0 == "beta"] = 0.0
+        self.given: list[Any] = [*self.numbers]
         for i in range(2):
             if self.are_tensors[i]:
                 dtype = self.draw.choice([FLOAT, FLOAT, DOUBLE])
-                given[i] = torch.tensor(numbers[i], dtype=dtype, device=self.device)
-                numbers[i] = float(given[i])
-        return given, numbers
+                self.given[i] = torch.tensor(self.numbers[i], dtype=dtype, device=self.device)
+                self.numbers[i] = float(self.given[i])
 
     def seen(self, x: Tensor) -> Tensor:
         return x.as_subclass(Decorated) if self.decorates else x
 
     def play(self) -> None:
         for _ in range(CALLS):
+            self.draw_steps()
+            self.draw_coefficients()
             with ExitStack() as stack:
                 if self.copies_saved_tensors:
                     stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x))
                 if self.under_a_mode:
                     stack.enter_context(Nothing())
-                (self.dropout if self.operation == "dropout" else self.penalty)(self.steps())
+                (self.dropout if self.operation == "dropout" else self.penalty)()
             self.counts["calls"] += 1
 
-    def truth(self, raw: Tensor, dropped: Tensor, coefficients: Sequence[float], steps: dict[str, Tensor]) -> ARTAR:
-        return truth(raw, dropped, *coefficients, self.options["reduction"], **steps, **self.layout)
+    def truth(self, raw: Tensor, dropped: Tensor) -> ARTAR:
+        return truth(raw, dropped, *self.numbers, self.options["reduction"], **self.steps, **self.layout)
 
-    def counted(self, x: Tensor, steps: dict[str, Tensor]) -> Tensor:
-        return steps_of(x, **steps, **self.layout)[0].expand(x.shape)
+    def check_gradients(self, penalty: Tensor, want: ARTAR, leaves: dict[Tensor, Tensor], *drops: Tensor) -> None:
+        """Compare the gradients of leaves, which come with their values in float64, in two backwards.
 
-    def packed(self, side: list[Any], lengths: Tensor) -> list[Any]:
+        If the call drops units, `drops` is dropped, its upstream gradient, and what this adds to the gradient.
+        """
+        for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
+            scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
+            results = [(penalty, torch.full_like(penalty, scale))] if penalty.requires_grad else []
+            outputs, upstream = zip(*results, *([drops[:2]] if drops else []), strict=True)
+            gradients = torch.autograd.grad(
+                outputs, [*leaves], upstream, retain_graph=retain, create_graph=self.second_derivatives
+            )
+            for gradient, (x, values) in zip(gradients, leaves.items(), strict=True):
+                parts = [*drops[2:], *gradients_of(want, [scale * x for x in self.numbers], values)]
+                counted = steps_of(x, **self.steps, **self.layout)[0].expand(x.shape)
+                assert_gradient(gradient.detach(), parts, penalty.dtype, counted, self.rounds_parts)
+                self.counts["gradients"] += 1
+
+    def packed(self, side: list[Any]) -> list[Any]:
         """Pack the layers of raw or of dropped."""
         given = []
         for x in side:
-            x = pack_padded_sequence(x, lengths.long(), batch_first=True, enforce_sorted=False)
+            x = pack_padded_sequence(x, self.steps["lengths"].long(), batch_first=True, enforce_sorted=False)
             every_other = torch.stack([x.data] * 2, 2).flatten(1)[:, ::2]
             data = every_other if self.full_mask_or_rows_with_gaps else x.data
             given.append(x._replace(data=data, batch_sizes=x.batch_sizes.to(self.dtype_of_batch_sizes)))
         return given
 
-    def penalty(self, steps: dict[str, Tensor]) -> None:
+    def penalty(self) -> None:
         """Compare a call of `fused_ar_tar`."""
-        raws, kept = ([self.leaf(i, steps) for i in range(side, len(self.dtypes), 2)] for side in range(2))
+        raws, kept = ([self.leaf(i) for i in range(side, len(self.dtypes), 2)] for side in range(2))
         kept = raws if self.operation == "same" else kept
-        given, (alpha, beta) = self.coefficients()
-        self.values = {"alpha": alpha, "beta": beta, **steps}
-        exactly = {id(x): exact(x) for x in (*raws, *kept)}
-        pairs = [(exactly[id(x)], exactly[id(y)]) for x, y in zip(raws, kept, strict=True)]
-        layers = [self.truth(x, y, (alpha, beta), steps) for x, y in pairs]
+        exactly = {x: exact(x) for x in (*raws, *kept)}
+        layers = [self.truth(exactly[x], exactly[y]) for x, y in zip(raws, kept, strict=True)]
         want = ARTAR(*(torch.stack(x).sum() for x in zip(*layers, strict=True)))
         arguments: list[Any] = [[self.seen(x) for x in side] for side in (raws, kept)]
-        marks = steps
+        marks = self.steps
         if self.operation == "packed":
-            arguments, marks = [self.packed(side, steps["lengths"]) for side in arguments], {}
+            arguments, marks = [self.packed(side) for side in arguments], {}
         arguments = arguments[:1] * 2 if kept is raws else arguments
         arguments = arguments if self.is_list else [side[0] for side in arguments]
-        is_read = [
-            self.options["return_terms"] or x != 0 or is_tensor
-            for x, is_tensor in ((beta, self.are_tensors[1]), (alpha, self.are_tensors[0]))
-        ]
+        (alpha, beta), is_measured = self.numbers, self.options["return_terms"]
+        is_read = is_measured or self.are_tensors[1] or beta != 0, is_measured or self.are_tensors[0] or alpha != 0
         arguments = [x if reads or self.chance(0.5) else None for x, reads in zip(arguments, is_read, strict=True)]
-        got: Any = fused_ar_tar(arguments[0], arguments[1], *given, **marks, **self.options)
+        got: Any = fused_ar_tar(arguments[0], arguments[1], *self.given, **marks, **self.options)
         dtypes = [x.dtype for side, reads in zip((raws, kept), is_read, strict=True) for x in side if reads]
         penalty = assert_terms(got, want, *dtypes, count=raws[0].numel())
         assert type(penalty) is Tensor
         both = [(x, beta) for x in raws] + [(x, alpha) for x in kept]
-        leaves = [*{id(x): x for x, coefficient in both if x.requires_grad and coefficient}.values()]
-        for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
-            scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
-            gradients = torch.autograd.grad(
-                penalty * scale, leaves, retain_graph=retain, create_graph=self.second_derivatives
-            )
-            for gradient, x in zip(gradients, leaves, strict=True):
-                parts = gradients_of(want, (scale * alpha, scale * beta), exactly[id(x)])
-                assert_gradient(gradient.detach(), parts, penalty.dtype, self.counted(x, steps))
-                self.counts["gradients"] += 1
+        self.check_gradients(penalty, want, {x: exactly[x] for x, factor in both if x.requires_grad and factor})
 
-    def dropout(self, steps: dict[str, Tensor]) -> None:
+    def dropout(self) -> None:
         """Compare a call of `fused_dropout_ar_tar`, or of its module with AR of raw; masks are drawn as fastai does."""
-        raw, shape = self.leaf(0, steps), list(self.shape)
+        raw, shape = self.leaf(0), list(self.shape)
         if self.drops_by != "mask" or not self.full_mask_or_rows_with_gaps:
             shape[self.axis] = 1
         torch.manual_seed(seed := self.draw.getrandbits(16))
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
         torch.manual_seed(seed)
-        given, (alpha, beta) = self.coefficients()
-        self.values = {"alpha": alpha, "beta": beta, **steps}
         if self.drops_by == "module":
-            module: Any = FusedRNNDropout(0.4, *given, ar_of="raw", **self.layout)
-            dropped, got = module(self.seen(raw), **steps), module.take()
+            module: Any = FusedRNNDropout(0.4, *self.given, ar_of="raw", **self.layout)
+            dropped, got = module(self.seen(raw), **self.steps), module.take()
         else:
-            options: Any = {"p": 0.4, **steps, **self.options}
+            options: Any = {"p": 0.4, **self.steps, **self.options}
             if self.drops_by == "mask":
                 mask = memory(mask, self.draw, expands=False)
                 options |= {"p": 0, "mask": self.seen(mask)}
-            dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=given[0], beta=given[1], **options)
-        values, keep = exact(raw), mask.double()
+            dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=self.given[0], beta=self.given[1], **options)
+        values = exact(raw)
         rounded = assert_dropped(dropped, raw, mask, values)
-        want = self.truth(values, values if self.drops_by == "module" else rounded, (alpha, beta), steps)
+        want = self.truth(values, values if self.drops_by == "module" else rounded)
         penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
         assert type(dropped) is type(penalty) is Tensor
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)
-        for retain in (True, False) if raw.requires_grad else ():
-            scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])
-            outputs, upstream = [dropped], [arriving]
-            if penalty.requires_grad:
-                outputs, upstream = [dropped, penalty], [arriving, torch.full_like(penalty, scale)]
-            (gradient,) = torch.autograd.grad(
-                outputs, raw, upstream, retain_graph=retain, create_graph=self.second_derivatives
-            )
-            parts = [arriving.double() * keep, *gradients_of(want, (scale * alpha, scale * beta), values)]
-            assert_gradient(gradient.detach(), parts, penalty.dtype, self.counted(raw, steps), self.rounds_parts)
-            self.counts["gradients"] += 1
+        leaves = {raw: values} if raw.requires_grad else {}
+        self.check_gradients(penalty, want, leaves, dropped, arriving, arriving.double() * mask.double())
 
 
 def play_all(make: Callable[[int], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Any axis of time: which layouts are read in place, and random calls (`python -m tests.random_calls` makes more)."""
+"""Any axis of time, which time steps count, and random calls (`python -m tests.random_calls` makes more)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import INTERPRETED, memory_of, skip_on_formula
-from tests.exact import assert_terms, truth
+from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.backends import backend_for
+from fastreg.call.reference import encoded
+from tests.calls import lengths_for, marks_for
+from tests.conftest import INTERPRETED, gpu, memory_of, skip_on_formula
+from tests.exact import spoil, steps_of, truth
 from tests.random_calls import Kind
 from tests.samples import transposed
 
@@ -68,19 +71,6 @@ def test_axes_that_fold_are_read_in_place(x: Tensor, options: dict[str, Any], co
     torch.testing.assert_close(got.double(), truth(x.double(), x.double(), 0.0, 1.0, **options).tar, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(6, 16, 3), (7, 7, 3)], ids=str)
-def test_a_mask_of_time_steps_has_the_axes_of_its_tensor_in_their_order(shape: tuple[int, ...], device: str) -> None:
-    """A rollout, (time, batch), needs no transpose; (7, 7) shows that shapes do not decide which axis is time."""
-    raw = torch.randn(shape, device=device)
-    valid, starts = torch.rand(2, *shape[:2], device=device) < 0.6
-    options: Any = {"valid": valid, "starts": starts, "batch_first": False}
-    module: Any = FusedRNNDropout(0.0, 2.0, 1.0, batch_first=False)
-    module(raw, valid=valid, starts=starts)
-    _, of_dropout = fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0, training=False, return_terms=True, **options)
-    for got in (fused_ar_tar([raw], [raw], 2.0, 1.0, return_terms=True, **options), of_dropout, module.take()):
-        assert_terms(got, truth(raw.double(), raw.double(), 2.0, 1.0, **options), raw.dtype)
-
-
 def test_a_mask_of_one_row_is_copied_as_one_row(device: str) -> None:
     skip_on_formula(device)
     raw = torch.randn(2, 3, 40, 50, device=device)
@@ -105,3 +95,66 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     repeated = torch.randn(3, 2, device=device).t()[:, None].expand(2, 4, 3).requires_grad_()  # so that TAR is 0
     (gradient,) = torch.autograd.grad(fused_ar_tar(repeated, repeated, 12.0, 1.0), repeated)
     torch.testing.assert_close(gradient, repeated.detach())
+
+
+# Lengths and masks of valid steps
+
+MAKERS = {"lengths": lengths_for, "valid": marks_for}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, name: str, device: str) -> None:
+    """The gradient of a step that does not count is 0 all the same."""
+    raw, dropped, alone = xs = torch.randn(3, 12, 9, 12, device=device).unbind()
+    argument: Any = {name: MAKERS[name](raw)}
+    valid = steps_of(raw, **argument)[0].squeeze(-1)
+    for x in () if create_graph else (raw, dropped):  # the formula reads all steps
+        spoil(x, **argument)
+    mask = torch.full((12, 1, 12), 2.0, device=device)
+    penalty = fused_ar_tar(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 3.0, **argument)
+    _, other = fused_dropout_ar_tar(alone.requires_grad_(), 0.5, 2.0, 3.0, mask=mask, **argument)
+    for x in torch.autograd.grad((penalty + other) * upstream, xs, create_graph=create_graph):
+        assert (x[~valid] == 0).all()
+        assert not x[valid].isfinite().all()
+        assert not x[0, 1].isfinite().any()
+
+
+def test_an_infinite_mask_is_no_part_of_tar(device: str) -> None:
+    raw = torch.randn(2, 4, 3, device=device, requires_grad=True)
+    mask = torch.full((2, 1, 3), torch.inf, device=device)
+    for lengths in (None, torch.tensor([3, 1])):
+        _, got = fused_dropout_ar_tar(raw, 0.5, 0, 3.0, mask=mask, lengths=lengths)
+        (want,) = torch.autograd.grad(fused_ar_tar(raw, None, 0, 3.0, lengths=lengths), raw)
+        torch.testing.assert_close(*torch.autograd.grad(got, raw), want)
+
+
+@gpu
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_refilled_pinned_buffer_leaves_a_queued_copy_alone(name: str) -> None:
+    x = torch.randn(12, 9, 8, device="cuda")
+    argument: Any = MAKERS[name](x)
+    want, pinned = fused_ar_tar(x, x, 2.0, 3.0, **{name: argument}), argument.cpu().pin_memory()
+    torch.cuda._sleep(10**8)  # the copy waits in the queue
+    got = fused_ar_tar(x, x, 2.0, 3.0, **{name: pinned})
+    pinned.zero_()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("given", ["lengths valid starts", "lengths", "valid", "starts", "valid starts"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (1, 5), (3, 70), (911, 9), (2, 4099)], ids=str)
+def test_backends_encode_as_the_formula_and_clamp_lengths(shape: tuple[int, int], given: str, device: str) -> None:
+    """A view of integers as bool has any bytes, and so has memory of other libraries."""
+    skip_on_formula(device)
+    backend: Any = backend_for(torch.device(device))
+    lengths = torch.randint(-2, shape[1] + 3, shape[:1], device=device) if "lengths" in given else None
+    if lengths is not None:
+        lengths[-1] = 2**40
+    valid = torch.rand(shape, device=device) < 0.7 if "valid" in given else None
+    starts = torch.rand(shape, device=device) < 0.2 if "starts" in given else None
+    want = encoded(shape, lengths, valid, starts)
+    for byte in (2, 255):  # random calls have masks of 0 and 1
+        marks = [x if x is None else (x.to(torch.uint8) * byte).view(torch.bool) for x in (valid, starts)]
+        got = backend.encoder(shape, torch.device(device))(lengths, *marks)
+        torch.testing.assert_close([*got], [*want], rtol=0, atol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from contextlib import nullcontext
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,8 @@ from tests.conftest import ROOT, python, skip_without
 from tests.language_model import ALPHA, BETA, HIDDEN
 from tests.samples import Decorated
 
-pytestmark = pytest.mark.filterwarnings("error")  # right calls are silent
+# Right calls are silent.
+pytestmark = pytest.mark.filterwarnings("error", "ignore:fastreg runs the plain formula on CPUs")
 
 X = torch.randn(2, 5, 8)
 JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
@@ -67,9 +69,8 @@ OF_BOTH: list[Any] = [
     ("lengths: ", TypeError, {"lengths": LENGTHS.to_sparse()}),
     (r"lengths: .*; use \.long\(\), or pass a mask as valid=", TypeError, {"lengths": LENGTHS > 3}),
     (r"lengths: .*; use torch\.tensor\(\)", TypeError, {"lengths": [5, 3]}),
-    ("lengths: ", ValueError, {"lengths": LENGTHS[:1]}, {"raw": X[0], "lengths": LENGTHS, "time_dim": 0}),
     ("lengths: ", ValueError, {"lengths": LENGTHS + 1}, {"lengths": LENGTHS - 4}, {"lengths": LENGTHS.to("meta")}),
-    ("valid: ", ValueError, {"valid": STARTS.to("meta")}),
+    ("lengths: ", ValueError, {"raw": X[0], "lengths": LENGTHS} | FIRST),
     (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}, {"raw": META, "valid": META[..., 0]}),
     (r"valid: .*; a .* mask of lengths is torch\.arange", ValueError, {"valid": LENGTHS}),
     (r"valid: .*\(batch, time\) = \(2, 5\), .* is transposed; use valid\.T", ValueError, {"valid": STARTS.t()}),
@@ -95,9 +96,7 @@ OF_PENALTY: list[Any] = [
     (rf"raw\[0\]: {TWO_AXES}", ValueError, {"raw": [*X.unbind(1)]}),
     (r"raw\[1\]: ", TypeError, {"raw": [X, None], "dropped": [X, X]}),
     (r"raw\[0\]\.batch_sizes: ", ValueError, {"raw": [PackedSequence(PACKED.data, WRONG_SIZES[0])]}),
-    (r"dropped\[1\]: .* where raw\[1\] is", ValueError, {"raw": [X, X], "dropped": [X, META]}),
     (r"alpha: .* where raw\[0\] is", ValueError, {"raw": [X, X], "alpha": tensor(1.0, device="meta")}),
-    (r"valid: .*\(batch, time\) = \(2, 5\)", ValueError, {"raw": [X, X], "valid": STARTS.t()}),
     (r"raw\[1\]: .*an RNN returns", TypeError, {"raw": [X, (X, X)], "dropped": [X, X]}),
     (r"raw\[1\]: .*an RNN returns", ValueError, {"raw": (X, X[:, :1])}, {"raw": [X, X.movedim(2, 1)], "time_dim": -1}),
     (r"raw\[1\]: ", ValueError, {"raw": [PACKED, OTHER]}),
@@ -126,10 +125,19 @@ OF_MODULE: list[Any] = [
     ("beta: ", ValueError, {"beta": -1.0}),
     ("batch_first and time_dim: ", ValueError, {"batch_first": True, "time_dim": 1}),
 ]
+OF_VIEW: list[Any] = [
+    ("x: expected a tensor, got tuple .*pass the output", TypeError, {"x": (X, X)}),
+    ("x: expected a tensor, got PackedSequence; pad_packed_sequence", TypeError, {"x": PACKED}),
+    ("x: expected a floating-point tensor, got torch.int64$", TypeError, {"x": LENGTHS}),
+    ("penalty: expected a tensor, got float$", TypeError, {"penalty": 1.0}),
+    (r"penalty: expected a 0-dim tensor, got shape \(2,\)$", ValueError, {"penalty": LENGTHS}),
+    ("scale: expected a finite number of at least 0, got -1.0$", ValueError, {"scale": -1}),
+]
 BAD: dict[Any, tuple[list[Any], dict[str, Any]]] = {  # and the arguments that are right
     fused_ar_tar: (OF_BOTH + OF_PENALTY, {"raw": X, "alpha": 2.0, "beta": 1.0}),
     fused_dropout_ar_tar: (OF_BOTH + OF_DROPOUT, {"raw": X, "p": 0.5, "alpha": 2.0, "beta": 1.0}),
     FusedRNNDropout: (OF_MODULE, {}),
+    with_penalty: (OF_VIEW, {"x": X, "penalty": X.sum()}),  # also without a gradient, which would give x itself
 }
 
 
@@ -148,22 +156,17 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(
     assert raised.type is error
 
 
-class Own(ValueError):
-    """An error of a user, whose constructor takes two arguments."""
+def test_an_error_of_a_user_in_a_layer_stays_as_it_is() -> None:
+    """No other error can be made of one whose constructor takes five arguments."""
+    error = UnicodeDecodeError("utf-8", b"?", 0, 1, "raw and dropped")
 
-    def __init__(self, words: str, number: int) -> None:
-        super().__init__(words, number)
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_an_error_of_a_user_in_a_layer_stays_as_it_is(layers: int) -> None:
     def pack(x: Tensor) -> Tensor:
-        raise Own("raw and dropped", 2)
+        raise error
 
     x = X.clone().requires_grad_()
-    with saved_tensors_hooks(pack, lambda x: x), pytest.raises(Own) as raised:
-        fused_ar_tar([x] * layers, [x] * layers, 2.0, 1.0)
-    assert raised.value.args == ("raw and dropped", 2)
+    with saved_tensors_hooks(pack, lambda x: x), pytest.raises(UnicodeDecodeError) as raised:
+        fused_ar_tar([x, x], [x, x], 2.0, 1.0)
+    assert raised.value.args == error.args
 
 
 @pytest.mark.parametrize("add", [lambda x, terms: x + terms, lambda x, terms: sum([terms, terms]), with_penalty])
@@ -211,9 +214,11 @@ def test_a_triton_that_is_installed_is_used() -> None:
     assert backends.TRITON is not None or find_spec("triton") is None
 
 
-# Mistakes of newcomers: a dropout without coefficients
+# Mistakes of newcomers: a dropout without coefficients, and a penalty that nobody takes
 
-NO_PENALTY = r"FusedRNNDropout: there is no penalty, .* FusedRNNDropout\(p, alpha=2\.0, .*attach\(rnn, .*\(p, 0, 0\)"
+NO_PENALTY = r"there is no penalty, .* FusedRNNDropout\(p, alpha=2\.0, .*attach\(rnn, .*\(p, 0, 0\)"
+UNTAKEN = r"the penalty of the last forward in training is discarded, .* add the penalty of take\(\)"
+ONES_AND_ZEROS = [(1.0, 0.0), (0.0, 1.0), (tensor(1.0), 0.0)]
 
 
 def own() -> Tensor:
@@ -221,17 +226,23 @@ def own() -> Tensor:
     return nn.Linear(HIDDEN, HIDDEN)(lm.inputs())
 
 
-def test_a_dropout_without_coefficients_warns_at_its_second_step_once_and_so_does_a_copy() -> None:
-    dropout = FusedRNNDropout(0.3)
-    for duplicate in (copy.copy, copy.deepcopy, lm.pickled):
+@pytest.mark.parametrize(
+    ("coefficients", "message"), [((), NO_PENALTY), *[(one, UNTAKEN) for one in ONES_AND_ZEROS]], ids=str
+)
+def test_a_step_after_a_penalty_that_was_not_taken_warns_once_and_so_does_a_copy(
+    coefficients: Any, message: str
+) -> None:
+    dropout = FusedRNNDropout(0.3, *coefficients)
+    for duplicate, trains in ((copy.copy, True), (copy.deepcopy, False), (lm.pickled, True)):
         dropout(own())  # before the module is attached, maybe
-        with pytest.warns(UserWarning, match=f"^{NO_PENALTY}") as caught:
-            dropout(own())
+        with pytest.warns(UserWarning, match=f"^FusedRNNDropout: {message}") as caught:
+            dropout.train(trains)(own())
         assert [warning.filename for warning in caught] == [__file__]
-        dropout(own())
-        with pytest.raises(RuntimeError, match=f"^{NO_PENALTY}"):
-            dropout.take()
-        dropout = duplicate(dropout)
+        for _ in range(2):
+            dropout.train()(own())
+        dropout, last = duplicate(dropout), dropout  # without the penalty of the last forward
+        with nullcontext() if coefficients else pytest.raises(RuntimeError, match=f"^FusedRNNDropout: {NO_PENALTY}"):
+            last.take()
 
 
 def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_attached_is_no_mistake() -> None:
@@ -240,17 +251,18 @@ def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_att
         for _ in range(3):
             dropout(own())
         dropout.take()
-    rnn, dropout, reg = lm.gru(), FusedRNNDropout(0.3), lm.regularizer()
-    for _ in range(2):
-        with torch.no_grad():
-            lm.run(rnn, dropout)
-        lm.run(rnn, dropout.eval())
-        assert dropout.take() is None
-        dropout.train()
-    with reg.attach(rnn, dropout):
+    rnn = lm.gru()
+    for dropout in (FusedRNNDropout(0.3, ALPHA, BETA), FusedRNNDropout(0.3)):
         for _ in range(2):
-            dropout(own())  # of the embeddings
-            lm.run(rnn, dropout)
+            with torch.no_grad():
+                lm.run(rnn, dropout)
+            lm.run(rnn, dropout.eval())
+            assert dropout.take() is None
+            dropout.train()
+        with lm.regularizer().attach(rnn, dropout):
+            for _ in range(2):
+                dropout(own())  # of the embeddings
+                lm.run(rnn, dropout)
 
 
 def test_a_schedule_may_set_a_coefficient_and_none_beside_a_number_is_0() -> None:
@@ -284,17 +296,10 @@ def test_a_capture_that_the_next_one_discards_warns_once_and_so_does_a_copy() ->
             capture(reg, own())
         reg = duplicate(reg)
         capture(reg, own())
-
-
-def test_captures_that_are_taken_or_dropped_are_no_mistake() -> None:
-    for reg in (lm.regularizer(), RNNRegularizer(0, 0)):
-        for _ in range(2):
-            capture(reg, own())
-            reg.clear()
-            capture(reg, own())
-            reg.on_epoch_begin(nn.Linear(1, 1))
-            capture(reg, own())
-            lm.penalty_of(reg)
+    reg = RNNRegularizer(0, 0)
+    for end in (reg.clear, lambda: reg.on_epoch_begin(nn.Linear(1, 1)), lambda: lm.penalty_of(reg)) * 2:
+        capture(reg, own())
+        end()  # which takes or drops it, and so is no mistake
 
 
 def test_states_for_activations_are_told_once() -> None:
@@ -313,14 +318,9 @@ def test_states_for_activations_are_told_once() -> None:
 
 
 def test_a_regularizer_takes_one_sequence_only_with_its_axis() -> None:
-    raw = own()
-
-    def penalty(x: Tensor, **layout: Any) -> Tensor:
-        reg = lm.regularizer()
-        capture(reg, x, **layout)
-        return lm.penalty_of(reg)
-
-    for layout in ({}, {"batch_first": True}, {"batch_first": False}):
-        with pytest.raises(ValueError, match=rf"^raw(\[0\])?: {TWO_AXES}"):
-            penalty(raw[0], **layout)
-    torch.testing.assert_close(penalty(raw[0], time_dim=0), penalty(raw[:1], batch_first=True))
+    reg, raw = lm.regularizer(), own()[0]
+    capture(reg, raw, batch_first=True)
+    with pytest.raises(ValueError, match=f"^raw: {TWO_AXES}"):
+        lm.penalty_of(reg)
+    capture(reg, raw, time_dim=0)
+    torch.testing.assert_close(lm.penalty_of(reg), lm.formula(raw, raw, 0))

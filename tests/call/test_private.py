@@ -8,34 +8,26 @@ from tests.conftest import python
 
 SCRIPT = """
 import sys, warnings
+from functools import reduce
 import torch
 import torch._dynamo, torch.autograd.forward_ad
-*owner, name = sys.argv[1].split(".")
-at = torch
-for part in owner:
-    at = getattr(at, part)
-kept = getattr(at, name)
-delattr(at, name)
-warnings.simplefilter("always")
+*owners, name = sys.argv[1].split(".")
+owner = reduce(getattr, owners, torch)
+kept = getattr(owner, name)
+delattr(owner, name)
 with warnings.catch_warnings(record=True) as given:
-    from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
+    warnings.simplefilter("always")
+    from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar
     from fastreg.call.key import PLANS
     from fastreg.call.private import MISSING
     from fastreg.call.torch_state import observed
-    setattr(at, name, kept)  # PyTorch itself calls it
-    raw, dropped = (torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    lengths = torch.tensor([5, 2, 3])
-    for _ in range(2):
-        got = fused_ar_tar(raw, dropped, 2.0, 1.0)
-        want = 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()
-        for x, y in zip(torch.autograd.grad(got, (raw, dropped)), torch.autograd.grad(want, (raw, dropped))):
-            torch.testing.assert_close(x, y)
-        torch.testing.assert_close(got, want)
-        fused_ar_tar([raw, raw], [dropped, dropped], 2.0, 1.0, lengths=lengths).backward()
-        kept, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, lengths=lengths)
-        (kept.sum() + penalty).backward()
-        dropout = FusedRNNDropout(0.4, 2.0, 1.0)
-        (dropout(raw).sum() + dropout.take().penalty).backward()
+    setattr(owner, name, kept)  # PyTorch itself calls it
+    raw, dropped = xs = [torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    results = [fused_ar_tar(*xs, 2.0, 1.0), 2 * dropped.square().mean() + raw.diff(dim=1).square().mean()]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*[torch.autograd.grad(x, xs) for x in results])
+    dropout = FusedRNNDropout(0.4, 2.0, 1.0)
+    (dropout(raw).sum() + dropout.take().penalty).backward()
     rnn, regularizer, attach = torch.nn.Linear(4, 4).double(), RNNRegularizer(2.0, 1.0), "attached"
     try:
         with regularizer.attach(rnn, batch_first=True):

@@ -23,12 +23,13 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import CALLS, MORE_CALLS, Call, Nothing, calls, everything, flat, from_seed, leaves, packed, total
+from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, packed, total
 from tests.conftest import more, skip_without
 from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
-by_call, by_few = calls(), calls("pair", "mask")
+DRAWN = ("drawn", "module")  # a wrapper draws a mask for each of its tensors, and vmap in its own way
+by_few = calls("pair", "mask")
 
 
 def check(call: Call, plain: Call, time: int = 5, batch: int = 3, **tolerance: float) -> None:
@@ -42,12 +43,8 @@ def others(raw: Tensor, dropped: Tensor) -> list[Any]:
     return [CALLS[name](raw, dropped) for name in ("same", "layers", "channels", "module")]
 
 
-COMPILED: dict[str, Call] = {name: CALLS[name] for name in ("pair", "drawn", "lengths", "drawn_lengths")}
-COMPILED |= {"marks_time_first": MORE_CALLS["marks_time_first"], "others": others}
-
-
-def block_of(call: Call, raw: Tensor, dropped: Tensor) -> Tensor:
-    return total(call(raw.tanh() @ torch.eye(8), dropped.tanh()))
+NAMES = ("pair", "drawn", "lengths", "drawn_lengths", "marks_time_first")
+COMPILED: dict[str, Call] = {**{name: CALLS[name] for name in NAMES}, "others": others}
 
 
 def in_autocast(raw: Tensor, dropped: Tensor) -> Any:
@@ -65,7 +62,7 @@ def by_a_regularizer(raw: Tensor, dropped: Tensor, reg: RNNRegularizer = REG) ->
 
 
 def in_a_checkpoint(raw: Tensor, dropped: Tensor) -> Any:
-    return checkpoint(block_of, CALLS["mask"], raw, dropped, use_reentrant=False)
+    return checkpoint(lambda x, y: total(CALLS["mask"](x.tanh(), y.tanh())), raw, dropped, use_reentrant=False)
 
 
 def under_vmap(raw: Tensor, dropped: Tensor) -> Any:
@@ -185,7 +182,7 @@ def test_the_penalty_is_float32_in_autocast(call: Call, dtype: torch.dtype) -> N
     assert_close(got, want, rtol=0, atol=0)
 
 
-@calls(but=("drawn", "drawn_lengths", "module", "module_of_raw"))  # they draw a mask for each tensor
+@calls(but=DRAWN)
 def test_a_wrapper_computes_on_its_tensor(call: Call) -> None:
     halves = [leaves(), leaves(6)]
     halves[1] = [x.detach()[:, :5].contiguous().requires_grad_() for x in halves[1]]
@@ -196,7 +193,7 @@ def test_a_wrapper_computes_on_its_tensor(call: Call) -> None:
         assert_close([getattr(x, part) for x in got], everything(call, xs))
 
 
-@by_call
+@calls()
 def test_tensors_without_data(call: Call) -> None:
     with FakeTensorMode() as mode:
         fake = everything(call, [mode.from_tensor(x) for x in leaves()])
@@ -204,32 +201,12 @@ def test_tensors_without_data(call: Call) -> None:
         assert [(x.shape, x.dtype) for x in got] == [(x.shape, x.dtype) for x in everything(call, leaves())]
 
 
-@calls(but=("module", "module_of_raw"))  # the penalty must be taken outside
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpointed_call_has_the_same_gradients(call: Call, use_reentrant: bool) -> None:
-    block = functools.partial(block_of, call)
-    from_seed(block, xs := leaves()).backward()
-    want = [x.grad for x in xs]
-    from_seed(functools.partial(checkpoint, block, use_reentrant=use_reentrant), xs := leaves()).backward()
-    assert_close([x.grad for x in xs], want, rtol=0, atol=0)
-
-
-def test_a_dispatch_mode_sees_the_operators_of_the_formula() -> None:
-    with Nothing() as mode:
-        fused_ar_tar(*leaves(), 2.0, 1.0)
-    assert torch.ops.aten.sub.Tensor in mode.seen
-
-
-# vmap draws masks in its own way.
-UNDRAWN = {name: call for name, call in (CALLS | MORE_CALLS).items() if not name.startswith(("drawn", "module"))}
-
-
 def differentiable(call: Call) -> Call:
     """Return the results that have a gradient, from one seed."""
     return lambda *xs: tuple(x for x in flat(from_seed(call, [*xs])) if x.requires_grad)
 
 
-@calls(of=CALLS | MORE_CALLS)
+@calls()
 def test_gradients_of_any_order(call: Call, device: str) -> None:
     xs = leaves(4, DOUBLE, device)
     assert gradcheck(differentiable(call), xs, fast_mode=True)
@@ -242,7 +219,7 @@ def test_gradients_of_any_order(call: Call, device: str) -> None:
     assert_close(got, want)
 
 
-@calls(of=UNDRAWN)
+@calls(but=DRAWN)
 def test_function_transforms(call: Call, device: str) -> None:
     """The derivatives along a direction and the curvature in it equal the derivatives by two backwards."""
     xs, others = leaves(4, DOUBLE, device), [x.flip(0) for x in leaves(4, DOUBLE, device)]
@@ -274,7 +251,7 @@ def test_vmap_of_marks(device: str) -> None:
     assert_close(got, torch.stack(want))
 
 
-@calls("pair", "packed", of=CALLS | MORE_CALLS)
+@calls("pair", "packed")
 def test_batched_gradients_of_one_backward(call: Call, device: str) -> None:
     """PyTorch transforms the backward by vmap, whose wrappers have no memory that kernels could read."""
     xs, upstream = leaves(device=device), torch.randn(4, device=device)

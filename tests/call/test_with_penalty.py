@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar, with_penalty
@@ -125,25 +124,3 @@ def test_torch_compile_and_compiled_autograd(call: Any, scale: Any) -> None:
         for got in results[1:]:
             torch.testing.assert_close(got, results[0])
     assert counter.frame_count == 1
-
-
-ONES = torch.ones(2)
-REFUSED: list[tuple[Any, type[Exception], str]] = [
-    ((1.0, LEAF), TypeError, "x: expected a tensor, got float"),
-    (((X, X), LEAF), TypeError, "x: expected a tensor, got tuple .*pass the output"),
-    ((pack_sequence([X]), LEAF), TypeError, "x: expected a tensor, got PackedSequence"),
-    ((torch.arange(3), LEAF), TypeError, "x: expected a floating-point tensor, got torch.int64"),
-    ((X, 1.0), TypeError, "penalty: expected a tensor, got float"),
-    ((X, ONES[:1]), ValueError, r"penalty: expected a 0-dim tensor, got shape \(1,\)"),
-    ((X, LEAF, None), TypeError, "scale: expected a real number, got NoneType"),
-    ((X, LEAF, -1), ValueError, "scale: expected a finite number of at least 0, got -1"),
-    ((X, LEAF, ONES), ValueError, r"scale: expected a number or a 0-dim .*, got torch.float32 \(2,\)"),
-    ((X, LEAF, LEAF), ValueError, "scale: .*gradient"),
-]
-
-
-@pytest.mark.parametrize("around", [nullcontext, torch.no_grad])
-@pytest.mark.parametrize(("arguments", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
-def test_bad_arguments(arguments: Any, error: type[Exception], message: str, around: Any) -> None:
-    with around(), pytest.raises(error, match=message):
-        with_penalty(*arguments)
