@@ -42,21 +42,6 @@ class Elementwise(nn.Module):
         return raw, raw.narrow(time, -1, 1)
 
 
-class Loop(nn.Module):
-    """Runs a cell over all time steps."""
-
-    def __init__(self, *sizes: int, batch_first: bool) -> None:
-        super().__init__()
-        self.cell, self.batch_first = nn.GRUCell(*sizes), batch_first  # pyright: ignore[reportArgumentType]
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        states = []
-        for step in x.unbind(int(self.batch_first)):
-            state = self.cell(step, state)
-            states.append(state)
-        return torch.stack(states, int(self.batch_first)), state
-
-
 class Locked(nn.Module):
     """Variational dropout in plain PyTorch, with the mask of a `FusedRNNDropout` of the same seed."""
 
@@ -67,13 +52,6 @@ class Locked(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         row = raw.narrow(int(self.batch_first), 0, 1)
         return raw * torch.empty_like(row).bernoulli_(1 - self.p).div_(1 - self.p) if self.training else raw
-
-
-class Quantizer(nn.Module):
-    """Round activations as a vector quantizer does, and pass their gradient on."""
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return raw + (raw.round() - raw).detach()
 
 
 class Model(nn.Module):
