@@ -132,10 +132,6 @@ class Run(NamedTuple):
     state: Any
     loss: Tensor
 
-    @property
-    def hidden(self) -> Tensor:
-        return self.state[0]
-
 
 class Attached(nn.Module):
     """A module with a dropout, or none, and the regularizer that is attached to them; a linear layer follows.
@@ -154,14 +150,13 @@ class Attached(nn.Module):
         self.attach = partial(self.reg.attach, self.rnn, dropout and self.dropout, **options)
         self.handle = self.attach()
 
-    def attach_anew(self) -> None:
-        self.handle.remove()
-        self.handle = self.attach()
-
     def check(self, *runs: Run, loss: Any = None, **tolerance: float) -> None:
         """Check that a loss, of the first run unless it is given, gets the penalties of runs, and their gradients."""
-        loss = runs[0].loss if loss is None else loss
-        check_gradients(self, self.reg.on_backward_begin(loss), penalized(loss, *runs), **tolerance)
+        loss = want = runs[0].loss if loss is None else loss
+        for run in runs:
+            raw, dropped = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (run.raw, run.dropped))
+            want = want + formula(raw, dropped, 1)
+        check_gradients(self, self.reg.on_backward_begin(loss), want, **tolerance)
 
     def begin(self, x: Any, state: Any = None) -> Any:
         raw, state = self.rnn(x, state)
@@ -172,14 +167,6 @@ class Attached(nn.Module):
 
     def forward(self, x: Any, state: Any = None) -> Run:
         return self.end(*self.begin(x, state))
-
-
-def penalized(loss: Tensor, *runs: Run) -> Tensor:
-    """Return a loss plus the penalties of runs, by the formula, in float32 or float64."""
-    for run in runs:
-        raw, dropped = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (run.raw, run.dropped))
-        loss = loss + formula(raw, dropped, 1)
-    return loss
 
 
 def inputs() -> Tensor:
