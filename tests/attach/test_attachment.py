@@ -35,32 +35,44 @@ from tests.language_model import ALPHA, BATCH, BETA, FUSED, HIDDEN, PLAIN, START
 LINEAR, SHAPE = nn.Linear(HIDDEN, HIDDEN), (BATCH, TIME, HIDDEN)
 LSTM = partial(nn.LSTM, HIDDEN, HIDDEN, batch_first=True)
 MASK: dict[str, Any] = {"valid": lambda x: VALID[0]}  # of one sequence
-# A module, the options of `attach`, the shape of the input, and the axis of time.
+MASKS: dict[str, Any] = {"valid": lambda x: VALID, "starts": lambda x: STARTS}
+EACH, ONE, COUNTED = "no mask: every step counts", "raw (7, 6) as time 7, hidden 6", "only valid steps count"
+OF_BOTH = f"valid (3, 7): {COUNTED}; starts (3, 7): changes into starts do not count"
+AXIS: dict[str, Any] = {"time_dim": 2}
+# What a handle says; the module, the options of `attach`, the shape of the input, and the axis of time.
 LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int]] = {
-    "unbatched": (LSTM, MASK, (TIME, HIDDEN), 0),
-    "time first": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
-    "a sequence, picked": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw} | MASK, (TIME, HIDDEN), 0),
-    "an axis": (lambda: LINEAR, {"time_dim": 2}, (BATCH, 2, TIME, HIDDEN), 2),
-    "an axis of two": (lambda: LINEAR, {"time_dim": 1}, (BATCH, HIDDEN), 1),
-    "an axis from the end": (lambda: LINEAR, {"time_dim": -3}, (TIME, 2, HIDDEN), 0),
+    f"LSTM: raw (3, 7, 6) as batch 3, time 7, hidden 6; {OF_BOTH}": (LSTM, MASKS, SHAPE, 1),
+    f"LSTM (last of 3 layers): {ONE}; valid (7,): {COUNTED}": (partial(LSTM, num_layers=3), MASK, (TIME, HIDDEN), 0),
+    f"Linear: {ONE}; {EACH}": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw}, (TIME, HIDDEN), 0),
+    f"Linear: raw (3, 7, 6) as time 3, batch 7, hidden 6; {EACH}": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
+    f"Linear: raw (3, 6) as batch 3, time 6; {EACH}": (lambda: LINEAR, {"time_dim": 1}, (BATCH, HIDDEN), 1),
+    f"Linear: raw (7, 2, 6) as time 7, batch 2, hidden 6; {EACH}": (lambda: LINEAR, {"time_dim": -3}, (7, 2, 6), 0),
+    f"Linear: raw (3, 2, 7, 6) as batch 3, hidden 2, time 7, hidden 6; {EACH}": (lambda: LINEAR, AXIS, (3, 2, 7, 6), 2),
 }
 
 
 @lm.each_dropout
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_layout_of_a_module(name: str, dropout: Any, device: str) -> None:
-    make, options, shape, axis = LAYOUTS[name]
-    module, reg = make().to(device), lm.regularizer()
+@pytest.mark.parametrize("said", LAYOUTS)
+def test_the_layout_of_a_module_is_taken_and_shown(said: str, dropout: Any, device: str) -> None:
+    make, options, shape, axis = LAYOUTS[said]
+    module, reg, x = make().to(device), lm.regularizer(), torch.randn(shape, device=device)
     layout: Any = {"batch_first": getattr(module, "batch_first", None)} | options
     layout = {name: layout.get(name) for name in ("batch_first", "time_dim")} if dropout is FUSED else {}
     after = nn.Identity() if dropout is None else dropout(0.4, **layout)
-    with reg.attach(module, dropout and after, **options):
-        result = module(torch.randn(shape, device=device))
-        raw = result[0] if isinstance(result, tuple) else result
-        dropped = after(raw)
-        valid = VALID[0] if "valid" in options else None
-        want = fused_ar_tar(raw, dropped, ALPHA, BETA, time_dim=axis, valid=valid)
-        lm.check_gradients(module, lm.penalty_of(reg, dropped), want)
+    handle = reg.attach(module, dropout and after, **options)
+    said = said if dropout is None else said.replace(":", f" -> {dropout.__name__}:", 1)
+    label, own = said.partition(":")[0], "RNNRegularizer(alpha=2.0, beta=1.0, layers=None)"
+    module.eval()(x)
+    assert repr(handle) == f"{label}: no run yet"
+    result = module.train()(x)
+    raw = result[0] if isinstance(result, tuple) else result
+    dropped, masks = after(raw), {name: mask(x) for name, mask in options.items() if name in MASKS}
+    want = fused_ar_tar(raw, dropped, ALPHA, BETA, time_dim=axis, **masks)
+    lm.check_gradients(module, lm.penalty_of(reg, dropped), want)
+    assert repr(reg) == f"{own}\n  {said}"
+    handle.remove()
+    assert repr(handle) == f"{label}: removed"
+    assert repr(reg) == own
 
 
 def packed(x: Tensor, *lengths: int) -> PackedSequence:
@@ -78,6 +90,8 @@ def test_packed_output(dropout: Any, takes: str) -> None:
         dropped = model.dropout(raw)
     loss = model.end(raw.data, dropped.data).loss
     assert type(raw) is type(dropped) is PackedSequence
+    said = "raw (13, 6) as 3 packed sequences of up to 7 time steps, hidden 6; every step counts"
+    assert repr(model.handle).endswith(f": {said}")
     lm.check_gradients(model, model.reg.on_backward_begin(loss), loss + fused_ar_tar(raw, dropped, ALPHA, BETA))
 
 
@@ -470,7 +484,7 @@ class Derived(FusedRNNDropout):
         return 2 * super().forward(*args, **kwargs)
 
 
-GRU, AXIS, TIME_FIRST = nn.GRU(1, 1, batch_first=True), FusedRNNDropout(time_dim=1), nn.LSTM(1, 1)
+GRU, TIME_FIRST = nn.GRU(1, 1, batch_first=True), nn.LSTM(1, 1)
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
@@ -480,7 +494,7 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "other axis": (TIME_FIRST, {"time_dim": 1}, ValueError, "time_dim: expected None, as the LSTM .*=False, got 1"),
     "other layout": (TIME_FIRST, {"batch_first": True}, ValueError, "batch_first: .* False, as the LSTM has it, or"),
     "fused": (TIME_FIRST, {"dropout": FUSED()}, ValueError, "with batch_first=False, as the LSTM .* got batch_first=T"),
-    "fused axis": (LINEAR, {"time_dim": 2, "dropout": AXIS}, ValueError, "with time_dim=2.*, got time_dim=1"),
+    "fused axis": (LINEAR, {"dropout": FUSED(time_dim=1)} | AXIS, ValueError, "with time_dim=2.*, got time_dim=1"),
 }
 
 

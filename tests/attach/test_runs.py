@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg import RNNRegularizer
 from tests import language_model as lm
 from tests.attach import cp, frozen, no_grad, reentrant
-from tests.language_model import FUSED, HIDDEN, PLAIN, STARTS, VALID, Attached, each_dropout
+from tests.language_model import FUSED, HIDDEN, PLAIN, VALID, Attached, each_dropout
 
 
 class Model(Attached):
@@ -202,42 +201,6 @@ def test_runs_of_two_modules_over_one_step_are_counted_by_module() -> None:
     model.reg.on_backward_begin(torch.stack(losses).sum()).backward()
     with pytest.raises(RuntimeError, match="the GRU ran 4 times over one time step"):
         model.reg.on_backward_begin(torch.stack([model(x).loss, *[other(x)[0].sum() for _ in range(4)]]).sum())
-
-
-TIME_FIRST, X, EACH = partial(nn.GRU, HIDDEN, HIDDEN), lm.inputs(), "no mask: every step counts"
-AS_BATCH, BOTH = "raw (3, 7, 6) as batch 3, time 7, hidden 6", {"valid": lambda x: VALID, "starts": lambda x: STARTS}
-PACKED, X4 = pack_sequence([torch.randn(n, HIDDEN) for n in (4, 2)]), torch.randn(3, 2, 7, HIDDEN)
-MASKS = "valid (3, 7): only valid steps count; starts (3, 7): changes into starts do not count"
-SHOWN: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    f"GRU: {AS_BATCH}; {EACH}": (lm.gru, {}, X),
-    f"GRU -> Dropout: raw (3, 7, 6) as time 3, batch 7, hidden 6; {EACH}": (TIME_FIRST, {"dropout": PLAIN(0.1)}, X),
-    f"GRU -> FusedRNNDropout: {AS_BATCH}; {MASKS}": (lm.gru, {"dropout": FusedRNNDropout(0.1), **BOTH}, X),
-    "GRU: raw (6, 6) as 2 packed sequences of up to 4 time steps, hidden 6; every step counts": (lm.gru, {}, PACKED),
-    f"GRU: raw (7, 6) as time 7, hidden 6; {EACH}": (lm.gru, {}, X[0]),
-    f"LSTM (last of 3 layers): {AS_BATCH}; {EACH}": (partial(nn.LSTM, HIDDEN, HIDDEN, 3, batch_first=True), {}, X),
-    f"Identity: raw (3, 2, 7, 6) as batch 3, hidden 2, time 7, hidden 6; {EACH}": (nn.Identity, {"time_dim": 2}, X4),
-}
-
-
-@pytest.mark.parametrize("text", SHOWN)
-def test_reprs_say_what_is_taken_for_what(text: str) -> None:
-    make, options, x = SHOWN[text]
-    module, reg = make(), lm.regularizer()
-    handle = reg.attach(module, **options)
-    label = text.partition(":")[0]
-    assert repr(handle) == f"{label}: no run yet"
-    module.eval()(x)
-    assert repr(handle) == f"{label}: no run yet"
-    result = module.train()(x)
-    raw = result[0] if isinstance(result, tuple) and not hasattr(result, "data") else result
-    if "dropout" in options:
-        options["dropout"](raw)
-    reg.clear()
-    assert repr(handle) == text
-    assert repr(reg) == f"RNNRegularizer(alpha=2.0, beta=1.0, layers=None)\n  {text}"
-    handle.remove()
-    assert repr(handle) == f"{label}: removed"
-    assert repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers=None)"
 
 
 @pytest.mark.filterwarnings("ignore:attach. no penalty got a gradient")
