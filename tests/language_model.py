@@ -98,13 +98,6 @@ def gru() -> nn.GRU:
     return seeded(nn.GRU, HIDDEN, HIDDEN, batch_first=True)
 
 
-def attach_gru(dropout: nn.Module | None = None, **options: Any) -> tuple[nn.GRU, RNNRegularizer]:
-    """Return a GRU, and a regularizer that is attached to it."""
-    rnn, reg = gru(), regularizer()
-    reg.attach(rnn, dropout, **options)
-    return rnn, reg
-
-
 def run(rnn: nn.Module, dropout: nn.Module | None, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return raw and dropped of a run."""
     raw, _ = rnn(inputs() if x is None else x)
