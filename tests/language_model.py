@@ -59,12 +59,12 @@ class Model(nn.Module):
 
     kind_of_dropout: Any = nn.Dropout
 
-    def __init__(self, kind: Any = nn.LSTM, p: float = 0.3, **options: Any) -> None:
+    def __init__(self, kind: Any = nn.LSTM) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
-        own: Any = {"alpha": 0, "beta": 0, "batch_first": self.rnn.batch_first}  # no penalty unless it is attached
-        self.dropout = self.kind_of_dropout(p, **(own if self.kind_of_dropout is FusedRNNDropout else {}))
+        self.rnn: Any = kind(HIDDEN, HIDDEN, batch_first=True)
+        is_fused = self.kind_of_dropout is FusedRNNDropout  # and has no penalty unless it is attached
+        self.dropout = self.kind_of_dropout(0.3, **({"alpha": 0, "beta": 0} if is_fused else {}))
         self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

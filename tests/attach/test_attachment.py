@@ -360,18 +360,15 @@ def no_collections() -> Iterator[None]:
 @lm.each_dropout
 @pytest.mark.parametrize("end", ["dropped", "raw only", "taken", "after the backward"])
 def test_the_activations_of_a_run_go_with_its_outputs_or_the_backward(end: str, dropout: Any) -> None:
-    model, run, loss = Attached(nn.LSTM, dropout), None, None
-    raw, state = model.rnn(lm.inputs())
-    memory = [weakref.ref(raw.untyped_storage())]
-    if end != "raw only":
-        run = model.end(raw, model.dropout(raw), state)
-        memory.append(weakref.ref(run.dropped.untyped_storage()))
+    model: Any = Attached(nn.LSTM, dropout)
+    run: Any = (model.rnn if end == "raw only" else model)(lm.inputs())  # a tuple that begins with raw
+    memory, loss = [weakref.ref(x.untyped_storage()) for x in tensors_in(run[:2])], None
     if end == "taken":
-        model.reg.take(run.loss)  # pyright: ignore[reportOptionalMemberAccess]
+        model.reg.take(run.loss)
     if end == "after the backward":
-        loss = model.reg.on_backward_begin(run.loss)  # pyright: ignore[reportOptionalMemberAccess]
+        loss = model.reg.on_backward_begin(run.loss)
         loss.backward()
-    del raw, state, run
+    del run
     assert [x() for x in memory if x() is not None] == []
     assert loss is None or loss.grad_fn is not None  # the loss lives
 

@@ -58,7 +58,7 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
 
 
 # The seeds have all dropouts and masks, shared or not; from 100 on nets are compiled.
-SEEDS: list[Any] = [0, 7, 12, 26, 34, 103, pytest.param(116, marks=pytest.mark.main)]
+SEEDS: list[Any] = [0, 12, 19, 26, 34, 103, pytest.param(116, marks=pytest.mark.main)]
 SEEDS += [pytest.param(seed, marks=more) for seed in (*range(1, 6), 100, 115)]
 
 
