@@ -162,7 +162,8 @@ def test_a_scaled_lr_is_restored() -> None:
         assert [group["lr"] for group in groups] == [0.3, 0.1, 0.25, 0.25]
 
 
-RAW, RNN, OPTIMIZER = torch.randn(BATCH, TIME, HIDDEN), lm.gru(), SimpleNamespace(param_groups=[])
+RAW, RNN = torch.randn(BATCH, TIME, HIDDEN), lm.gru()
+OPTIMIZER: Any = SimpleNamespace(param_groups=[])
 PAIR = [RAW, RAW]
 
 
@@ -188,7 +189,7 @@ def test_on_loss_begin_rejects_outputs(output: Any) -> None:
         (lambda: RNNRegularizer(0, 0).scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
         (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: lm.regularizer().on_epoch_begin(0), TypeError, "model: expected the model, .* got int"),
-        (lambda: lm.regularizer().take(1.0), TypeError, "loss: expected a tensor, got float"),
+        (lambda: lm.regularizer().take(1.0), TypeError, "loss: expected a tensor, got float"),  # pyright: ignore[reportArgumentType]
         (lambda: lm.regularizer().take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: lm.penalty_of(lm.regularizer()), RuntimeError, r"call on_loss_begin\(output\) .* or attach\(rnn"),
         (lambda: lm.attached(lm.Model()).on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
