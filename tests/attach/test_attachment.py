@@ -395,8 +395,8 @@ def test_the_last_attachment_wins(by: str, dropout: Any) -> None:
         assert repr(model.reg).count("LSTM") == 1
     with model.handle:
         model(lm.inputs())
-    model.handle.remove()  # twice is once
     assert lm.hooks_of(model) == 0
+    model.handle.remove()  # twice is once
 
 
 @lm.each_dropout

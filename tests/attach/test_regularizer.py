@@ -192,6 +192,7 @@ def test_on_loss_begin_rejects_outputs(output: Any) -> None:
         (lambda: lm.regularizer().take(1.0), TypeError, "loss: expected a tensor, got float"),  # pyright: ignore[reportArgumentType]
         (lambda: lm.regularizer().take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: lm.penalty_of(lm.regularizer()), RuntimeError, r"call on_loss_begin\(output\) .* or attach\(rnn"),
+        (lambda: lm.regularizer().on_loss_begin([RAW] * 3, valid=0.5), TypeError, "valid: expected"),  # pyright: ignore[reportArgumentType]
         (lambda: lm.attached(lm.Model()).on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
         (lambda: lm.regularizer(layers="all").attach(RNN), ValueError, "layers: expected None with attach, .* 'all'"),
         (lambda: captured(False)[1].attach(lm.gru()), RuntimeError, "attach: on_loss_begin captures already"),
