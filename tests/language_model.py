@@ -42,21 +42,6 @@ class Elementwise(nn.Module):
         return raw, raw.narrow(time, -1, 1)
 
 
-class Loop(nn.Module):
-    """Runs a cell over all time steps."""
-
-    def __init__(self, *sizes: int, batch_first: bool) -> None:
-        super().__init__()
-        self.cell, self.batch_first = nn.GRUCell(*sizes), batch_first  # pyright: ignore[reportArgumentType]
-
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        states = []
-        for step in x.unbind(int(self.batch_first)):
-            state = self.cell(step, state)
-            states.append(state)
-        return torch.stack(states, int(self.batch_first)), state
-
-
 class Locked(nn.Module):
     """Variational dropout in plain PyTorch, with the mask of a `FusedRNNDropout` of the same seed."""
 
@@ -69,24 +54,17 @@ class Locked(nn.Module):
         return raw * torch.empty_like(row).bernoulli_(1 - self.p).div_(1 - self.p) if self.training else raw
 
 
-class Quantizer(nn.Module):
-    """Round activations as a vector quantizer does, and pass their gradient on."""
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return raw + (raw.round() - raw).detach()
-
-
 class Model(nn.Module):
     """A language model that knows nothing of fastreg. One dropout serves embeddings and output, as is common."""
 
     kind_of_dropout: Any = nn.Dropout
 
-    def __init__(self, kind: Any = nn.LSTM, p: float = 0.3, **options: Any) -> None:
+    def __init__(self, kind: Any = nn.LSTM) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
-        self.rnn: Any = kind(HIDDEN, HIDDEN, **({"batch_first": True} | options))
-        own: Any = {"alpha": 0, "beta": 0, "batch_first": self.rnn.batch_first}  # no penalty unless it is attached
-        self.dropout = self.kind_of_dropout(p, **(own if self.kind_of_dropout is FusedRNNDropout else {}))
+        self.rnn: Any = kind(HIDDEN, HIDDEN, batch_first=True)
+        is_fused = self.kind_of_dropout is FusedRNNDropout  # and has no penalty unless it is attached
+        self.dropout = self.kind_of_dropout(0.3, **({"alpha": 0, "beta": 0} if is_fused else {}))
         self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,13 +98,6 @@ def gru() -> nn.GRU:
     return seeded(nn.GRU, HIDDEN, HIDDEN, batch_first=True)
 
 
-def attach_gru(dropout: nn.Module | None = None, **options: Any) -> tuple[nn.GRU, RNNRegularizer]:
-    """Return a GRU, and a regularizer that is attached to it."""
-    rnn, reg = gru(), regularizer()
-    reg.attach(rnn, dropout, **options)
-    return rnn, reg
-
-
 def run(rnn: nn.Module, dropout: nn.Module | None, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return raw and dropped of a run."""
     raw, _ = rnn(inputs() if x is None else x)
@@ -154,10 +125,6 @@ class Run(NamedTuple):
     state: Any
     loss: Tensor
 
-    @property
-    def hidden(self) -> Tensor:
-        return self.state[0]
-
 
 class Attached(nn.Module):
     """A module with a dropout, or none, and the regularizer that is attached to them; a linear layer follows.
@@ -176,14 +143,13 @@ class Attached(nn.Module):
         self.attach = partial(self.reg.attach, self.rnn, dropout and self.dropout, **options)
         self.handle = self.attach()
 
-    def attach_anew(self) -> None:
-        self.handle.remove()
-        self.handle = self.attach()
-
     def check(self, *runs: Run, loss: Any = None, **tolerance: float) -> None:
         """Check that a loss, of the first run unless it is given, gets the penalties of runs, and their gradients."""
-        loss = runs[0].loss if loss is None else loss
-        check_gradients(self, self.reg.on_backward_begin(loss), penalized(loss, *runs), **tolerance)
+        loss = want = runs[0].loss if loss is None else loss
+        for run in runs:
+            raw, dropped = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (run.raw, run.dropped))
+            want = want + formula(raw, dropped, 1)
+        check_gradients(self, self.reg.on_backward_begin(loss), want, **tolerance)
 
     def begin(self, x: Any, state: Any = None) -> Any:
         raw, state = self.rnn(x, state)
@@ -194,14 +160,6 @@ class Attached(nn.Module):
 
     def forward(self, x: Any, state: Any = None) -> Run:
         return self.end(*self.begin(x, state))
-
-
-def penalized(loss: Tensor, *runs: Run) -> Tensor:
-    """Return a loss plus the penalties of runs, by the formula, in float32 or float64."""
-    for run in runs:
-        raw, dropped = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (run.raw, run.dropped))
-        loss = loss + formula(raw, dropped, 1)
-    return loss
 
 
 def inputs() -> Tensor:

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import FusedRNNDropout, RNNRegularizer
-from tests.language_model import Elementwise, Locked, Loop, Quantizer
+from tests.language_model import Elementwise, Locked
 from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
-KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "cell": Loop, "elementwise": Elementwise}
+KINDS: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "elementwise": Elementwise}
 DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "none": lambda _: nn.Identity(),
     "plain, not attached": lambda _: nn.Dropout(P),
@@ -34,7 +34,6 @@ DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "locked": lambda batch_first: Locked(P, batch_first),
     "fused": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first),
     "fused, AR of raw": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first, ar_of="raw"),
-    "quantizer": lambda _: Quantizer(),
 }
 NOT_ATTACHED = "none", "plain, not attached"
 DONE = torch.tensor([0, 2])  # where a state is reset
@@ -44,6 +43,7 @@ REGIONS = "the net", "the RNN", "the RNN and its dropout"  # which a checkpoint 
 GRADIENTS = "once", "twice", "of the gradients", "of activations, too", "of the penalty alone"
 
 cp: Any = partial(checkpoint, use_reentrant=False)
+Call = list[dict[str, Tensor]]  # what the net with the hooks has returned, and what the one in plain PyTorch has
 
 
 class Net(nn.Module):
@@ -121,13 +121,6 @@ class Plain(Net):
         return [terms for (terms, _), found in zip(self.runs, is_found, strict=True) if found]
 
 
-class Call(NamedTuple):
-    """Hold the results of both nets, of the one with the hooks of fastreg and of the one in plain PyTorch."""
-
-    tensors: list[dict[str, Tensor]]  # by their names
-    states: list[Any]
-
-
 class Play:
     """Random training steps of a net."""
 
@@ -152,7 +145,7 @@ class Play:
         if self.compiled:
             torch._dynamo.reset()
             self.sides[0] = torch.compile(self.net, backend="eager")
-        self.last: Call | None = None  # whose states the next call may get
+        self.states: Any = None  # of the last call of each net, which the next call may get
         self.events, self.counts = list[str](), Counter[str]()
         self.counts.update([*self.kinds, *self.dropouts, *self.masks, f"{count} layers", f"shared {self.shared}"])
         self.reg = RNNRegularizer(0, 0)
@@ -187,28 +180,28 @@ class Play:
                 setattr(self.reg, name, value if kind == "numbers" else torch.tensor(value))
 
     def call(self) -> Call:
-        """Call the net of each side with the same input and the same masks of dropout."""
+        """Call both nets with the same input and the same masks of dropout."""
         draw, states = self.draw, self.carried()
         steps = 3 if self.compiled else draw.randint(2, 6)
         region, at, seed = draw.choice(self.regions), draw.randint(1, len(self.kinds)), draw.randrange(1000)
         self.note(f"call: {region and region + ' checkpointed'}", f"layer {at}")
         x = torch.randn(*((BATCH, steps) if self.batch_first else (steps, BATCH)), HIDDEN).double()
-        tensors, after = [], []
+        call, after = Call(), []
         for side, net in enumerate(self.sides):
             torch.manual_seed(seed)
             through = partial(cp, net) if side == 0 and region == "the net" else net
             made, state = through(x, states and states[side], "" if side else region, at)
             after.append(state)
-            tensors.append(made | {f"state {i}": y for i, y in enumerate(tree_leaves(state))})
-        self.last = Call(tensors, after)
-        return self.last
+            call.append(made | {f"state {i}": y for i, y in enumerate(tree_leaves(state))})
+        self.states = after
+        return call
 
     def carried(self) -> Any:
         """Return the states of the last call for the next, or `None`; a part of them may be reset in place."""
         how = self.draw.choice(["none", "none", "detached", "with their graph"])
-        if self.last is None or how == "none" or not self.carries:
+        states = self.states
+        if states is None or how == "none" or not self.carries:
             return None
-        states = self.last.states
         if how == "detached":  # in place, as training loops do, where a state is no view
             states = tree_map(lambda x: x.detach() if x._is_view() else x.detach_(), states)
         self.note(f"states {how}")
@@ -222,12 +215,12 @@ class Play:
     def loss(self, calls: Sequence[Call]) -> list[Tensor]:
         """Return a loss of each side, on some of the tensors that calls have returned."""
         draw, losses = self.draw, list[Tensor]()
-        named = [(i, name) for i, call in enumerate(calls) for name, x in call.tensors[1].items() if x.requires_grad]
+        named = [(i, name) for i, call in enumerate(calls) for name, x in call[1].items() if x.requires_grad]
         parts = draw.sample(named, min(len(named), draw.randint(1, 4)))
         functions = draw.choices([torch.sin, torch.square, torch.tanh], k=len(parts))
         self.note(f"loss on {len(parts)} tensors", f"{parts}")
         for side in (0, 1):
-            of_parts = [f(calls[i].tensors[side][name]).mean() for f, (i, name) in zip(functions, parts, strict=True)]
+            of_parts = [f(calls[i][side][name]).mean() for f, (i, name) in zip(functions, parts, strict=True)]
             losses.append(torch.stack(of_parts).sum())
         return losses
 
@@ -254,7 +247,7 @@ class Play:
             for x in self.net.parameters():
                 x += 0.1 * torch.randn_like(x)
         self.plain.load_state_dict(self.net.state_dict())
-        self.last = Call([], tree_map(torch.detach, calls[-1].states))
+        self.states = tree_map(torch.detach, self.states)
 
     def gradients(self, side: int, calls: Sequence[Call], total: Tensor, how: str) -> Sequence[Tensor]:
         """Return the gradients of one side, after a backward of a kind."""
@@ -265,8 +258,8 @@ class Play:
             first = torch.autograd.grad(total, xs, create_graph=True, **options)
             total = total + torch.stack([x.square().sum() for x in first]).sum()
         if how == "of activations, too":  # that the net has returned, and attach may have marked
-            names = [(call, name) for call in calls for name, x in call.tensors[1].items() if x.requires_grad]
-            xs += [call.tensors[side][name] for call, name in names]
+            names = [(call, name) for call in calls for name, x in call[1].items() if x.requires_grad]
+            xs += [call[side][name] for call, name in names]
         if how == "twice":
             torch.autograd.grad(total, xs, **options)
         return torch.autograd.grad(total, xs, **options)

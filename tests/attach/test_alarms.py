@@ -41,30 +41,20 @@ class Model(Attached):
             self.reg.attach(self.other)
         return self.other(inputs())[0].sum()
 
-    def of_a_copy(self) -> Tensor:
+    def of_a_copy_after_a_frozen_stage(self) -> Tensor:
         if not hasattr(self, "twin"):
+            frozen(self).right()
             self.twin = copy.deepcopy(self.rnn).requires_grad_(True)
         raw, _ = self.twin(inputs())
         return self.end(raw, self.dropout(raw)).loss
 
-    def of_a_copy_after_a_frozen_stage(self) -> Tensor:
-        if not hasattr(self, "twin"):
-            frozen(self).right()
-        return self.of_a_copy()
-
-
-class Losing(Model):
-    """Steps that lose each penalty of the LSTM."""
-
     def forgotten(self) -> None:
         self.loss().backward()
 
-    def forgotten_without_the_dropout(self) -> None:
-        self.rnn(inputs())[0].sum().backward()
-
     def forgotten_and_attached_anew(self) -> None:
-        self.loss().backward()
-        self.attach_anew()
+        self.forgotten()
+        self.handle.remove()
+        self.handle = self.attach()
 
     def forgotten_and_the_losses_kept(self) -> None:  # for a mean over the epoch, which keeps every graph
         self.losses = [*getattr(self, "losses", []), self.loss()]
@@ -75,27 +65,49 @@ class Losing(Model):
         loss = self.loss()  # of the critic
         assert self.reg.on_backward_begin(loss) is loss
         self.rnn.requires_grad_(True)
-        self.loss().backward()
+        self.forgotten()
 
     def result_not_used(self) -> None:
         self.reg.on_backward_begin(loss := self.loss())
         loss.backward()
 
-    def copied_after_a_frozen_stage(self) -> None:
-        self.regularized(self.of_a_copy_after_a_frozen_stage())
+    def in_evaluation_beside_another(self) -> None:
+        self.rnn.eval()
+        self.dropout.eval()
+        self.regularized(self.loss() + self.beside())
+
+
+# Steps that lose each penalty of the LSTM
+LOSING: dict[str, Callable[[Model], None]] = {
+    "forgotten": Model.forgotten,
+    "forgotten without the dropout": lambda m: m.rnn(inputs())[0].sum().backward(),
+    "forgotten and attached anew": Model.forgotten_and_attached_anew,
+    "forgotten, and the losses kept": Model.forgotten_and_the_losses_kept,
+    "forgotten in a GAN that freezes its generator": Model.forgotten_in_a_gan_that_freezes_its_generator,
+    "the result is not used": Model.result_not_used,
+    "copied after a frozen stage": lambda m: m.regularized(m.of_a_copy_after_a_frozen_stage()),
+}
+# ... although the GRU beside it is trained
+BESIDE: dict[str, Callable[[Model], None]] = {
+    "raw for dropped": lambda m: m.regularized(m(inputs()).raw.sum() + m.beside()),
+    "never called": lambda m: m.regularized(m.beside()),
+    "in evaluation": Model.in_evaluation_beside_another,
+    "copied after a frozen stage": lambda m: m.regularized(m.of_a_copy_after_a_frozen_stage() + m.beside()),
+    "in a reentrant checkpoint": lambda m: m.regularized(reentrant(m, inputs()) + m.beside()),
+}
 
 
 @each_dropout
 @pytest.mark.parametrize(("rights", "alpha"), [(0, 2), (25, 2), (60, 0)], ids=["first", "trained", "warmed up"])
-@steps(Losing)
+@pytest.mark.parametrize("step", LOSING)
 def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, alpha: float, dropout: Any) -> None:
     """A warm-up from 0 decides nothing."""
-    m = Losing(nn.LSTM, dropout)
+    m = Model(nn.LSTM, dropout)
     m.reg.alpha, m.reg.beta = alpha, alpha / 2
     for _ in range(rights):
         m.right()
     m.reg.alpha = 2
-    found = alarms(getattr(m, step)).items()  # a FusedRNNDropout behind a copy has a warning of its own
+    found = alarms(lambda: LOSING[step](m)).items()  # a FusedRNNDropout behind a copy has a warning of its own
     ((at, message),) = [(at, x) for at, x in found if x.startswith("attach: no penalty got a gradient in 1")]
     assert LIMIT - 10 <= at <= LIMIT + 12
     assert "runs of the attached LSTM" in message
@@ -104,7 +116,7 @@ def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, alpha: float, 
 
 @pytest.mark.filterwarnings("ignore:on_backward_begin. the loss gets no penalty")
 def test_each_silence_is_warned_of() -> None:
-    m = Losing(nn.LSTM, PLAIN)
+    m = Model(nn.LSTM, PLAIN)
 
     def in_evaluation() -> None:
         m.eval()
@@ -118,34 +130,10 @@ def test_each_silence_is_warned_of() -> None:
             m.right()
 
 
-class Beside(Losing):
-    """Steps that train a GRU beside the LSTM, and lose each penalty of the LSTM."""
-
-    def raw_for_dropped(self) -> None:
-        self.regularized(self(inputs()).raw.sum() + self.beside())
-
-    def never_called(self) -> None:
-        self.regularized(self.beside())
-
-    def in_evaluation(self) -> None:
-        self.rnn.eval()
-        self.dropout.eval()
-        self.regularized(self.loss() + self.beside())
-
-    def copied(self) -> None:
-        self.regularized(self.of_a_copy() + self.beside())
-
-    def copied_after_a_frozen_stage(self) -> None:
-        self.regularized(self.of_a_copy_after_a_frozen_stage() + self.beside())
-
-    def in_a_reentrant_checkpoint(self) -> None:
-        self.regularized(reentrant(self, inputs()) + self.beside())
-
-
-@steps(Beside)
+@pytest.mark.parametrize("step", BESIDE)
 def test_a_penalty_that_is_lost_beside_another_module_is_warned_of_once(step: str) -> None:
-    m = Beside(nn.LSTM, PLAIN)
-    ((at, message),) = alarms(getattr(m, step)).items()
+    m = Model(nn.LSTM, PLAIN)
+    ((at, message),) = alarms(lambda: BESIDE[step](m)).items()
     assert LIMIT - 10 <= at <= LIMIT + 12
     assert "of the attached LSTM, or losses without a call of it" in message
     assert "train() on it, or remove() the handle" in message
@@ -187,10 +175,6 @@ class Right(Model):
     def penalties_in_one_backward(self) -> None:
         torch.stack([self.reg.on_backward_begin(self.loss()) for _ in range(130)]).sum().backward()
 
-    def losses_kept(self) -> None:
-        self.losses = [*getattr(self, "losses", []), self.reg.on_backward_begin(self.loss())]
-        self.losses[-1].backward()
-
     def evaluations(self) -> None:
         for _ in range(130):
             loss = no_grad(self)(inputs()).loss
@@ -213,12 +197,6 @@ class Right(Model):
         frozen(self).rnn.eval()
         self.regularized(self.loss() + self.beside())
 
-    def encoders_in_turn(self) -> None:
-        self.regularized(self.loss() + self.beside())
-        for of in (self.loss, self.beside):
-            for _ in range(90):
-                self.regularized(of())
-
     def lbfgs(self) -> None:
         optimizer = torch.optim.LBFGS(self.rnn.parameters(), max_iter=5)
 
@@ -236,18 +214,13 @@ class Right(Model):
             torch.autograd.grad(inner, [*self.rnn.parameters()], create_graph=True)
         self.right()
 
-    def forgotten_and_frozen(self) -> None:
-        frozen(self)
-        self.loss().backward()
-
     def forgotten_with_coefficients_of_0(self) -> None:
         self.reg.alpha = self.reg.beta = 0.0
         self.loss().backward()
 
 
 LONG = ["windows_in_one_backward", "checkpointed_windows_in_one_backward", "penalties_in_one_backward"]
-LONG += ["evaluations", "gradual_unfreezing", "encoders_in_turn"]
-OFTEN = dict.fromkeys(LONG, 2) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
+OFTEN = dict.fromkeys([*LONG, "evaluations", "gradual_unfreezing"], 2) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
 
 
 @each_dropout
@@ -276,7 +249,7 @@ def test_ar_alone_of_a_dropout_that_passes_no_gradient_is_not_warned_of() -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 def test_compiled_models_are_warned_of_like_others() -> None:
-    right, losing = Right(lm.Elementwise, FusedRNNDropout), Losing(lm.Elementwise, FusedRNNDropout)
+    right, losing = Right(lm.Elementwise, FusedRNNDropout), Model(lm.Elementwise, FusedRNNDropout)
     right.compile(backend="eager")
     losing.compile(backend="eager")
     assert alarms(right.a_critic_five_times, 30) == {}

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
     ("kind", "dropout"),
     [
         *((nn.LSTM, PLAIN), (nn.LSTM, None), (nn.GRU, FUSED), (lm.Elementwise, None)),
-        *(pytest.param(kind, dropout, marks=more) for kind, dropout in ((lm.Loop, PLAIN), (lm.Elementwise, FUSED))),
+        pytest.param(lm.Elementwise, FUSED, marks=more),
     ],
 )
 def test_ten_models_of_one_class_are_compiled(kind: Any, dropout: Any) -> None:
@@ -58,7 +58,7 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
 
 
 # The seeds have all dropouts and masks, shared or not; from 100 on nets are compiled.
-SEEDS: list[Any] = [0, 6, 12, 30, 34, 103, pytest.param(116, marks=pytest.mark.main)]
+SEEDS: list[Any] = [0, 12, 19, 26, 34, 103, pytest.param(116, marks=pytest.mark.main)]
 SEEDS += [pytest.param(seed, marks=more) for seed in (*range(1, 6), 100, 115)]
 
 

@@ -41,14 +41,11 @@ def start(rank: int, meeting: str) -> None:
 def in_both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
     """Call a function in both processes; a failure in one of them fails the test."""
     spawn, meeting = multiprocessing.get_context("spawn"), str(tmp_path_factory.mktemp("group") / "meeting")
-    with spawn.Pool(1) as first, spawn.Pool(1) as second:
+    with spawn.Pool(2) as pool:
 
         def both(function: Callable[..., None], *arguments: tuple[Any, ...]) -> None:
-            calls = [p.apply_async(function, a) for p, a in zip((first, second), arguments, strict=True)]
-            for one in calls:
-                one.wait(TIMEOUT)
-            for one in calls:
-                one.get(0)
+            # No process takes both calls, as each call waits for the other in the group.
+            pool.starmap_async(function, arguments, chunksize=1).get(TIMEOUT)
 
         both(start, (0, meeting), (1, meeting))
         yield lambda function, *arguments: both(function, arguments, arguments)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.optim import SGD
 
 import fastreg
 from fastreg import ARTAR, RNNRegularizer, fused_ar_tar
@@ -35,7 +34,7 @@ def captured(by_hooks: bool) -> tuple[lm.Model, RNNRegularizer, tuple[Tensor, Te
 
 @pytest.mark.parametrize(("layers", "first"), [(None, 2), ("last", 2), ("all", 0)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_layers(packed: bool, layers: Any, first: int) -> None:
+def test_the_last_layer_counts_or_all_layers(packed: bool, layers: Any, first: int) -> None:
     pack = (lambda x: pack_padded_sequence(x, torch.tensor([7, 4, 2]), batch_first=True)) if packed else torch.clone
     raw, dropped = ([pack(lm.inputs().requires_grad_()) for _ in range(3)] for _ in range(2))
     reg = lm.regularizer(layers=layers)
@@ -80,10 +79,8 @@ def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], ste
 
 
 # Decoded of any number of classes, with an axis for them or flattened; of one sequence; of as many as time steps.
-CLEAR = [(BATCH, TIME, (BATCH * TIME, *size)) for size in [(), (11,), (BATCH,), (TIME,)]]
-CLEAR += [(BATCH, TIME, (BATCH, TIME, *size)) for size in [(11,), (BATCH,), (TIME,)]]
-CLEAR += [(1, TIME, size) for size in [(TIME, 2), (1, TIME, 2), (TIME,)]]
-CLEAR += [(TIME, TIME, size) for size in [(TIME, 2), (TIME, 2, TIME), (TIME, TIME, 2)]]
+CLEAR = [(BATCH, TIME, size) for size in [(BATCH * TIME, 11), (BATCH * TIME,), (BATCH, TIME, 11), (BATCH, TIME, TIME)]]
+CLEAR += [(1, TIME, (TIME, 2)), (TIME, TIME, (TIME, 2)), (TIME, TIME, (TIME, 2, TIME))]
 # A row for each sequence, or as cross_entropy takes it, if raw is time first; time first as a CTC loss takes it
 IN_DOUBT = [(BATCH, TIME, size) for size in [(TIME, 2), (TIME, 2, BATCH), (TIME, BATCH, 11)]]
 
@@ -152,9 +149,6 @@ def test_an_import_of_an_adapter_from_the_package_names_its_module(name: str, mo
     assert not hasattr(fastreg, "other")
 
 
-OPTIMIZER = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-
-
 def test_a_scaled_lr_is_restored() -> None:
     shared = torch.tensor(0.25)
     groups = [{"lr": 0.3}, {"lr": 0.1}, {"lr": shared}, {"lr": shared}]
@@ -168,12 +162,13 @@ def test_a_scaled_lr_is_restored() -> None:
         assert [group["lr"] for group in groups] == [0.3, 0.1, 0.25, 0.25]
 
 
-X = torch.ones(2, 3, 4)
-PACKED = pack_padded_sequence(X, torch.tensor([3, 2]), batch_first=True)
+RAW, RNN = torch.randn(BATCH, TIME, HIDDEN), lm.gru()
+OPTIMIZER: Any = SimpleNamespace(param_groups=[])
+PAIR = [RAW, RAW]
 
 
 @pytest.mark.parametrize(
-    "output", [X, None, (X, X), (X, X, None), (X, [X, X], [X]), [X, [], []], (X, [X], [1]), PACKED]
+    "output", [RAW, None, PAIR, (*PAIR, None), (RAW, PAIR, [RAW]), [RAW, [], []], (RAW, [RAW], [1])]
 )
 def test_on_loss_begin_rejects_outputs(output: Any) -> None:
     reg, came = lm.regularizer(), type(output).__name__
@@ -183,16 +178,6 @@ def test_on_loss_begin_rejects_outputs(output: Any) -> None:
         lm.penalty_of(reg)
 
 
-RAW, RNN = torch.randn(BATCH, TIME, HIDDEN), lm.gru()
-
-
-def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
-    """Take a step by hand, of a loss and with options of `on_loss_begin`."""
-    reg = lm.regularizer()
-    reg.on_loss_begin((RAW, RAW, RAW), **options)
-    reg.on_backward_begin(loss)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -200,24 +185,20 @@ def by_hand(loss: Any = RAW[0, 0, 0], **options: Any) -> None:
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last', 'all' or None, got 'first'"),
         (lambda: RNNRegularizer(0, 0, bptt=0), ValueError, "bptt: expected a positive integer, got 0"),
-        (lambda: RNNRegularizer(0, 0, bptt=True), TypeError, "bptt: expected a positive integer, got bool"),
         (lambda: RNNRegularizer(0, 0, bptt=5).scaled_lr(OPTIMIZER, -1), ValueError, "seq_len: expected a positive"),
         (lambda: RNNRegularizer(0, 0).scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
         (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: lm.regularizer().on_epoch_begin(0), TypeError, "model: expected the model, .* got int"),
-        (lambda: by_hand(1.0), TypeError, "loss: expected a tensor, got float"),
-        (lambda: by_hand(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
-        (lambda: lm.attach_gru()[1].take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
+        (lambda: lm.regularizer().take(1.0), TypeError, "loss: expected a tensor, got float"),  # pyright: ignore[reportArgumentType]
+        (lambda: lm.regularizer().take(RAW[0, 0]), ValueError, r"loss: expected one element, got shape \(6,\)"),
         (lambda: lm.penalty_of(lm.regularizer()), RuntimeError, r"call on_loss_begin\(output\) .* or attach\(rnn"),
-        (lambda: lm.attach_gru()[1].on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
+        (lambda: lm.regularizer().on_loss_begin([RAW] * 3, valid=0.5), TypeError, "valid: expected"),  # pyright: ignore[reportArgumentType]
+        (lambda: lm.attached(lm.Model()).on_loss_begin([RAW] * 3), RuntimeError, "on_loss_begin: modules are attached"),
         (lambda: lm.regularizer(layers="all").attach(RNN), ValueError, "layers: expected None with attach, .* 'all'"),
         (lambda: captured(False)[1].attach(lm.gru()), RuntimeError, "attach: on_loss_begin captures already"),
-        (lambda: by_hand(batch_first=0), TypeError, "batch_first: expected True or False, got 0"),
-        (lambda: by_hand(valid=0.5), TypeError, "valid: expected"),
-        (lambda: by_hand(valid=VALID, lengths=VALID.sum(1)), ValueError, "lengths and valid: .* one of them, got both"),
     ],
 )
-def test_rejects(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+def test_a_wrong_use_names_what_was_expected(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
     assert lm.hooks_of(RNN) == 0

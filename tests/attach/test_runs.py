@@ -12,36 +12,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg import RNNRegularizer
 from tests import language_model as lm
 from tests.attach import cp, frozen, no_grad, reentrant
-from tests.language_model import FUSED, HIDDEN, PLAIN, STARTS, VALID, Attached, each_dropout
+from tests.language_model import FUSED, HIDDEN, PLAIN, VALID, Attached, each_dropout
 
 
 class Model(Attached):
     """A model, and steps that return a loss."""
 
-    def trained(self) -> Model:
-        self.reg.on_backward_begin(self(lm.inputs()).loss).backward()
-        return self
-
-    def beside_a_frozen_run(self) -> Model:
-        self.other = lm.gru().requires_grad_(False)
-        self.reg.attach(self.other)
-        self.kept = self.other(lm.inputs())[0]
-        return self
-
     def after_a_run(self) -> Model:
         self.kept = self(lm.inputs())
         return self
 
-    def before_a_validation(self, x: Tensor) -> Tensor:
-        loss = self(x).loss
-        no_grad(self)(x)
-        return loss
+    def after_a_validation(self) -> Model:
+        no_grad(self.eval())(lm.inputs())
+        return self.train()
 
     def second_loss(self, x: Tensor) -> Tensor:
         run = self(x)
@@ -58,26 +46,16 @@ class Model(Attached):
         self.reg.clear()
         return self.end(raw, self.dropout(raw), state).loss
 
-    def without_gradients(self, x: Tensor) -> Tensor:
-        raw, _ = no_grad(self.rnn)(x)
-        return self.head(self.dropout(raw)).sum()
-
-    def transformed(self, x: Tensor) -> Tensor:
-        return self.head(x).sum() * torch.func.grad(lambda y: self(y).loss)(x).sum()
-
-    def beside_a_frozen_evaluation(self, x: Tensor) -> Tensor:
+    def frozen_in_evaluation_beside_another(self, x: Tensor) -> Tensor:
         loss = frozen(self).eval()(x).loss
         self.reg.attach(lm.gru())  # in training, and not called
         return loss
 
     def trained_before_frozen(self, x: Tensor) -> Tensor:
-        self.beside_a_frozen_run().trained()
-        return self.head(self.kept).sum()
-
-    def validated(self, x: Tensor) -> Model:
-        no_grad(self.eval())(x)
-        self.train()
-        return self
+        self.reg.attach(other := lm.gru().requires_grad_(False))
+        kept, _ = other(x)
+        self.reg.on_backward_begin(self(x).loss).backward()
+        return self.head(kept).sum()
 
 
 STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions that return a loss without a penalty
@@ -86,13 +64,10 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "evaluation and a loss of something else": lambda m, x: m.eval().head(x).sum(),
         "evaluation of a frozen module": lambda m, x: frozen(m).eval()(x).loss,
         "frozen": lambda m, x: frozen(m)(x).loss,
-        "frozen, in evaluation beside another": Model.beside_a_frozen_evaluation,
-        "frozen beside another": lambda m, x: m.head(m.trained().beside_a_frozen_run().kept).sum(),
+        "frozen, in evaluation beside another": Model.frozen_in_evaluation_beside_another,
         "frozen, the second loss": lambda m, x: frozen(m).second_loss(x),
-        "frozen, before a validation": lambda m, x: frozen(m).before_a_validation(x),
         "the loss of a frozen encoder after that of a trained one": Model.trained_before_frozen,
         "no gradients": lambda m, x: no_grad(m)(x).loss,
-        "no gradients in inference mode": lambda m, x: torch.inference_mode()(m)(x).loss,
         "no gradients beside a run": lambda m, x: no_grad(m.after_a_run())(x).loss,
         "a loss that needs no gradient": lambda m, x: m.head(x).sum().detach(),
     },
@@ -103,12 +78,12 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "cleared": Model.cleared,
     },
     "1 calls in training mode, 0 of them without gradients, and [01] runs": {  # raw has a mark if there is no dropout
-        "cleared before its dropout": lambda m, x: m.trained().cleared_before_its_dropout(x),
+        "cleared before its dropout": Model.cleared_before_its_dropout,
     },
     "1 calls in training mode, 1 of them without gradients, and 0 runs": {
-        "raw has no gradient": Model.without_gradients,
+        "raw has no gradient": lambda m, x: m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum(),
         "a reentrant checkpoint": reentrant,
-        "a transform of torch.func": Model.transformed,
+        "a transform of torch.func": lambda m, x: m.head(x).sum() * torch.func.grad(lambda y: m(y).loss)(x).sum(),
     },
     "2 calls in training mode, 0 of them without gradients, and 0 runs": {
         "a loss of a frozen module, and a run is left": lambda m, x: frozen(m.after_a_run())(x).loss,
@@ -119,7 +94,7 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
     "0 calls in training mode, 0 of them without gradients, and 0 runs": {
         "nothing is called": lambda m, x: m.head(x).sum(),
         "forward is called": lambda m, x: m.head(m.rnn.forward(x)[0]).sum(),
-        "a copy is called after a validation": lambda m, x: deepcopy(m.validated(x))(x).loss,
+        "a copy is called after a validation": lambda m, x: deepcopy(m.after_a_validation())(x).loss,
     },
 }
 REMEDIES = ("wrapper", "copy", "LayerDrop", "add up all losses", "use_reentrant=False", "torch.compiler.reset()")
@@ -208,7 +183,7 @@ def test_four_runs_over_one_step_with_tar_are_an_error(count: int, beta: float, 
     model.reg.beta = beta
     model(lm.inputs())  # a prefill changes nothing
     runs, longer = [model(lm.inputs()[:, :1]) for _ in range(count)], model(lm.inputs())
-    model.reg.beta = 1.0 - beta  # the forward has had the coefficients
+    model.reg.alpha, model.reg.beta = 5.0, 1.0 - beta  # the forward has had the coefficients
     loss = torch.stack([run.loss for run in (*runs, longer)]).sum()
     if count > 3 and beta:
         with pytest.raises(RuntimeError, match=rf"the LSTM ran {count} times over one .*stack its outputs"):
@@ -226,42 +201,6 @@ def test_runs_of_two_modules_over_one_step_are_counted_by_module() -> None:
     model.reg.on_backward_begin(torch.stack(losses).sum()).backward()
     with pytest.raises(RuntimeError, match="the GRU ran 4 times over one time step"):
         model.reg.on_backward_begin(torch.stack([model(x).loss, *[other(x)[0].sum() for _ in range(4)]]).sum())
-
-
-TIME_FIRST, X, EACH = partial(nn.GRU, HIDDEN, HIDDEN), lm.inputs(), "no mask: every step counts"
-AS_BATCH, BOTH = "raw (3, 7, 6) as batch 3, time 7, hidden 6", {"valid": lambda x: VALID, "starts": lambda x: STARTS}
-PACKED, X4 = pack_sequence([torch.randn(n, HIDDEN) for n in (4, 2)]), torch.randn(3, 2, 7, HIDDEN)
-MASKS = "valid (3, 7): only valid steps count; starts (3, 7): changes into starts do not count"
-SHOWN: dict[str, tuple[Any, dict[str, Any], Any]] = {
-    f"GRU: {AS_BATCH}; {EACH}": (lm.gru, {}, X),
-    f"GRU -> Dropout: raw (3, 7, 6) as time 3, batch 7, hidden 6; {EACH}": (TIME_FIRST, {"dropout": PLAIN(0.1)}, X),
-    f"GRU -> FusedRNNDropout: {AS_BATCH}; {MASKS}": (lm.gru, {"dropout": FusedRNNDropout(0.1), **BOTH}, X),
-    "GRU: raw (6, 6) as 2 packed sequences of up to 4 time steps, hidden 6; every step counts": (lm.gru, {}, PACKED),
-    f"GRU: raw (7, 6) as time 7, hidden 6; {EACH}": (lm.gru, {}, X[0]),
-    f"LSTM (last of 3 layers): {AS_BATCH}; {EACH}": (partial(nn.LSTM, HIDDEN, HIDDEN, 3, batch_first=True), {}, X),
-    f"Identity: raw (3, 2, 7, 6) as batch 3, hidden 2, time 7, hidden 6; {EACH}": (nn.Identity, {"time_dim": 2}, X4),
-}
-
-
-@pytest.mark.parametrize("text", SHOWN)
-def test_reprs_say_what_is_taken_for_what(text: str) -> None:
-    make, options, x = SHOWN[text]
-    module, reg = make(), lm.regularizer()
-    handle = reg.attach(module, **options)
-    label = text.partition(":")[0]
-    assert repr(handle) == f"{label}: no run yet"
-    module.eval()(x)
-    assert repr(handle) == f"{label}: no run yet"
-    result = module.train()(x)
-    raw = result[0] if isinstance(result, tuple) and not hasattr(result, "data") else result
-    if "dropout" in options:
-        options["dropout"](raw)
-    reg.clear()
-    assert repr(handle) == text
-    assert repr(reg) == f"RNNRegularizer(alpha=2.0, beta=1.0, layers=None)\n  {text}"
-    handle.remove()
-    assert repr(handle) == f"{label}: removed"
-    assert repr(reg) == "RNNRegularizer(alpha=2.0, beta=1.0, layers=None)"
 
 
 @pytest.mark.filterwarnings("ignore:attach. no penalty got a gradient")

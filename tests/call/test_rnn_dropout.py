@@ -55,7 +55,8 @@ def test_an_attached_dropout_takes_masks_and_coefficients_of_the_regularizer(p: 
 @pytest.mark.parametrize("by_position", [False, True])
 def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bool, name: str) -> None:
     dropout, own = FusedRNNDropout(0.4), {"p": None, "valid": None, "starts": None, name: OTHER}
-    rnn, reg = lm.attach_gru(dropout, valid=lambda _: VALID, starts=lambda _: STARTS)
+    rnn, reg = lm.gru(), lm.regularizer()
+    reg.attach(rnn, dropout, valid=lambda _: VALID, starts=lambda _: STARTS)
     raw, _ = rnn(lm.inputs())
     dropped = dropout(raw, *own.values()) if by_position else dropout(raw, **{name: OTHER})
     masks: Any = {"valid": VALID, "starts": STARTS} | {name: OTHER}
