@@ -348,6 +348,16 @@ def test_a_module_adds_nothing_inside_a_transform(dropout: Any) -> None:
     model.check(model(x))
 
 
+@lm.each_dropout
+@pytest.mark.parametrize("of", [float, torch.tensor])
+def test_coefficients_are_those_of_the_forward(of: Any, dropout: Any) -> None:
+    model = Attached(nn.LSTM, dropout)
+    model.reg.alpha, model.reg.beta = of(ALPHA), of(BETA)
+    run = model(lm.inputs())
+    model.reg.alpha, model.reg.beta = of(5.0), of(0.0)
+    model.check(run)
+
+
 @pytest.fixture
 def no_collections() -> Iterator[None]:
     """Turn the garbage collection off."""

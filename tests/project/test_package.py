@@ -53,13 +53,34 @@ assert not {"fastai", "lightning", "pytorch_lightning", "transformers", "kernels
 """
 
 
-def test_the_package_is_whole_and_needs_nothing_but_pytorch(tmp_path: Path) -> None:
-    """Without a compiler, the first call warns. The name `kernels` stays free for an unrelated distribution."""
-    tree, site = tmp_path / "tree", tmp_path / "site"
+def copied(tree: Path) -> Path:
+    """Copy the source tree without its libraries."""
     for name in ("fastreg", "kernels"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
+    return tree
+
+
+@more
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_libraries_are_built_again_after_a_change_of_their_sources_alone(tmp_path: Path) -> None:
+    tree = copied(tmp_path / "tree")
+    setup, inodes = tree / "setup.py", []
+    setup.write_text(setup.read_text().replace('"-O3"', '"-O0"').replace("in (3, 4)", "in ()"))  # one library, fast
+    for text in ("", "", "// another version\n"):
+        with (tree / "kernels" / "cpu_rows.h").open("a") as header:
+            header.write(text)
+        python("setup.py", "--quiet", "build_ext", folder=tree)
+        (built,) = tree.glob("kernels/*.so")
+        inodes.append(built.stat().st_ino)
+    assert inodes[0] == inodes[1] != inodes[2]
+    assert "cpu: the C++ kernels; self-test passed\n" in python("-m", "fastreg", folder=tree).stdout
+
+
+def test_the_package_is_whole_and_needs_nothing_but_pytorch(tmp_path: Path) -> None:
+    """Without a compiler, the first call warns. The name `kernels` stays free for an unrelated distribution."""
+    tree, site = copied(tmp_path / "tree"), tmp_path / "site"
     python("setup.py", "--quiet", "build", "--build-lib", str(site), folder=tree, CC="false", CXX="false")
     modules = [x.relative_to(ROOT) for x in (*ROOT.glob("fastreg/**/*.py"), *ROOT.glob("fastreg/kernels/*.py"))]
     built = {x.relative_to(site) for x in site.rglob("*") if x.is_file()}
