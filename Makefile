@@ -30,7 +30,7 @@ help:
 	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options)"
 	@echo "make test    run the tests that most changes need, in five minutes: CPU, interpreted kernels, kernels compiled"
 	@echo "             for an H100 and run on the CPU, kernels on a GPU if there is one, one release of each framework"
-	@echo "make test-more   run the others: more releases of fastai, the study, the notebook, longer sequences"
+	@echo "make test-more   run the others: more releases of fastai, the study, the notebook, builds, longer sequences"
 	@echo "make test-fast   run the essential tests, less than a minute: after each change"
 	@echo "make bench   measure fastreg against the formula in plain PyTorch, on the GPU if there is one, and render the"
 	@echo "             tables of the README and docs: eight minutes on two idle cores (.venv/bin/python -m pytest bench for some)"
