@@ -46,7 +46,7 @@ profile() {  # what the driver and Nsight Compute say, if it is there
 # Files with tests for a GPU name its mark or the fixture of devices. Large tensors come last.
 files=$(grep -rlE '\b(gpus?|device)\b' tests/{kernels,call,attach}/test_*.py | grep -v test_large)
 order=tests/kernels/test_large.py::test_results_do_not_depend_on_the_order_of_programs
-sizes=(tests/kernels/test_large.py::{test_more_elements_than_32_bits_count,test_offsets_past_31_bits})
+sizes=(tests/kernels/test_large.py::{test_more_elements_than_32_bits_count_are_exact,test_offsets_past_31_bits_are_exact})
 sanitized=(-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_kernels.py -k programs_share)
 case $what in
   first)

@@ -168,7 +168,7 @@ class Contract:
         self.fit(formula, fits=2)
         lm.assert_same_weights(model, formula)
 
-    def test_mixed_precision(self) -> None:
+    def test_mixed_precision_trains_the_weights_of_the_formula(self) -> None:
         if not self.can_round:
             pytest.skip("its mixed precision needs a GPU")
         model, formula, exact = self.net(), self.net("rnn"), self.net("rnn")
@@ -205,6 +205,6 @@ class Contract:
             self.fit(model, PATHS | options)
         assert lm.hooks_of(model) == 0 or not self.cleans_up
 
-    def test_a_regularizer_that_is_no_callback(self) -> None:
+    def test_a_regularizer_among_the_callbacks_names_the_adapters(self) -> None:
         with pytest.raises(AttributeError, match=r"RNNRegularizer .* fastreg\.fastai, .* fastreg\.transformers$"):
             self.fit(self.net(), cbs=[lm.regularizer()])

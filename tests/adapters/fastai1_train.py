@@ -172,7 +172,7 @@ def test_no_activations_are_held_after_a_step_that_failed() -> None:
     assert_holds_no_activations_after(train, learn)
 
 
-def test_errors_of_the_callback() -> None:
+def test_the_callback_names_what_is_wrong() -> None:
     learn = learner()
     with pytest.raises(ValueError, match="bptt: expected the usual number of time steps"):
         RNNTrainer(learn, None)

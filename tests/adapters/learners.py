@@ -159,7 +159,7 @@ class LearnerContract(Contract):
         assert_holds_no_activations_after(partial(learn.fit, 1) if what == "fit" else learn.validate, learn)
 
     @pytest.mark.parametrize("then", ["the next fit", "fuse", "another model"])
-    def test_a_fit_after_one_that_was_cut_off(self, then: str) -> None:
+    def test_a_fit_after_one_that_was_cut_off_trains_the_stock_weights(self, then: str) -> None:
         learn, other = self.fuse(self.learner(), dropout=True), self.learner()
         for one in (learn, other):
             self.cut_off(one)
@@ -189,7 +189,7 @@ class LearnerContract(Contract):
             one.eval().reset()
         assert torch.equal(again.model(tokens)[0], learn.model(tokens)[0])
 
-    def test_captured_activations_batch_first_and_time_first(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_captured_activations_are_batch_first_or_time_first(self, capsys: pytest.CaptureFixture[str]) -> None:
         formula, models = self.net("rnn", masks=MASKS), [seeded(Captures), seeded(Captures)]
         self.fit(formula, fits=2)
         models[1].time_first = True
@@ -206,7 +206,7 @@ class LearnerContract(Contract):
                 self.fit(models[1], {})
 
     @pytest.mark.parametrize("layout", [{}, {"time_dim": 0}])
-    def test_captures_of_no_time_steps_and_of_fewer_than_the_mask(self, layout: dict[str, Any]) -> None:
+    def test_captures_may_have_no_time_steps_or_fewer_than_the_mask(self, layout: dict[str, Any]) -> None:
         for steps in (0, 3):
             learn = self.fuse(self.learner(), valid=lambda x: x != 1, **layout)
             now, raw = self.regularizer(learn), torch.rand(2, steps, 4, requires_grad=True)

@@ -166,7 +166,7 @@ def test_terms_are_columns_of_every_log(both: bool) -> None:
     assert learn.metrics.attrgot("name") == ["accuracy"]
 
 
-def test_no_logging_no_terms_without_a_penalty_and_no_recorder(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fit_may_lack_logging_a_penalty_or_a_recorder(capsys: pytest.CaptureFixture[str]) -> None:
     learn = with_paths()
     trained(learn)
     assert not capsys.readouterr().out
@@ -186,7 +186,7 @@ def validate(learn: Any) -> None:
 
 @pytest.mark.parametrize("between", ["after_batch", "after_train", "predictions"])
 @either_regularized
-def test_what_comes_between_batches_or_epochs(make: Any, between: str) -> None:
+def test_what_comes_between_batches_or_epochs_changes_no_weight(make: Any, between: str) -> None:
     """For predictions after each epoch, fastai takes the regularizer out for a while."""
     weights = []
     for learn in (of(Triple, *fa.rnn_cbs(ALPHA, BETA)), make()):
@@ -221,7 +221,7 @@ REJECTED: list[tuple[list[Any], list[Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("own", "of_other", "error", "message"), REJECTED)
-def test_learners_that_cannot_be_trained(own: Any, of_other: Any, error: type[Exception], message: str) -> None:
+def test_learners_that_cannot_be_trained_say_why(own: Any, of_other: Any, error: type[Exception], message: str) -> None:
     learn, _other = of(Model, *own), of(Model, *of_other)
     with pytest.raises(error, match=message):
         trained(learn)
@@ -259,7 +259,7 @@ def test_a_subclass_has_an_order_of_its_own() -> None:
     assert all(before == 0 < after for before, after in zip(seen[::2], seen[1::2], strict=True))
 
 
-def test_a_prediction_within_a_fit_that_ends_like_a_fit() -> None:
+def test_a_prediction_within_a_fit_changes_no_weight() -> None:
     """`tta` begins and ends with the events of a fit, and a fit around it goes on."""
     predict = on("after_batch", lambda learn: learn(["before_fit", "after_fit"]))
     assert gap(trained(with_paths(), predict), trained(with_paths())) == 0

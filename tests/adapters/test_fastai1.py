@@ -26,7 +26,7 @@ def environment_with(release: str, home: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("release", ["1.0.61", pytest.param("1.0.42", marks=more)])
-def test_release(release: str, tmp_path: Path) -> None:
+def test_a_release_of_fastai_1_passes_its_tests(release: str, tmp_path: Path) -> None:
     quiet = ["-q", "--tb=short", "-W", "ignore", "-p", "no:cacheprovider"]
     python("-m", "pytest", *quiet, "tests/adapters/fastai1_train.py", **environment_with(release, tmp_path))
 

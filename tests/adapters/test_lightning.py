@@ -110,7 +110,7 @@ class TestContract(Contract):
         return fit(model, *callbacks, fits=fits, **steps)
 
 
-def test_steps_that_return_a_mapping_and_steps_that_are_skipped() -> None:
+def test_steps_may_return_a_mapping_or_be_skipped() -> None:
     class EveryOther(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:  # pyright: ignore
             loss = super().training_step(batch)
@@ -161,7 +161,7 @@ def test_a_fit_that_is_cut_off_leaves_nothing_behind(error: type[BaseException],
 
 
 @pytest.mark.parametrize("nested", ["validate", "fit"])
-def test_a_trainer_within_a_fit_that_has_the_same_callback(nested: str) -> None:
+def test_a_trainer_within_a_fit_may_have_the_same_callback(nested: str) -> None:
     """It validates the module, which stays attached, or fits another one; the module is attached again after that."""
 
     def start(trainer: Any, module: Any, *_: Any) -> None:
@@ -207,12 +207,12 @@ class Wrapped(Module):
         return self(**batch)["loss"]
 
 
-def test_compiled_modules_and_wrapped_steps() -> None:
+def test_compiled_modules_and_wrapped_steps_train_the_weights_of_the_formula() -> None:
     fit_both(callback(), kind=Wrapped)
     fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
 
 
-def test_a_validation_step_that_calls_the_training_step() -> None:
+def test_a_validation_step_that_calls_the_training_step_gives_no_warning() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         fit_both(callback(), validate=True)

@@ -118,7 +118,7 @@ def test_trains_the_weights_of_the_formula(case: str) -> None:
     assert_same_weights(fit(model, **options, **own).model, fit(formula, transformers.Trainer, **options).model)
 
 
-def test_models_that_the_trainer_makes() -> None:
+def test_models_that_the_trainer_makes_train_the_weights_of_the_formula() -> None:
     made = fit(None, model_init=lambda: lm.seeded(Net))
     formula = fit(None, transformers.Trainer, model_init=lambda: lm.seeded(Net, "rnn"))
     assert_same_weights(made.model, formula.model)
@@ -155,7 +155,7 @@ def both(*kinds: type) -> type:
 
 
 @pytest.mark.parametrize("kinds", [(RegularizedTrainer, OwnStep), (OwnStep, RegularizedTrainer)])
-def test_subclasses_of_trainer_on_either_side(kinds: Any) -> None:
+def test_subclasses_of_trainer_may_stand_on_either_side(kinds: Any) -> None:
     assert_same_weights(fit(lm.seeded(Net), both(*kinds)).model, fit(lm.seeded(Net, "rnn"), OwnStep).model)
 
 
@@ -209,7 +209,7 @@ def test_a_trainer_that_is_made_within_a_training_of_its_model_ends_nothing() ->
     assert_same_weights(made.model, fit(formula, transformers.Trainer, callbacks=[Make()]).model)
 
 
-def test_an_attention_mask_that_does_not_fit_the_module() -> None:
+def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
     """As where a batch has samples, and the layers of the model have frames of them."""
     longer = [{"input_ids": row, "attention_mask": torch.ones(20, dtype=torch.bool)} for row in IDS]
     with pytest.raises(ValueError, match=r"^valid: .* \(3, 20\)\. This is the attention_mask .* pass valid=, a"):
@@ -218,7 +218,7 @@ def test_an_attention_mask_that_does_not_fit_the_module() -> None:
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
 
 
-def test_errors_when_it_is_made() -> None:
+def test_a_trainer_that_is_made_wrongly_says_why() -> None:
     class OwnBeta(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

@@ -80,7 +80,7 @@ def packed(x: Tensor, *lengths: int) -> PackedSequence:
 
 
 @pytest.mark.parametrize(("dropout", "takes"), [(None, "rows"), (PLAIN, "rows"), (PLAIN, "packed sequences")])
-def test_packed_output(dropout: Any, takes: str) -> None:
+def test_packed_output_is_penalized(dropout: Any, takes: str) -> None:
     model = Attached(nn.LSTM, dropout)
     raw, _ = model.rnn(packed(lm.inputs(), 7, 4, 2))
     if takes == "rows":
@@ -261,7 +261,7 @@ def check_counting(model: Counting, loss: Tensor, run: Any, **tolerance: float) 
 
 @lm.each_dropout
 @steps(Counting)
-def test_the_runs_that_count(step: str, dropout: Any) -> None:
+def test_a_loss_takes_the_runs_that_count(step: str, dropout: Any) -> None:
     model = Counting(nn.LSTM, dropout)
     check_counting(model, *getattr(model, step)(lm.inputs()))
 
@@ -315,7 +315,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {  # steps that r
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_steps_that_are_refused(case: str) -> None:
+def test_wrong_steps_are_refused(case: str) -> None:
     (step, message), model, x = REFUSED[case], Attached(nn.LSTM, PLAIN), lm.inputs()
     with pytest.raises(RuntimeError, match=message):
         model.reg.on_backward_begin(step(model, x)).backward()
@@ -506,7 +506,7 @@ REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("argument", REJECTED)
-def test_attach_rejects(argument: str) -> None:
+def test_attach_names_what_was_expected(argument: str) -> None:
     module, options, error, message = REJECTED[argument]
     with pytest.raises(error, match=message):
         lm.regularizer().attach(module, **options)
@@ -526,7 +526,7 @@ GIVEN: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("what", GIVEN)
-def test_a_step_rejects(what: str) -> None:
+def test_a_step_names_what_was_expected_of_a_module(what: str) -> None:
     options, error, message = GIVEN[what]
     module = lm.Returning(options.get("give", lambda raw: raw))
     lm.regularizer().attach(module, **{name: x for name, x in options.items() if name != "give"})

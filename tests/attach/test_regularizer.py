@@ -45,7 +45,7 @@ def test_the_last_layer_counts_or_all_layers(packed: bool, layers: Any, first: i
 @lm.either
 @pytest.mark.parametrize("by_hooks", [False, True])
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
+def test_the_loss_gets_its_terms(alone: bool, by_hooks: bool) -> None:
     assert lm.regularizer().ar is lm.regularizer().tar is None
     model, reg, (decoded, raw, dropped) = captured(by_hooks)
     loss, penalty = lm.criterion(decoded, lm.tokens()), lm.formula(raw, dropped, 1)
@@ -66,7 +66,9 @@ def test_the_loss_and_its_terms(alone: bool, by_hooks: bool) -> None:
     "steps", [{}, {"lengths": torch.tensor([7, 4, 2])}, {"valid": VALID.long(), "starts": STARTS}], ids=list
 )
 @pytest.mark.parametrize(("axis", "layout"), [(1, {}), (0, {"batch_first": False}), (2, {"time_dim": -1})])
-def test_layouts_and_the_steps_that_count(axis: int, layout: dict[str, Any], steps: dict[str, Any]) -> None:
+def test_captures_take_layouts_and_steps_as_the_call_does(
+    axis: int, layout: dict[str, Any], steps: dict[str, Any]
+) -> None:
     raw, dropped = torch.randn(2, BATCH, TIME, HIDDEN, requires_grad=True)
     want, reg = fused_ar_tar(raw, dropped, ALPHA, BETA, **steps), lm.regularizer()
     raw, dropped = raw.movedim(1, axis), dropped.movedim(1, axis)

@@ -105,7 +105,9 @@ MAKERS = {"lengths": lengths_for, "valid": marks_for}
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
-def test_an_upstream_gradient_that_is_not_finite(upstream: float, create_graph: bool, name: str, device: str) -> None:
+def test_an_upstream_gradient_that_is_not_finite_reaches_only_steps_that_count(
+    upstream: float, create_graph: bool, name: str, device: str
+) -> None:
     """The gradient of a step that does not count is 0 all the same."""
     raw, dropped, alone = xs = torch.randn(3, 12, 9, 12, device=device).unbind()
     argument: Any = {name: MAKERS[name](raw)}

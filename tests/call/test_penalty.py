@@ -177,7 +177,7 @@ def test_a_large_upstream_gradient_overflows_in_no_product_with_a_coefficient(de
 
 
 @pytest.mark.parametrize("time", [1, 7])
-def test_a_mask_made_in_inference_mode(time: int, device: str) -> None:
+def test_a_mask_made_in_inference_mode_counts_like_its_copy(time: int, device: str) -> None:
     """A backward cannot keep such a mask, so it keeps a copy, which does not repeat the row of the mask."""
     raw = torch.randn(3, 7, 12, device=device, requires_grad=True)
     with torch.inference_mode():

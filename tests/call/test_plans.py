@@ -131,7 +131,7 @@ ONE_PLAN = {"alpha", "beta", "p", "a subclass"}
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_two_calls_that_differ_in_one_fact(name: str) -> None:
+def test_two_calls_that_differ_in_one_fact_keep_their_results(name: str) -> None:
     function, first, change = PAIRS[name]
     calls = BASE[function] | first, BASE[function] | change
     alone, keys = [], []

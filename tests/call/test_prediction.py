@@ -42,7 +42,7 @@ def alone(call: Any, upstream: Tensor, inputs: Any) -> list[Tensor]:
     [*[("pair", x) for x in (DOUBLE, HALF, BF16, FLOAT)], *[(kind, FLOAT) for kind in ("same", "lengths", "alpha0")]],
     ids=str,
 )
-def test_any_upstream_gradient_after_any_other(kind: str, dtype: torch.dtype, device: str) -> None:
+def test_any_upstream_gradient_after_any_other_is_exact(kind: str, dtype: torch.dtype, device: str) -> None:
     inputs = leaves(7, dtype, device)
     call = functools.partial(CALLS[kind], *inputs)
     upstream = [torch.tensor(x, dtype=DOUBLE if dtype == DOUBLE else FLOAT, device=device) for x in UPSTREAM]
@@ -72,7 +72,7 @@ def test_a_backward_that_the_last_one_of_any_plan_has_announced_reads_no_activat
     assert_same_bits(torch.autograd.grad(got, leaf, grad), want)
 
 
-def test_graphs_in_flight(device: str) -> None:
+def test_graphs_in_flight_have_memory_of_their_own(device: str) -> None:
     """Each graph has its own memory, and expects the upstream gradient of the backward before its forward."""
     inputs, (grad, other) = leaves(7, device=device), torch.tensor([3.0, 5.0], device=device).unbind()
     call = functools.partial(fused_ar_tar, *inputs, 2.0, 1.0)

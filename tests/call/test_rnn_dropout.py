@@ -69,7 +69,7 @@ def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bo
 @pytest.mark.parametrize(
     ("layout", "axis"), [({"batch_first": True}, 1), ({"batch_first": False}, 0), ({"time_dim": -1}, 2)], ids=str
 )
-def test_the_arguments_of_one_call(layout: dict[str, Any], axis: int) -> None:
+def test_the_arguments_of_one_call_take_precedence(layout: dict[str, Any], axis: int) -> None:
     dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA, **layout), torch.randn(4, 5, 600).movedim(1, axis)
     shape = (5, 4) if axis == 0 else (4, 5)
     masks = dict(zip(("valid", "starts"), torch.rand(2, *shape) < 0.7, strict=True))

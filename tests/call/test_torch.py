@@ -112,7 +112,7 @@ class TestCompile:
         assert found[torch.ops.aten.sub.Tensor] == wanted[torch.ops.aten.sub.Tensor] > 0  # also the graph is not empty
 
     @pytest.mark.parametrize("step", [in_autocast, by_a_regularizer, in_a_checkpoint, under_vmap])
-    def test_a_step_in_one_graph(self, step: Call) -> None:
+    def test_a_step_compiles_to_one_graph(self, step: Call) -> None:
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is in_autocast else {}
         check(torch.compile(step, fullgraph=True, backend="aot_eager"), step, **tolerance)
 
@@ -143,7 +143,7 @@ class TestCompile:
         for alpha, beta in ((2.0, 1.0), (3.0, 2.0), (0.0, numpy.float64(1)), (numpy.int64(2), 1.0)):
             assert_close(compiled(x, alpha, beta), fused_ar_tar(x, x, float(alpha), float(beta)))
 
-    def test_one_graph_for_all_values_of_coefficients_in_tensors(self) -> None:
+    def test_one_graph_takes_all_values_of_coefficients_in_tensors(self) -> None:
         def call(alpha: Tensor, beta: Tensor, r: Tensor, d: Tensor) -> Any:
             return CALLS["mask"](r, d, alpha, beta), CALLS["layers"](r, d, alpha, beta)
 
@@ -155,7 +155,7 @@ class TestCompile:
             check(functools.partial(compiled, alpha, beta), functools.partial(call, alpha, beta))
         assert counter.frame_count == 1
 
-    def test_lengths_on_the_cpu_for_a_gpu(self) -> None:
+    def test_lengths_on_the_cpu_are_traced_for_a_gpu(self) -> None:
         """Fake tensors need no GPU. Dynamo cannot trace a call of the driver."""
         call = torch.compile(fused_ar_tar, fullgraph=True, backend="eager")
         with FakeTensorMode():
@@ -194,7 +194,7 @@ def test_a_wrapper_computes_on_its_tensor(call: Call) -> None:
 
 
 @calls()
-def test_tensors_without_data(call: Call) -> None:
+def test_tensors_without_data_get_results_of_the_same_shapes(call: Call) -> None:
     with FakeTensorMode() as mode:
         fake = everything(call, [mode.from_tensor(x) for x in leaves()])
     for got in (fake, everything(call, leaves(device="meta"))):
@@ -207,7 +207,7 @@ def differentiable(call: Call) -> Call:
 
 
 @calls()
-def test_gradients_of_any_order(call: Call, device: str) -> None:
+def test_gradients_of_any_order_are_right(call: Call, device: str) -> None:
     xs = leaves(4, DOUBLE, device)
     assert gradcheck(differentiable(call), xs, fast_mode=True)
     assert gradgradcheck(differentiable(call), xs, fast_mode=True)
@@ -220,7 +220,7 @@ def test_gradients_of_any_order(call: Call, device: str) -> None:
 
 
 @calls(but=DRAWN)
-def test_function_transforms(call: Call, device: str) -> None:
+def test_function_transforms_differentiate_calls(call: Call, device: str) -> None:
     """The derivatives along a direction and the curvature in it equal the derivatives by two backwards."""
     xs, others = leaves(4, DOUBLE, device), [x.flip(0) for x in leaves(4, DOUBLE, device)]
     points, directions = (tuple(x.detach() for x in pair) for pair in (xs, others))
@@ -244,7 +244,7 @@ def test_function_transforms(call: Call, device: str) -> None:
     assert_close(curvature, torch.autograd.grad(along(want), xs, allow_unused=True, materialize_grads=True))
 
 
-def test_vmap_of_marks(device: str) -> None:
+def test_vmap_takes_marks(device: str) -> None:
     raw, marks = torch.randn(3, 4, 7, 2, device=device), torch.rand(3, 4, 7, device=device) < 0.7
     got = torch.func.vmap(lambda x, valid: fused_ar_tar(x, x, 2.0, 1.0, valid=valid))(raw, marks)
     want = [fused_ar_tar(x, x, 2.0, 1.0, valid=valid) for x, valid in zip(raw, marks, strict=True)]
@@ -252,7 +252,7 @@ def test_vmap_of_marks(device: str) -> None:
 
 
 @calls("pair", "packed")
-def test_batched_gradients_of_one_backward(call: Call, device: str) -> None:
+def test_one_backward_takes_batched_gradients(call: Call, device: str) -> None:
     """PyTorch transforms the backward by vmap, whose wrappers have no memory that kernels could read."""
     xs, upstream = leaves(device=device), torch.randn(4, device=device)
     got = call(*xs)
@@ -270,7 +270,7 @@ def test_a_full_graph_of_an_attached_model_says_why_it_breaks() -> None:
     assert "Compile without fullgraph=True, or call fused_ar_tar" in str(raised.value)
 
 
-def test_compiled_autograd() -> None:
+def test_compiled_autograd_gives_the_same_gradients() -> None:
     """Nodes keep steps, orders and coefficients beside the saved tensors."""
 
     def call(raw: Tensor, dropped: Tensor, values: Tensor) -> Tensor:

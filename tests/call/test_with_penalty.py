@@ -40,7 +40,7 @@ def accumulated(loss: Tensor, module: nn.Module) -> list[Tensor | None]:  # reen
 )
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("dtypes", [(FLOAT, FLOAT), (BF16, FLOAT), (FLOAT, DOUBLE), (HALF, BF16)], ids=str)
-def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale: Any) -> None:
+def test_a_view_is_returned_and_passes_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale: Any) -> None:
     x, leaf = X.clone().to(dtypes[0]).requires_grad_(needs), LEAF.detach().to(dtypes[1], copy=True).requires_grad_()
     given = scale.clone() if isinstance(scale, Tensor) else scale
     y = with_penalty(x, leaf + 0, given)
@@ -56,7 +56,7 @@ def test_a_view_and_the_gradient_of_the_penalty(dtypes: Any, needs: bool, scale:
 
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, nullcontext])
-def test_x_itself_where_there_is_no_gradient_to_add(around: Any, needs: bool) -> None:
+def test_x_itself_is_returned_where_there_is_no_gradient_to_add(around: Any, needs: bool) -> None:
     x, penalty = X.clone().requires_grad_(needs), LEAF * 1
     with around():
         assert with_penalty(x, penalty.detach() if around is nullcontext else penalty, 2.0) is x
@@ -64,7 +64,7 @@ def test_x_itself_where_there_is_no_gradient_to_add(around: Any, needs: bool) ->
 
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 @pytest.mark.parametrize("of", [torch.clone, torch.square])
-def test_a_loss_with_the_norm_of_its_gradient_which_contains_the_gradient_of_the_penalty(of: Any, scale: Any) -> None:
+def test_the_norm_of_a_gradient_contains_the_gradient_of_the_penalty(of: Any, scale: Any) -> None:
     rnn, results = lm.gru().double(), []
     raw, dropped = lm.run(rnn, nn.Dropout(0.4), lm.inputs().double())
     for plain in (True, False):
@@ -88,7 +88,9 @@ REGIONS: dict[str, Any] = {
 @pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
 @pytest.mark.parametrize("is_reentrant", [True, False])
 @pytest.mark.parametrize("region", REGIONS)
-def test_activation_checkpointing(region: str, is_reentrant: bool, scale: Any, around: Any) -> None:
+def test_activation_checkpointing_keeps_the_gradient_of_the_penalty(
+    region: str, is_reentrant: bool, scale: Any, around: Any
+) -> None:
     rnn, x = lm.gru(), lm.inputs().requires_grad_()
     torch.manual_seed(3)
     with around():
@@ -105,7 +107,7 @@ def test_activation_checkpointing(region: str, is_reentrant: bool, scale: Any, a
 @pytest.mark.parametrize(
     ("call", "scale"), [(lambda raw, scale: passed(raw, raw, scale), 0.5), (fused, torch.tensor(0.5))]
 )
-def test_torch_compile_and_compiled_autograd(call: Any, scale: Any) -> None:
+def test_torch_compile_and_compiled_autograd_keep_the_gradients(call: Any, scale: Any) -> None:
     rnn, counter = lm.seeded(lambda: lm.Elementwise(HIDDEN, HIDDEN, True)), CompileCounterWithBackend("aot_eager")
 
     def run(x: Tensor) -> Tensor:

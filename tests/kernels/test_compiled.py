@@ -113,7 +113,7 @@ def assert_no_spills(binary: Any, most: int) -> None:
     indirect=["target"],
     ids=str,
 )
-def test_wide_loads_and_no_spills(target: Any, dtype: torch.dtype) -> None:
+def test_loads_are_wide_and_nothing_is_spilled(target: Any, dtype: torch.dtype) -> None:
     """Lengths, starts and packed sequences take the code of marks, which adds its own loads, and changes no other."""
     for name, binary in variants(dtype):
         numbers = [x for name, x in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
@@ -152,7 +152,7 @@ def test_registers_let_as_many_programs_run_at_once_as_planned(target: Any, dtyp
     indirect=["target"],
     ids=str,
 )
-def test_no_spills_on_other_gpus_or_with_narrow_loads(target: Any, dtype: torch.dtype, hidden: int) -> None:
+def test_nothing_is_spilled_on_other_gpus_or_with_narrow_loads(target: Any, dtype: torch.dtype, hidden: int) -> None:
     binaries = [binary for _, binary in registers.compiled(dtype, hidden)]
     for binary in (*binaries, *steps_kernel.device_caches[0][0].values()):
         assert_no_spills(binary, SPILLED_BY_128 if hidden == 400 else MOST_SPILLED_NARROW)

@@ -126,7 +126,7 @@ def test_nothing_is_allocated_beyond_the_results(
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "constant", "heavy"])
-def test_error_of_a_sum_of_16_million_elements(dtype: torch.dtype, kind: str) -> None:
+def test_a_sum_of_16_million_elements_has_a_small_error(dtype: torch.dtype, kind: str) -> None:
     x = torch.randn(64, 256, 1024)
     x = {"normal": x, "constant": torch.full_like(x, 0.1), "heavy": x**3}[kind].to(dtype)
     got = fused_ar_tar(x, x, 1.0, 1.0, return_terms=True)
@@ -138,7 +138,7 @@ def test_error_of_a_sum_of_16_million_elements(dtype: torch.dtype, kind: str) ->
 @pytest.mark.parametrize("lengths", [None, torch.arange(40) * 5 % 91], ids=["whole", "lengths"])
 @pytest.mark.parametrize("layout", [Tensor.contiguous, transposed], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtypes", [(FLOAT, BF16), (DOUBLE, DOUBLE)], ids=str)  # which shows the order of sums
-def test_the_same_bits_for_any_number_of_threads(dtypes: Any, layout: Any, lengths: Tensor | None) -> None:
+def test_any_number_of_threads_gives_the_same_bits(dtypes: Any, layout: Any, lengths: Tensor | None) -> None:
     raw, dropped = (layout(values((40, 90, 130), d)).requires_grad_() for d in dtypes)
     got: list[list[Tensor]] = []
     for number in (1, 2, 3, 8, 2):
@@ -147,7 +147,7 @@ def test_the_same_bits_for_any_number_of_threads(dtypes: Any, layout: Any, lengt
         assert all(x.equal(y) for x, y in zip(got[0], got[-1], strict=True))
 
 
-def test_more_items_than_programs_and_more_elements_than_32_bits_count() -> None:
+def test_more_items_than_programs_and_elements_than_32_bits_count_are_exact() -> None:
     """Many views of one sequence have the mean of that sequence; each of them is an item, in each of two walks."""
     raw, dropped = torch.randn(2, 1, 64, 256).unbind()
     many = 2**17 + 1, 64, 256

@@ -31,7 +31,9 @@ def leaves(device: str, *shape: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_one_launch_forward_and_one_backward(same: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_takes_one_launch_forward_and_one_backward(
+    same: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched = []
     call = launch.Launch.__call__
     monkeypatch.setattr(launch.Launch, "__call__", lambda its, *values: launched.append(its) or call(its, *values))
@@ -58,7 +60,7 @@ def test_few_programs_share_the_items_and_indices_have_64_bits(
     check_dropout(raw, dropped.detach())
 
 
-def test_more_partial_sums_than_are_loaded_at_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_partial_sums_than_are_loaded_at_once_add_up(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "SHORT_RUN", tiling.UNROLL)
     if INTERPRETED:
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))

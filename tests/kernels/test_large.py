@@ -70,7 +70,9 @@ def test_results_do_not_depend_on_the_order_of_programs(
         pytest.param((2**20 + 1, 1, 2**11), True, (slice(-1, None), ALL, slice(-512, None)), id="one_step"),
     ],
 )
-def test_more_elements_than_32_bits_count(shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...]) -> None:
+def test_more_elements_than_32_bits_count_are_exact(
+    shape: tuple[int, ...], batch_first: bool, end: tuple[slice, ...]
+) -> None:
     """Everything but the end is 0, so the end has the gradient of a short tensor."""
     time = 1 if batch_first else 0
     raw = torch.zeros(shape, dtype=HALF, device="cuda")
@@ -90,7 +92,7 @@ def test_more_elements_than_32_bits_count(shape: tuple[int, ...], batch_first: b
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("strides", [(2**31 + 5, 9), (10, 2**31 + 3), (2**31 + 8, 16), (2**30 + 5, 9), (10, 2**30 + 3)])
-def test_offsets_past_31_bits(strides: tuple[int, int], dropout: bool, device: str) -> None:
+def test_offsets_past_31_bits_are_exact(strides: tuple[int, int], dropout: bool, device: str) -> None:
     """The rows have large strides in memory that is reserved but, on the CPU, hardly touched."""
     shape = (4, 2, 8) if strides[0] > strides[1] else (2, 4, 8)
     memory = torch.empty(3 * (2**31 + 8) + 128, dtype=HALF, device=device)

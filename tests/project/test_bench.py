@@ -71,7 +71,7 @@ def test_a_busy_machine_is_noticed() -> None:
     assert timing.share_waiting(turns["work"]) > timing.MOST_WAITING
 
 
-def test_peak_bytes(device: str) -> None:
+def test_peak_bytes_are_those_of_the_temporaries(device: str) -> None:
     x = torch.randn(128, 128, device=device)
     # There are two temporaries at a time, and one of them together with the result.
     assert figures.peak_bytes(lambda _: (x.exp().add(1).exp(),), device) == pytest.approx(x.nbytes, abs=64)

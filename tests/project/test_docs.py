@@ -292,7 +292,7 @@ VALID, STARTS = DRAWN < 0.7, DRAWN < 0.25
 
 
 @pytest.mark.parametrize("mask", [None, PREFIX])
-def test_reconstruction_and_velocity(mask: Any) -> None:
+def test_reconstruction_and_velocity_equal_the_loss_of_diffposetalk(mask: Any) -> None:
     """In the loss of DiffPoseTalk a change counts if its second step counts."""
     function, target, counts = recipe("reconstruction_and_velocity"), torch.randn(3, 9, 6), PREFIX | (mask is None)
 
@@ -303,7 +303,7 @@ def test_reconstruction_and_velocity(mask: Any) -> None:
     check(lambda pred: function(pred, target, 2.0, 5.0, mask), diffposetalk, 3, 9, 6)
 
 
-def test_curvature() -> None:
+def test_curvature_equals_second_differences() -> None:
     """In DiffPoseTalk's, too, only the last of three steps has to count."""
     function = recipe("curvature")
     check(lambda x: function(x, 1.0, PREFIX), lambda x: x.diff(n=2, dim=1)[PREFIX[:, 2:]].square().mean(), 3, 9, 12)
@@ -311,7 +311,7 @@ def test_curvature() -> None:
     check(lambda x: function(x, 1.0, VALID, STARTS), lambda x: squares(x, VALID, STARTS, n=2).mean(), 3, 12, 6)
 
 
-def test_action_smoothness() -> None:
+def test_action_smoothness_equals_squared_changes_within_episodes() -> None:
     function = recipe("action_smoothness")
     episodes = STARTS.T.float()
     check(
@@ -339,7 +339,7 @@ def test_a_line_of_the_table_equals_the_formula(row: list[str]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (5, 6, 8)], ids=str)
-def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
+def test_activity_of_named_modules_is_penalized(shape: tuple[int, ...]) -> None:
     function, gru = recipe("activity_regularizer"), torch.nn.GRU(7, 4)
     model, x = torch.nn.Sequential(torch.nn.Linear(8, 7), torch.nn.ReLU(), gru), torch.randn(shape)
     found = function(model, {"1": 0.5, "2": 2.0})
@@ -352,7 +352,7 @@ def test_activity_of_modules_by_name(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
-def test_hubert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_for_hubert_masks_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the mask of frames with the model's own, and the logged terms with the formula."""
     skip_without("transformers")
     monkeypatch.chdir(tmp_path)
@@ -371,7 +371,7 @@ def test_hubert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
-def test_recurrent_ppo() -> None:
+def test_the_recipe_for_recurrent_ppo_masks_its_padding() -> None:
     """Compare what the hook adds to the gradient in padded minibatches, and the logged terms, with the formula."""
     skip_without("sb3_contrib")
     names = recipe("regularize").__globals__
