@@ -211,6 +211,17 @@ def test_steps_are_checked() -> None:
     assert "1 failed, 6 passed" in output
 
 
+@more
+def test_two_runs_are_compared_and_drawn_by_options_of_pytest_benchmark(tmp_path: Path) -> None:
+    skip_on_formula("cpu")
+    skip_without("pygal")
+    own = "bench", "-k", "20x70x96-float32 and fastreg", f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.02"
+    python("-m", "pytest", *own, "--benchmark-save=one", **ENVIRONMENT)
+    drawn = f"--benchmark-histogram={tmp_path}/drawn"
+    assert "(0001_one)" in python("-m", "pytest", *own, "--benchmark-compare", drawn, **ENVIRONMENT).stdout
+    assert [*tmp_path.glob("drawn*.svg")]
+
+
 def test_options_without_effect_are_refused() -> None:
     done = python("-m", "pytest", "bench", "--benchmark-cprofile=tottime", "--collect-only", fails=True)
     assert "--benchmark-cprofile has no effect here: " in done.stderr
