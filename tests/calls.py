@@ -133,7 +133,7 @@ CALLS: dict[str, Call] = {
 
 
 def calls(*names: str, but: tuple[str, ...] = ()) -> Any:
-    """Parametrize a test by calls of these names, or by all whose names begin otherwise than `but`."""
+    """Parametrize a test by the named calls, or by all calls whose names do not begin with one of `but`."""
     names = names or tuple(name for name in CALLS if not name.startswith(but))
     return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
 

@@ -173,7 +173,7 @@ class Kind:
     def check_gradients(self, penalty: Tensor, want: ARTAR, leaves: dict[Tensor, Tensor], *drops: Tensor) -> None:
         """Compare the gradients of leaves, which come with their values in float64, in two backwards.
 
-        If the call drops units, `drops` is dropped, its upstream gradient, and what this adds to the gradient.
+        If the call drops units, `drops` is dropped, its upstream gradient, and their part of the gradient.
         """
         for retain in (True, False) if leaves else ():  # a second backward forms the gradients anew
             scale = self.draw.choice([1.0, 1.0, 100.0, 7.0])

@@ -43,7 +43,7 @@ REGIONS = "the net", "the RNN", "the RNN and its dropout"  # which a checkpoint 
 GRADIENTS = "once", "twice", "of the gradients", "of activations, too", "of the penalty alone"
 
 cp: Any = partial(checkpoint, use_reentrant=False)
-Call = list[dict[str, Tensor]]  # what the net with the hooks has returned, and what the one in plain PyTorch has
+Call = list[dict[str, Tensor]]  # the tensors from the net with the hooks, and those from the net in plain PyTorch
 
 
 class Net(nn.Module):

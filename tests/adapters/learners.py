@@ -26,7 +26,7 @@ def subclass(part: Any, _: Any = None) -> None:
     part.__class__ = type("Mine", (type(part),), {})
 
 
-# what a user has done to the callback and to the decoder, if anything, the options of `fuse`, and the error
+# a change of the callback or of the decoder, or `None`; the options of `fuse`; and the error
 REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, AttributeError, "no attribute `lstm`"),
     (None, {"lengths": len}, TypeError, "expected rnn, dropout, .*, valid, starts, got an argument with the name 'len"),
@@ -173,7 +173,7 @@ class LearnerContract(Contract):
             if then == "another model":
                 new = self.learner() if one is other else self.fuse(self.learner(), dropout=True)
                 one.model, one.opt = new.model, None
-                one.layer_groups = getattr(new, "layer_groups", None)  # of which fastai 1 makes the optimizer
+                one.layer_groups = getattr(new, "layer_groups", None)  # fastai 1 makes the optimizer of these layers
         assert gap(self.trained(learn), self.trained(other)) < 1e-5
 
     def test_exports_regularize_again_after_fuse(self) -> None:

@@ -160,7 +160,7 @@ def test_subclasses_of_trainer_may_stand_on_either_side(kinds: Any) -> None:
 
 
 class Columns(list[Any]):
-    """A dataset as those of Hugging Face, whose column the trainer takes out before an example is read."""
+    """A dataset with columns, as Hugging Face has it. The trainer takes one out before an example is read."""
 
     column_names = "input_ids", "attention_mask"
 

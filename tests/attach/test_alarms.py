@@ -107,7 +107,7 @@ def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, alpha: float, 
     for _ in range(rights):
         m.right()
     m.reg.alpha = 2
-    found = alarms(lambda: LOSING[step](m)).items()  # a FusedRNNDropout behind a copy has a warning of its own
+    found = alarms(lambda: LOSING[step](m)).items()  # a FusedRNNDropout behind a copy warns, too
     ((at, message),) = [(at, x) for at, x in found if x.startswith("attach: no penalty got a gradient in 1")]
     assert LIMIT - 10 <= at <= LIMIT + 12
     assert "runs of the attached LSTM" in message

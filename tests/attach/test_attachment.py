@@ -39,7 +39,7 @@ MASKS: dict[str, Any] = {"valid": lambda x: VALID, "starts": lambda x: STARTS}
 EACH, ONE, COUNTED = "no mask: every step counts", "raw (7, 6) as time 7, hidden 6", "only valid steps count"
 OF_BOTH = f"valid (3, 7): {COUNTED}; starts (3, 7): changes into starts do not count"
 AXIS: dict[str, Any] = {"time_dim": 2}
-# What a handle says; the module, the options of `attach`, the shape of the input, and the axis of time.
+# The text of a handle; the module, the options of `attach`, the shape of the input, and the axis of time.
 LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int]] = {
     f"LSTM: raw (3, 7, 6) as batch 3, time 7, hidden 6; {OF_BOTH}": (LSTM, MASKS, SHAPE, 1),
     f"LSTM (last of 3 layers): {ONE}; valid (7,): {COUNTED}": (partial(LSTM, num_layers=3), MASK, (TIME, HIDDEN), 0),
@@ -175,7 +175,7 @@ def test_results_are_rebuilt_and_a_loss_finds_the_run_by_raw_or_a_state(dropout:
 
 
 class Closed(tuple):
-    """A tuple with a constructor of its own."""
+    """A tuple with another constructor."""
 
     def __new__(cls, raw: Tensor, state: Tensor) -> Any:
         return super().__new__(cls, (raw, state))

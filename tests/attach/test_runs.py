@@ -1,4 +1,4 @@
-"""The life of a run: the outcomes of a loss, what the regularizer remembers, and what stays in memory."""
+"""The life of a run: the outcomes of a loss, the memory of the regularizer, and the activations that stay alive."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_the_forward_allocates_only_the_gradients_that_are_needed(mode: Any, nee
 
     forward()  # a plan of the usual mode is no plan of the deterministic one
     with mode():
-        for grad in torch.tensor([1.0, 3.0], device=device).unbind():  # what is expected, and another one
+        for grad in torch.tensor([1.0, 3.0], device=device).unbind():  # the expected one, and another one
             allocated, penalty = memory_of(forward, device)
             assert len(xs) * raw.nbytes <= allocated < (len(xs) + 0.5) * raw.nbytes
             assert memory_of(functools.partial(backward, penalty, grad), device)[0] < 0.5 * raw.nbytes
@@ -142,7 +142,7 @@ def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_ba
     got = total(call(*xs, alpha, beta))
     beta.fill_(1.0)
     error = pytest.raises(RuntimeError, match=r"beta: .*modified by an inplace operation")
-    with nullcontext() if backend_for(torch.device(device)) is None else error:  # the formula keeps what it has read
+    with nullcontext() if backend_for(torch.device(device)) is None else error:  # the formula keeps a value
         got.backward()
 
 
@@ -173,7 +173,7 @@ def test_a_large_upstream_gradient_overflows_in_no_product_with_a_coefficient(de
         assert_close([x.double() for x in gradients], [*want], rtol=1e-5, atol=1e30)
 
 
-# Dropout: masks of inference mode, calls that drop nothing, and what a plan keeps
+# Dropout: masks of inference mode, calls that drop nothing, and the backwards of a plan
 
 
 @pytest.mark.parametrize("time", [1, 7])

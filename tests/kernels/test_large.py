@@ -1,4 +1,4 @@
-"""What fills a GPU: many launches beside another kernel, and more elements and longer strides than 32 bits count."""
+"""Work that fills a GPU: many launches beside another kernel, and elements and strides that 32 bits cannot count."""
 
 from __future__ import annotations
 

@@ -372,7 +372,7 @@ def test_the_recipe_for_hubert_masks_its_frames(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
 def test_the_recipe_for_recurrent_ppo_masks_its_padding() -> None:
-    """Compare what the hook adds to the gradient in padded minibatches, and the logged terms, with the formula."""
+    """Compare the gradient that the hook adds in padded minibatches, and the logged terms, with the formula."""
     skip_without("sb3_contrib")
     names = recipe("regularize").__globals__
     options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}

@@ -60,7 +60,7 @@ class Executor(StandInDriver):
         return partial(self.launch, source.signature.values(), metadata.num_warps)
 
     def launch(self, kinds: Any, warps: int, *given: Any) -> None:
-        """Run the programs of a launch, given what Triton gives to its launchers."""
+        """Run the programs of a launch. Triton calls its launchers with these arguments."""
         grid, _, _, _, function, _, _, _, _, *arguments = given
         decoded, shared = self.kernels[function]
         typed = [(kind, x) for kind, x in zip(kinds, arguments, strict=True) if kind != "constexpr"]
