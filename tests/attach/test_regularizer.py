@@ -187,6 +187,7 @@ def test_on_loss_begin_rejects_outputs(output: Any) -> None:
         (lambda: RNNRegularizer(0, float("nan")), ValueError, "beta"),
         (lambda: lm.regularizer(layers="first"), ValueError, "layers: expected 'last', 'all' or None, got 'first'"),
         (lambda: RNNRegularizer(0, 0, bptt=0), ValueError, "bptt: expected a positive integer, got 0"),
+        (lambda: RNNRegularizer(0, 0, bptt=True), TypeError, "bptt: expected a positive integer, got bool"),
         (lambda: RNNRegularizer(0, 0, bptt=5).scaled_lr(OPTIMIZER, -1), ValueError, "seq_len: expected a positive"),
         (lambda: RNNRegularizer(0, 0).scaled_lr(OPTIMIZER, 70), RuntimeError, r"pass RNNRegularizer\(..., bptt="),
         (lambda: lm.regularizer(bptt=5).scaled_lr(None, 5), TypeError, "optimizer: expected an optimizer .* NoneType"),  # pyright: ignore[reportArgumentType]
