@@ -145,7 +145,7 @@ class LearnerContract(Contract):
         size, length = (TIME, BATCH) if time_first else (BATCH, TIME)
         rows = [((x - x // 2, x // 2) if captured else (x,), -x) for x in tokens(BATCHES * size, length)]
         learn = self.learner_of(Captures() if captured else Net(), rows=rows, size=size)
-        options = {} if captured else {"rnn": "decoder"}
+        options = {} if captured else {"rnn": ["decoder", "turned"]}  # which is turned, and has fewer
         now = self.regularizer(self.fuse(learn, batch_first=not time_first, **options))
         now.bptt, now.adjust = 2 * TIME, True  # which only fastai 1 has to be told
         *scaled, after = self.lrs_of_steps(learn, 0.5)

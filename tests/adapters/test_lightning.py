@@ -114,14 +114,16 @@ def test_steps_may_return_a_mapping_or_be_skipped() -> None:
     class EveryOther(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:  # pyright: ignore
             loss = super().training_step(batch)
-            return None if batch_idx % 2 else UserDict(loss=loss, more=1)
+            returned.append(UserDict(loss=loss, more=loss))
+            return None if batch_idx % 2 else returned[-1]
 
         def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
             seen.append(bool(outputs and outputs["more"]))
 
-    seen: list[bool] = []
+    seen, returned = list[bool](), list[Any]()
     fit_both(callback(), kind=EveryOther)
     assert seen == [True, False] * 6
+    assert all(x["loss"] is x["more"] for x in returned), "a mapping of the module is not changed"
 
 
 def test_logs_the_means_of_the_terms_over_an_epoch() -> None:

@@ -159,6 +159,13 @@ def test_subclasses_of_trainer_may_stand_on_either_side(kinds: Any) -> None:
     assert_same_weights(fit(lm.seeded(Net), both(*kinds)).model, fit(lm.seeded(Net, "rnn"), OwnStep).model)
 
 
+class Unread(list[Any]):
+    """A dataset that shows no example before the loader asks for a batch, as an example may draw random numbers."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("an example was read")
+
+
 class Columns(list[Any]):
     """A dataset with columns, as Hugging Face has it. The trainer takes one out before an example is read."""
 
@@ -173,7 +180,7 @@ class Stream(torch.utils.data.IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("model", "data", "options", "count"),
     [
-        (Net(), MASKED, {}, 1),
+        (Net(), Unread(MASKED), {}, 1),
         (Net(), Stream(), {}, 1),
         (Net(), Columns(DATA), {}, 1),
         (Net(), DATA, {}, 0),

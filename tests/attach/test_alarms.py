@@ -197,6 +197,10 @@ class Right(Model):
         frozen(self).rnn.eval()
         self.regularized(self.loss() + self.beside())
 
+    def called_without_gradients_beside_another(self) -> None:
+        no_grad(self)(inputs())
+        self.regularized(self.beside())
+
     def lbfgs(self) -> None:
         optimizer = torch.optim.LBFGS(self.rnn.parameters(), max_iter=5)
 

@@ -162,6 +162,7 @@ def test_a_scaled_lr_is_restored() -> None:
             if error:
                 raise error
         assert [group["lr"] for group in groups] == [0.3, 0.1, 0.25, 0.25]
+    assert repr(reg) == "RNNRegularizer(alpha=0.0, beta=0.0, layers=None, bptt=70)"
 
 
 RAW, RNN = torch.randn(BATCH, TIME, HIDDEN), lm.gru()

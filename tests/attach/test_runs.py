@@ -51,6 +51,10 @@ class Model(Attached):
         self.reg.attach(lm.gru())  # in training, and not called
         return loss
 
+    def frozen_after_an_evaluation(self, x: Tensor) -> Tensor:
+        self.eval()(x)
+        return frozen(self)(x).loss
+
     def trained_before_frozen(self, x: Tensor) -> Tensor:
         self.reg.attach(other := lm.gru().requires_grad_(False))
         kept, _ = other(x)
@@ -63,6 +67,7 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "evaluation under no_grad": lambda m, x: no_grad(m.eval())(x).loss,
         "evaluation and a loss of something else": lambda m, x: m.eval().head(x).sum(),
         "evaluation of a frozen module": lambda m, x: frozen(m).eval()(x).loss,
+        "evaluation of a frozen module after that of a trained one": Model.frozen_after_an_evaluation,
         "frozen": lambda m, x: frozen(m)(x).loss,
         "frozen, in evaluation beside another": Model.frozen_in_evaluation_beside_another,
         "frozen, the second loss": lambda m, x: frozen(m).second_loss(x),

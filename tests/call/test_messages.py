@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from contextlib import nullcontext
 from fractions import Fraction
 from importlib.util import find_spec
@@ -49,6 +48,7 @@ OF_BOTH: list[Any] = [
     (r"lengths: .* to the 5 time steps .*, got -1$", ValueError, {"raw": MANY, "lengths": TOO_LOW[:, 0]}),
     (r"lengths: .* to the 5 time steps .*, got 6$", ValueError, {"raw": MANY, "lengths": TOO_HIGH[:, 0]}),
     (r"lengths: expected shape \(2,\), .*, got \(1,\)$", ValueError, {"lengths": LENGTHS[:1]}),
+    (r"lengths: .* to the 5 time steps .*, got 6$", ValueError, {"lengths": tensor([0, 6])}),
     ("valid: .*, got -1$", ValueError, {"raw": MANY, "valid": TOO_LOW}),
     ("starts: .*, got 6$", ValueError, {"raw": MANY, "starts": TOO_HIGH}),
     ("raw: ", TypeError, {"raw": X.int()}, {"raw": JAGGED}),
@@ -99,7 +99,7 @@ OF_PENALTY: list[Any] = [
     (r"alpha: .* where raw\[0\] is", ValueError, {"raw": [X, X], "alpha": tensor(1.0, device="meta")}),
     (r"raw\[1\]: .*an RNN returns", TypeError, {"raw": [X, (X, X)], "dropped": [X, X]}),
     (r"raw\[1\]: .*an RNN returns", ValueError, {"raw": (X, X[:, :1])}, {"raw": [X, X.movedim(2, 1)], "time_dim": -1}),
-    (r"raw\[1\]: ", ValueError, {"raw": [PACKED, OTHER]}),
+    (r"raw\[1\]: expected the batch_sizes of raw\[0\], got", ValueError, {"raw": [PACKED, OTHER]}),
     ("dropped: ", TypeError, {"raw": PACKED, "dropped": PACKED.data}),
     ("dropped: ", ValueError, {"raw": PACKED, "dropped": OTHER}, {"raw": PACKED, "dropped": DECORATED}),
     (r"raw\.data: ", ValueError, {"raw": ROWS_OF_ROWS}),
@@ -268,7 +268,7 @@ def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_att
 def test_a_schedule_may_set_a_coefficient_and_none_beside_a_number_is_0() -> None:
     dropout, raw = FusedRNNDropout(0.3, beta=BETA), own()
     assert (dropout.alpha, dropout.beta) == (0.0, BETA)
-    assert re.fullmatch(r"FusedRNNDropout\(p=0.3, alpha=0.0, beta=\d.*\)", str(dropout))
+    assert str(dropout) == f"FusedRNNDropout(p=0.3, alpha=0.0, beta={BETA})"
     assert str(FusedRNNDropout(0.3)) == "FusedRNNDropout(p=0.3)"
     dropout = FusedRNNDropout(0.3)
     dropout.alpha = ALPHA

@@ -146,6 +146,16 @@ def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_ba
         got.backward()
 
 
+def test_a_change_in_place_is_no_error_where_only_dropped_has_a_gradient(device: str) -> None:
+    raw, beta = leaves(device=device)[0], torch.tensor(1.0, device=device)
+    dropped, penalty = fused_dropout_ar_tar(raw, 0.5, 2.0, beta)
+    beta.fill_(3.0)
+    dropped.sum().backward(retain_graph=True)
+    error = pytest.raises(RuntimeError, match=r"beta: .*modified by an inplace operation")
+    with nullcontext() if backend_for(torch.device(device)) is None else error:
+        penalty.backward()
+
+
 def test_coefficients_of_inference_mode_count_and_objects_keep_the_very_tensor(device: str) -> None:
     with torch.inference_mode():
         alpha = torch.tensor(3.0, device=device)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.key import facts_of
 from tests.calls import CALLS, Nothing, flat, leaves, marks_for, mask_for, packed, total
 from tests.conftest import PLANS, memory_of, skip_on_formula
 from tests.samples import Decorated, transposed
@@ -124,6 +125,14 @@ def outcome(function: Callable[..., Any], options: dict[str, Any]) -> list[Any]:
     for x in [x for x in xs if x is not None]:
         described += x.dtype, x.shape, x.stride(), x.requires_grad, x.is_meta or x.tolist()
     return described
+
+
+def test_each_gpu_has_its_own_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = []
+    for i in range(2):
+        monkeypatch.setattr(Tensor, "device", torch.device("cuda", i))
+        facts.append(facts_of([RAW]))
+    assert facts[0] != facts[1]
 
 
 # Values are no part of a key.

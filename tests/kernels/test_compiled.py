@@ -137,6 +137,8 @@ def test_registers_let_as_many_programs_run_at_once_as_planned(target: Any, dtyp
     assert found["sum and write"][2] == "8 of 8", "loads in the table of bench/NOTES.md"
     for name in REGISTERS_OF:  # the L1 cache does not see the stores of other programs
         assert binaries[name].asm["ptx"].count("ld.global.cg.") == PARTIAL_SUMS
+    (steps,) = steps_kernel.device_caches[0][0].values()
+    assert "ld.global.cg." in steps.asm["ptx"], "its partial counts"
 
 
 @more
@@ -282,3 +284,10 @@ def test_tickets_that_are_ready_are_drawn_without_an_allocation(monkeypatch: pyt
     assert allocated == [8, 8, 1]
     assert len({x.data_ptr() for x in drawn}) == 17
     assert not drawn[0].is_inference(), "launches change it outside of inference mode, too"
+
+
+def test_each_stream_has_a_ticket_for_each_number_of_programs() -> None:
+    tickets = streams.Tickets()
+    at = [tickets.of(torch.device("cpu"), *key).data_ptr() for key in ((1, 4), (1, 8), (2, 4)) * 2]
+    assert at[:3] == at[3:]
+    assert len({*at}) == 3

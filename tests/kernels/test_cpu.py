@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
+import re
 from ctypes import string_at
 from functools import cache
 from itertools import product
@@ -20,7 +21,7 @@ from bench.measure.timing import threads
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import CPP
 from fastreg.kernels import cpu
-from tests.conftest import CPU, memory_of, python
+from tests.conftest import CPU, ROOT, memory_of, python
 from tests.exact import spoil, truth
 from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
@@ -78,7 +79,8 @@ def test_libraries_are_loaded_that_the_processor_runs_and_pytorch_allows(
     capability: str, level: int, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     libraries = [tmp_path / f"{name}.abi3.so" for name in ("_cpu_v4", "_cpu_v3", "_cpu")]
-    for library in (*libraries, tmp_path / "new_cpu.abi3.so"):  # a copy that a build has left unfinished
+    (unfinished,) = re.findall(r'with_name\(f"(.*)"\)', (ROOT / "setup.py").read_text())  # a copy that a build makes
+    for library in (*libraries, tmp_path / unfinished.format(old=libraries[-1])):
         library.touch()
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
     monkeypatch.setattr(cpu, "processor_level", lambda: level)

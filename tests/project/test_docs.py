@@ -229,6 +229,16 @@ def test_the_patch_in_the_lab_book_applies_to_the_kernel(tmp_path: Path) -> None
     subprocess.run(["git", "apply", "--check", str(file)], cwd=ROOT, check=True)
 
 
+def test_the_lab_book_shows_the_predicted_shares_of_a_copy() -> None:
+    skip_without("triton")
+    from bench.offline.prediction import COPY, DTYPES, SHAPES, share
+
+    notes = (ROOT / "bench" / "NOTES.md").read_text()
+    for shape in SHAPES:
+        found = [[f"{share(shape, x, COPY[gpu][0]):.0%}" for gpu in ("H100", "H200", "B200")] for x in DTYPES]
+        assert f"| {shape} | {' | '.join(map(' / '.join, found))} |" in notes
+
+
 CALLS = """
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
 from torch import Tensor, ones

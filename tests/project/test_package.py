@@ -26,6 +26,12 @@ def test_the_version_is_that_of_the_distribution_and_of_the_newest_changes() -> 
         assert fastreg.__version__ == first, file
 
 
+def test_pre_commit_runs_the_ruff_of_make_lint() -> None:
+    files = "pyproject.toml", ".pre-commit-config.yaml"
+    (of_lint,), (of_hooks,) = (re.findall(r'"(ruff==[\d.]+)"', (ROOT / file).read_text()) for file in files)
+    assert of_lint == of_hooks
+
+
 @more
 @pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="needs AVX2")
 def test_the_library_is_named_and_why_it_is_not_a_better_one() -> None:

@@ -181,6 +181,16 @@ def test_an_example_learns(
     assert float(tars[-1]) > 0, "the last batch has changes"
 
 
+@pytest.mark.parametrize("script", ["loop.py", "custom_rnn.py"])
+def test_an_example_ends_after_as_many_epochs_as_it_is_told(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, "--epochs", "1"])
+    with threads(1):
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    assert len(re.findall(SCRIPTS[script][1], capsys.readouterr().out)) == 1
+
+
 def kinds_of_outputs(cell: Any) -> list[list[str]]:
     return [[output.output_type, *sorted(output.get("data", {}))] for output in cell.outputs]
 
