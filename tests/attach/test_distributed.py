@@ -137,7 +137,9 @@ def test_dtensors_have_the_mean_of_the_whole(placement: Any, batch_first: bool, 
 def test_tensors_on_another_gpu_are_worked_on_there() -> None:
     raw, dropped, mask = torch.randn(3, 3, 7, 12, device="cuda:1").unbind()
     with torch.cuda.device(0):
-        check_penalty(raw.requires_grad_(), dropped.requires_grad_(), 2.0, 1.0)
-        check_dropout(raw, mask[:, :1], 2.0, 1.0)
+        for device in ("cuda:0", "cuda:1"):  # which have their own plans of one size
+            check_penalty(*(x.detach().to(device).requires_grad_() for x in (raw, dropped)))
+            check_dropout(raw.detach().to(device).requires_grad_(), mask[:, :1].to(device))
+        raw, dropped = raw.requires_grad_(), dropped.requires_grad_()
         results = fused_ar_tar(raw, dropped, 2.0, 1.0), *fused_dropout_ar_tar(raw, 0.5, 2.0, 1.0)
     assert all(x.device == raw.device for x in (*results, *torch.autograd.grad(results[0], (raw, dropped))))
