@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import pytest
 
-COPIED = ["fastreg", "kernels", "tests", "bench", "examples", "pyproject.toml"]
+COPIED = ["fastreg", "kernels", "tests", "bench", "examples", "pyproject.toml", "setup.py"]
 ROOMS = {  # the folder of the code -> the folders of its tests
     "kernels": ["tests/kernels", "tests/call"],
     "fastreg/call": ["tests/call"],
