@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import PackedSequence
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar, with_penalty
@@ -114,6 +115,14 @@ def check_dtensors(placement: Any, batch_first: bool) -> None:
         total = penalty.penalty + by_mask.sum() + 2 * terms.penalty + 3 * one + loss + sum(x.sum() for x in views)
         results.append([*penalty, by_mask, *terms, one, loss, *torch.autograd.grad(total, (raw, dropped))])
     assert_close([x.full_tensor() for x in results[1]], results[0])
+
+    rows: Any = distribute_tensor(tensors[0][0], mesh(), [Shard(0)])
+    for x, given in (
+        (spread(tensors[0]), {"lengths": torch.tensor([1])}),
+        (PackedSequence(rows, torch.tensor([4, 3])), {}),
+    ):
+        with pytest.raises(TypeError, match=r"^raw and dropped: expected no DTensor with .* pass x\.to_local\(\)"):
+            fused_ar_tar(x, x, 2.0, 1.0, **given)
 
     # A mask that is drawn is one mask, in whatever pieces.
     module: Any = FusedRNNDropout(0.5, 2.0, 1.0, batch_first=batch_first)
