@@ -44,19 +44,17 @@ profile() {  # what the driver and Nsight Compute say, if it is there
 }
 
 # Files with tests for a GPU name its mark or the fixture of devices. Large tensors come last.
-files=$(grep -rlE '\b(gpus?|device)\b' tests/{kernels,call,attach}/test_*.py | grep -v test_large)
-order=tests/kernels/test_large.py::test_results_do_not_depend_on_the_order_of_programs
-sizes=(tests/kernels/test_large.py::{test_more_elements_than_32_bits_count_are_exact,test_offsets_past_31_bits_are_exact})
+files=$(grep -rlE '\b(gpus?|device)\b' tests/{kernels,call,attach}/test_*.py | grep -v -e test_order -e test_large)
 sanitized=(-m pytest -q -p no:cacheprovider -m gpu tests/kernels/test_kernels.py -k programs_share)
 case $what in
   first)
     bench 230 first.jsonl bench -m first
     bench 90 sweep.jsonl bench/test_call.py -k sweep
-    tests 40 "$order"
+    tests 40 tests/kernels/test_order.py
     profile
     tests $((540 - SECONDS)) $files ;;  # with the time that the parts before have not used
   test)
-    tests 450 "$order" $files "${sizes[@]}"
+    tests 450 tests/kernels/test_order.py $files tests/kernels/test_large.py
     for tool in memcheck racecheck; do  # with its caching allocator PyTorch hides an access behind the end of a tensor
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 compute-sanitizer --tool $tool --report-api-errors no \
         "$PYTHON" "${sanitized[@]}"
