@@ -95,11 +95,11 @@ def self_test(device: torch.device) -> None:
         counted = ALL_STEPS if steps is None else encoded((5, 40), steps, None, None)
         spec = Spec(dtype=exact[0].dtype)
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
-        want = ar_tar(*exact, Values(2.0, 1.0, counted), spec).penalty
+        want = ar_tar(*exact, Values(2.0, 1.0, counted), spec).value
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
         kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
         product = exact[0] * mask.to(exact[0].dtype)
-        want = ar_tar(exact[0], product, Values(2.0, 1.0, counted), spec).penalty
+        want = ar_tar(exact[0], product, Values(2.0, 1.0, counted), spec).value
         results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
         compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
 

@@ -126,7 +126,7 @@ class Adapter:
     """
 
     alpha, beta, bptt = of_regularizer("alpha"), of_regularizer("beta"), of_regularizer("bptt")
-    ar, tar = of_regularizer("ar"), of_regularizer("tar")
+    ar, tar = property(lambda self: self.regularizer.ar), property(lambda self: self.regularizer.tar)
     say: Callable[[str], Any] = staticmethod(print)
 
     def prepare(self, alpha: Any, beta: Any, options: Mapping[str, Any], bptt: int | None = None) -> None:
@@ -241,16 +241,17 @@ class Adapter:
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.take`.
         """
-        terms = self.regularizer.take(loss)
-        if terms is None:
+        penalty = self.regularizer.collect(loss)
+        if penalty is None:
             return 0.0
         if not self._is_said:
             self._is_said = True
             shown = [f"{rnn}: {x!r}" for (rnn, _), x in zip(self.paths.pairs(), self.handles, strict=False)]
             self.say("\n".join(shown or [self._captured[1]]))
-        sums = size * torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)]).float()
+        terms: Any = penalty.terms
+        sums = size * torch.cat([terms, torch.ones_like(terms[:1])]).float()
         self.sums = self.sums.to(sums.device) + sums  # of one dtype in all processes
-        return terms.penalty
+        return penalty.value
 
     def means(self, reduce: Callable[[Tensor], Any]) -> dict[str, Any]:
         """Return the means of the terms since the last log, over all processes; there are none without a penalty.

@@ -23,7 +23,7 @@ from fastreg.attach.runs import Alarm, Calls, Run
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
 from fastreg.call.private import current, hooks_on_saved, version_of
-from fastreg.call.problem import ARTAR, Options, TimeAxis, axes_of, data_of, is_on
+from fastreg.call.problem import Options, Penalty, TimeAxis, axes_of, data_of, is_on
 from fastreg.call.rnn_dropout import Call, FusedRNNDropout, calls_in
 from fastreg.call.steps import given_steps
 from fastreg.call.torch_state import transformed, untraced
@@ -200,7 +200,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         if call is None or not torch.is_grad_enabled():
             return None
         dropout, run = self.source.dropout, call.run
-        terms = dropout.take_of(call) if isinstance(dropout, FusedRNNDropout) else None
+        penalty = dropout.take_of(call) if isinstance(dropout, FusedRNNDropout) else None
         if run is None and current() == -1:
             raise RuntimeError(TWICE.format(**self.names))
         if run is not None:
@@ -213,7 +213,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
         rows = data_of(result)
-        self._form(call, run, raw, rows, terms)
+        self._form(call, run, raw, rows, penalty)
         if run is None or not rows.requires_grad:
             return None
         dropped = mark(run, True, rows)
@@ -228,23 +228,23 @@ class Attachment(AbstractContextManager["Attachment"]):
                     return call, raw
         return None, None
 
-    def _form(self, call: Call, run: Run | None, raw: Tensor, dropped: Tensor, terms: ARTAR | None = None) -> None:
+    def _form(self, call: Call, run: Run | None, raw: Tensor, dropped: Tensor, penalty: Penalty | None = None) -> None:
         """Compute the penalty of a run, unless a fused dropout has done so.
 
         A recomputation, which has no run, computes the penalty, too, so that it saves the same tensors as the forward.
         """
         whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
-        if terms is None and (raw.requires_grad or dropped.requires_grad):
+        if penalty is None and (raw.requires_grad or dropped.requires_grad):
             pair = whole, dropped if call.packed is None else call.packed._replace(data=dropped)
             batch_first, time_dim = call.time_axis
             options = Options(batch_first, time_dim, measured=True, ar_of_raw=self._ar_of_raw, predicts=False)
             steps = given_steps(None, call.masks.get("valid"), call.masks.get("starts"))
-            terms = penalize(pair, call.coefficients, steps, options)
+            penalty = penalize(pair, call.coefficients, steps, options)
         if run is None:
             return
-        needs_gradient = terms is not None and terms.penalty.requires_grad
+        needs_gradient = penalty is not None and penalty.value.requires_grad
         time_steps = raw.shape[call.time_axis.number()] if call.packed is None else len(call.packed.batch_sizes)
-        run.terms, run.is_held = terms, needs_gradient or dropped.requires_grad
+        run.penalty, run.is_held = penalty, needs_gradient or dropped.requires_grad
         run.is_one_step = time_steps == 1 and is_on(call.coefficients[1])
         if not run.is_held:
             self.calls.constant += 1

@@ -24,9 +24,10 @@ from fastreg.attach.runs import take
 from fastreg.attach.source import Masks, Source
 from fastreg.call.arguments import check_coefficient, check_count, check_steps, time_axis_of
 from fastreg.call.operation import coefficient
-from fastreg.call.penalty import fused_ar_tar
+from fastreg.call.penalty import penalize
 from fastreg.call.private import check_backwards_show
-from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
+from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, is_list, layers_of
+from fastreg.call.steps import given_steps
 from fastreg.call.torch_state import level_of_caller
 
 
@@ -92,8 +93,7 @@ class RNNRegularizer:
         self.alpha, self.beta = coefficient(alpha), coefficient(beta)
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
-        self.ar: Tensor | None = None
-        self.tar: Tensor | None = None
+        self._terms: Tensor | None = None  # of the last training step: AR and TAR, (2,)
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
@@ -106,6 +106,16 @@ class RNNRegularizer:
                 f"RNNRegularizer has no attribute {name!r}; the callbacks of learners and trainers are in "
                 "fastreg.fastai, fastreg.fastai1, fastreg.lightning and fastreg.transformers"
             )
+
+    @property
+    def ar(self) -> Tensor | None:
+        """Return AR of the last training step without its coefficient; `None` before the first step."""
+        return None if self._terms is None else self._terms[0]
+
+    @property
+    def tar(self) -> Tensor | None:
+        """Return TAR of the last training step without its coefficient; `None` before the first step."""
+        return None if self._terms is None else self._terms[1]
 
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
@@ -177,14 +187,14 @@ class RNNRegularizer:
         is_said = batch_first is not None or time_dim is not None
         if words := check_layout(raw, decoded, time_axis, is_said):
             self._warn_once(f"on_loss_begin: {words}")
-        if self._given is not None and _needs_gradient(self._given.args):
+        if self._given is not None and _needs_gradient(*self._given.args):
             self._warn_once(
                 "on_loss_begin: the last capture is discarded, and so is its penalty, because no "
                 "on_backward_begin(loss) followed it: call that in each training step, or clear() after a step that "
                 "ended early"
             )
-        options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
-        self._given = partial(fused_ar_tar, raw, dropped, lengths=lengths, valid=valid, starts=starts, **options)
+        options, steps = Options(batch_first, time_dim, measured=True), given_steps(lengths, valid, starts)
+        self._given = partial(penalize, (raw, dropped), steps=steps, options=options)
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -201,8 +211,8 @@ class RNNRegularizer:
             TypeError: `fused_ar_tar` refuses the type of a captured tensor.
             ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
         """
-        terms = self.take(loss)
-        return loss if terms is None else loss + terms.penalty
+        penalty = self.collect(loss)
+        return loss if penalty is None else loss + penalty.value
 
     def take(self, loss: Tensor) -> ARTAR | None:
         """Return the penalty of this step by itself, once; call it instead of `on_backward_begin`.
@@ -221,27 +231,32 @@ class RNNRegularizer:
             TypeError: as `on_backward_begin`.
             ValueError: as `on_backward_begin`.
         """
-        given, self._given, terms = self._given, None, None
+        penalty = self.collect(loss)
+        return None if penalty is None else penalty.split()
+
+    def collect(self, loss: Tensor) -> Penalty | None:
+        """Return the penalty of this step as `take` does, with its terms in one tensor, which no operator has split."""
+        given, self._given, penalty = self._given, None, None
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}; do not call item() before")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}; call mean() before")
             if self._attachments:
-                terms = take(self._attachments, loss, self._warn_once)
+                penalty = take(self._attachments, loss, self._warn_once)
             elif given is None:
                 raise RuntimeError(
                     "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
                     "attach(rnn, dropout) once"
                 )
-            elif _needs_gradient(given.args):
-                terms = ARTAR(*[x.to(loss.device) for x in given(self.alpha, self.beta)])
+            elif _needs_gradient(*given.args):
+                penalty = given((self.alpha, self.beta)).on(loss.device)
         except BaseException:
             self.clear()
             raise
-        if terms is not None:
-            _, self.ar, self.tar = terms
-        return terms
+        if penalty is not None:
+            self._terms = penalty.terms
+        return penalty
 
     def _warn_once(self, message: str) -> None:
         """Give a warning the first time."""

@@ -12,15 +12,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
 
 from fastreg.attach.mark import runs_of
-from fastreg.call.problem import ARTAR
+from fastreg.call.problem import Penalty, sum_of
 from fastreg.call.torch_state import level_of_caller, untraced
 
 TAKEN_OVER = (
@@ -65,22 +64,22 @@ class Run:
 
     Attributes:
         attachment: the attachment of the module.
-        terms: the penalty and its terms, from the dropout until a loss takes them.
+        penalty: the penalty and its terms, from the dropout until a loss takes them.
         is_held: whether a loss may still take the penalty, now or after the dropout.
         is_one_step: whether raw is a single time step, and TAR is in the penalty.
         is_passed: whether a backward has passed a mark of the run.
     """
 
     attachment: Any
-    terms: ARTAR | None = None
+    penalty: Penalty | None = None
     is_held: bool = True
     is_one_step: bool = False
     is_passed: bool = False
 
     def end(self) -> Any:
         """Return the penalty and its terms, once."""
-        terms, self.terms, self.is_held = self.terms, None, False
-        return terms
+        penalty, self.penalty, self.is_held = self.penalty, None, False
+        return penalty
 
 
 @dataclass
@@ -147,7 +146,7 @@ class Alarm:
 
 
 @untraced  # a compiler must not trace a search of the graph
-def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) -> ARTAR | None:
+def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) -> Penalty | None:
     """Take the penalties of the runs on which a loss depends, and return their sum, or `None` if there are none.
 
     Args:
@@ -167,7 +166,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
         if not x.is_attached():
             raise RuntimeError(TAKEN_OVER.format(**x.names))
         for run in x.held():
-            if run.terms is None:
+            if run.penalty is None:
                 raise RuntimeError(GAP.format(**x.names))
             left.add(run)
         if loss.requires_grad:
@@ -187,12 +186,13 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
         ((x, count),) = Counter(single).most_common(1)
         if count > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))
-    terms, alarms = total([run.end() for run in found], loss.device), {run.attachment.alarm for run in found}
+    penalty = sum_of([run.end().on(loss.device) for run in found])
+    alarms = {run.attachment.alarm for run in found}
     for run in found:
         run.attachment.calls = Calls()
-    if terms.penalty.requires_grad and any(map(Alarm.is_due, alarms)):  # a hook takes 10 us
-        terms.penalty.register_hook(partial(_settle, alarms))
-    return terms
+    if penalty.value.requires_grad and any(map(Alarm.is_due, alarms)):  # a hook takes 10 us
+        penalty.value.register_hook(partial(_settle, alarms))
+    return penalty
 
 
 def _explain(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None], is_left: bool) -> None:
@@ -221,9 +221,3 @@ def _settle(alarms: Iterable[Alarm], gradient: Tensor | None) -> None:
     """
     for alarm in alarms if gradient is not None else ():
         alarm.settle()
-
-
-def total(formed: Sequence[ARTAR], device: torch.device) -> ARTAR:
-    """Add up the penalties and terms of runs, which may be on several devices."""
-    on = [x if x.penalty.device == device else ARTAR(*[y.to(device) for y in x]) for x in formed]
-    return reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), on)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Inputs, Pair, Plan, compute, problem_of
+from fastreg.call.operation import Inputs, Pair, Plan, Results, compute, problem_of
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, Problem, WithTerms
+from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, Penalty, Problem, WithTerms
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.call.torch_state import keepable, plain
@@ -114,7 +114,8 @@ def fused_dropout_ar_tar(
     if training is not True:
         check_flags(training=training)
     steps, options = given_steps(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
-    return drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    dropped, penalty = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    return dropped, penalty.split() if return_terms else penalty.value
 
 
 class Drop(NamedTuple):
@@ -130,7 +131,7 @@ class Drop(NamedTuple):
 
 def drop_and_penalize(
     raw: Tensor, coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options, drop: Drop
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Penalty]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
@@ -141,7 +142,7 @@ def drop_and_penalize(
         drop: the arguments of the dropout.
 
     Returns:
-        dropped, or raw itself if nothing is dropped; and the penalty, or an `ARTAR` if the caller wants the terms.
+        dropped, or raw itself if nothing is dropped; and the penalty.
 
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
@@ -194,7 +195,7 @@ class DropoutPlan(Plan):
             return first, second
         return first, first.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
 
-    def formula(self, values: Values, tensors: Any) -> tuple[Sequence[Tensor], ARTAR]:
+    def formula(self, values: Values, tensors: Any) -> Results:
         """Compute dropped, and the penalty and its terms, in plain PyTorch."""
         raw, mask = tensors
         dropped = raw * mask

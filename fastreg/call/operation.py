@@ -19,7 +19,7 @@ from fastreg.call.backends import backend_for
 from fastreg.call.fold import Fold, fold_of
 from fastreg.call.key import PLANS, facts_of, keep, key_of
 from fastreg.call.private import apply_of, version_of
-from fastreg.call.problem import ARTAR, Coefficient, Options, Problem, axes_of, compute_dtype, is_on, sizes_of
+from fastreg.call.problem import Coefficient, Options, Penalty, Problem, axes_of, compute_dtype, is_on, sizes_of
 from fastreg.call.steps import GivenSteps
 from fastreg.call.torch_state import keepable, observed, plain, untraced
 from fastreg.kernels.backend import Backend, Encoder
@@ -30,7 +30,7 @@ USUAL = {Tensor, float, type(None)}  # types that `plain` does not change
 # Raw; dropped, or for an operation that drops units, the mask or the probability to drop a unit; alpha and beta.
 Inputs: TypeAlias = tuple[Tensor | None, Tensor | float | None, Coefficient, Coefficient]
 Pair: TypeAlias = tuple[Tensor | None, Tensor | None]  # the tensors of a call: raw, and dropped or the mask
-Results: TypeAlias = tuple[Sequence[Tensor], Tensor | ARTAR]  # results before the penalty, and the penalty
+Results: TypeAlias = tuple[Sequence[Tensor], Penalty]  # results before the penalty, and the penalty
 
 
 def compute(
@@ -196,7 +196,7 @@ class Plan:
         """Return the tensors of a call, given its activations."""
         raise NotImplementedError
 
-    def formula(self, values: Values, tensors: Pair) -> tuple[Sequence[Tensor], ARTAR]:
+    def formula(self, values: Values, tensors: Pair) -> Results:
         """Compute a call in plain PyTorch."""
         raise NotImplementedError
 
@@ -248,15 +248,13 @@ class Plan:
         if mover is not None:
             tensors = moved(mover, tensors)
         if self.backend is None:
-            others, terms = self.formula(values, tensors)
-            return others, terms if self.spec.measured else terms.penalty
+            return self.formula(values, tensors)
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)[0]
         if self.spec.measured:
-            *others, penalty, terms = results
-            penalty = ARTAR(penalty, *terms.unbind())
+            *others, value, terms = results
         else:
-            *others, penalty = results
-        return others if mover is None else [*map(mover.restored, others)], penalty
+            (*others, value), terms = results, None
+        return others if mover is None else [*map(mover.restored, others)], Penalty(value, terms)
 
     def saved(self, tensors: Pair) -> Sequence[Tensor | None]:
         """Return the tensors that a node saves, with `None` for others."""
@@ -337,9 +335,9 @@ def differentiate_formula(plan: Plan, upstream: Gradients, saved: Any, values: V
             (x if x.requires_grad else x.detach().requires_grad_()).to(dtype).view_as(x) if need else x
             for x, need in tensors
         ]
-        others, terms = plan.formula(values, inputs)
+        others, penalty = plan.formula(values, inputs)
         wanted = [x for x, need in zip(inputs, plan.needs, strict=True) if need]
-        pairs = zip((*others, terms.penalty), upstream, strict=True)
+        pairs = zip((*others, penalty.value), upstream, strict=True)
         pairs = [(x, grad.to(x.dtype)) for x, grad in pairs if grad is not None and x.requires_grad]
         found = map(torch.zeros_like, wanted)
         if pairs:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, time_axis_of
-from fastreg.call.operation import Inputs, Pair, Plan, checked_coefficient, compute, problem_of
+from fastreg.call.operation import Inputs, Pair, Plan, Results, checked_coefficient, compute, problem_of
 from fastreg.call.packed import by_sequence
 from fastreg.call.private import hooks_on_saved
 from fastreg.call.problem import (
@@ -21,6 +19,7 @@ from fastreg.call.problem import (
     NoTerms,
     One,
     Options,
+    Penalty,
     Problem,
     TimeAxis,
     WithTerms,
@@ -29,6 +28,7 @@ from fastreg.call.problem import (
     is_on,
     layers_of,
     names_of,
+    sum_of,
 )
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
@@ -134,7 +134,8 @@ def fused_ar_tar(
         >>> penalty = fused_ar_tar(states, states, 2.0, 1.0, batch_first=False, starts=dones)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    return penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options)
+    penalty = penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options)
+    return penalty.split() if return_terms else penalty.value
 
 
 def penalize(
@@ -143,7 +144,7 @@ def penalize(
     steps: GivenSteps | None,
     options: Options,
     layer: int | None = None,
-) -> Any:
+) -> Penalty:
     """Compute the penalty of activations, with its terms if they are wanted.
 
     The penalty of a list of layers is a sum, and packed rows are selected in the order of their sequences.
@@ -175,26 +176,24 @@ def penalize(
 
 def _sum_of_layers(
     activations: Sequence[Any], coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options
-) -> Any:
+) -> Penalty:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
     axis = time_axis_of(options.batch_first, options.time_dim).number()
     options = options.but(dtype=compute_dtype(_tensors_of(activations)))
-    penalties: list[Any] = []
+    penalties: list[Penalty] = []
     for i, pair in enumerate(layers):
         if i > 0:
             check_like_first(i, pair, layers[0], axis)
         penalties.append(penalize(pair, coefficients, steps, options, i))
-    if options.measured:
-        return ARTAR(*[reduce(add, terms) for terms in zip(*penalties, strict=True)])
-    return reduce(add, penalties)
+    return sum_of(penalties)
 
 
-def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
+def _zero(activations: Sequence[Any], measured: bool) -> Penalty:
     """Return a penalty of 0 on the device of the activations, if any are given, for a call with both terms off."""
     tensors = _tensors_of(activations)  # which nothing reads, so their dtype does not matter
-    zero = torch.zeros((), dtype=torch.float32, device=tensors[0].device if tensors else None)
-    return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
+    zeros = torch.zeros(3, dtype=torch.float32, device=tensors[0].device if tensors else None)
+    return Penalty(zeros[0], zeros[1:] if measured else None)
 
 
 def _tensors_of(activations: Sequence[Any]) -> Sequence[Tensor]:
@@ -236,7 +235,7 @@ class PenaltyPlan(Plan):
         """Return raw and dropped."""
         return first, None if self.spec.ar_of_raw else second
 
-    def formula(self, values: Values, tensors: Pair) -> tuple[Sequence[Tensor], ARTAR]:
+    def formula(self, values: Values, tensors: Pair) -> Results:
         """Compute the penalty and its terms in plain PyTorch."""
         raw, dropped = tensors
         return [], ar_tar(raw, dropped, values, self.spec)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeGuard
 
 import torch
@@ -37,6 +39,35 @@ class ARTAR(NamedTuple):
     def __radd__(self, other: object) -> NoReturn:
         """Refuse `loss + terms`."""
         raise TypeError("ARTAR: expected its .penalty in a sum, loss + terms.penalty, got the three terms")
+
+
+class Penalty(NamedTuple):
+    """Hold the penalty of a call, and its terms in one tensor, because splitting it takes longer than an addition.
+
+    Attributes:
+        value: the penalty, differentiable, ().
+        terms: AR and TAR without their coefficients, detached, (2,); `None` if the caller does not want them.
+    """
+
+    value: Tensor
+    terms: Tensor | None
+
+    def split(self) -> ARTAR:
+        """Return the penalty and its terms as three tensors; the caller must have wanted the terms."""
+        terms: Any = self.terms
+        return ARTAR(self.value, *terms.unbind())
+
+    def on(self, device: torch.device) -> Penalty:
+        """Return the penalty on a device."""
+        if self.value.device == device:
+            return self
+        return Penalty(self.value.to(device), None if self.terms is None else self.terms.to(device))
+
+
+def sum_of(penalties: Sequence[Penalty]) -> Penalty:
+    """Add up penalties, which are on one device, and either all have terms or none has."""
+    values, terms = zip(*penalties, strict=True)
+    return Penalty(reduce(add, values), None if terms[0] is None else reduce(add, terms))
 
 
 class TimeAxis(NamedTuple):

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from fastreg.call.private import is_exporting
-from fastreg.call.problem import ARTAR, axes_of
+from fastreg.call.problem import Penalty, axes_of
 from fastreg.call.torch_state import has_float64
 from fastreg.kernels.view import Coefficient, Spec, Steps, Values
 
 STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
 
 
-def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec) -> ARTAR:
-    """Compute the penalty of one layer, differentiable, and its terms, detached.
+def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec) -> Penalty:
+    """Compute the penalty of one layer, differentiable, and its terms, detached, if the caller wants them.
 
     Args:
         raw: activations; `None` if no term reads it.
@@ -31,7 +31,7 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
         spec: what is computed.
 
     Returns:
-        `ARTAR(penalty, ar, tar)`, in the dtype of the penalty.
+        The penalty and its terms, in one dtype.
     """
     raw, dropped = (None if x is None else x.to(spec.dtype) for x in (raw, dropped))
     given: Any = dropped if raw is None else raw
@@ -51,7 +51,7 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
         means.append(mean.detach())
-    return ARTAR(penalty, *means)
+    return Penalty(penalty, torch.stack(means) if spec.measured else None)
 
 
 def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[int | Tensor, int | Tensor]:

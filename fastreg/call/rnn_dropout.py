@@ -19,7 +19,7 @@ from fastreg.call.arguments import check_coefficient, check_probability, time_ax
 from fastreg.call.dropout import Drop, drop_and_penalize
 from fastreg.call.operation import coefficient
 from fastreg.call.private import current
-from fastreg.call.problem import ARTAR, Coefficient, Options, TimeAxis, is_on
+from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, TimeAxis, is_on
 from fastreg.call.steps import given_steps
 from fastreg.call.torch_state import level_of_caller
 
@@ -69,12 +69,12 @@ class Formed(NamedTuple):
     """Hold the penalty of a forward in training.
 
     Attributes:
-        terms: the penalty and its terms.
+        penalty: the penalty and its terms.
         grad_enabled: whether gradients were enabled.
         call: the call that describes the penalty; `None` if the module itself does.
     """
 
-    terms: ARTAR
+    penalty: Penalty
     grad_enabled: bool
     call: Call | None
 
@@ -178,11 +178,11 @@ class FusedRNNDropout(nn.Module):
         batch_first, time_dim = self.time_axis() if call is None else call.time_axis
         options = Options(batch_first, time_dim, measured=True, ar_of_raw=self.ar_of == "raw")
         steps, drop = given_steps(None, valid, starts), Drop(self.p if p is None else p)
-        dropped, terms = drop_and_penalize(raw, coefficients, steps, options, drop)
+        dropped, penalty = drop_and_penalize(raw, coefficients, steps, options, drop)
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if call is not None or torch.compiler.is_compiling() or current() == -1:
-            self.formed = Formed(terms, torch.is_grad_enabled(), call)
+            self.formed = Formed(penalty, torch.is_grad_enabled(), call)
         return dropped
 
     def _call_of(self, raw: Tensor) -> Call | None:
@@ -193,10 +193,10 @@ class FusedRNNDropout(nn.Module):
         calls = [] if torch.compiler.is_compiling() else calls_in(raw)
         return next((call for call in calls if call.attachment.is_dropout(self)), None)
 
-    def take_of(self, call: Call) -> ARTAR | None:
+    def take_of(self, call: Call) -> Penalty | None:
         """Return the penalty that the last forward has computed for a call of an attached module, once."""
         formed, self.formed = self.formed, None
-        return formed.terms if formed is not None and formed.call is call else None
+        return formed.penalty if formed is not None and formed.call is call else None
 
     def time_axis(self) -> TimeAxis:
         """Return the axis of time."""
@@ -225,7 +225,7 @@ class FusedRNNDropout(nn.Module):
                 "the penalty has no gradient, because the forward ran without gradients: for activation checkpointing "
                 "pass use_reentrant=False, otherwise run the forward outside torch.no_grad()"
             )
-        return formed.terms
+        return formed.penalty.split()
 
     def _has_own(self) -> bool:
         """Return whether the module itself has coefficients, from the constructor or from a schedule."""
