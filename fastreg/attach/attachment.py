@@ -237,7 +237,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         if penalty is None and (raw.requires_grad or dropped.requires_grad):
             pair = whole, dropped if call.packed is None else call.packed._replace(data=dropped)
             batch_first, time_dim = call.time_axis
-            options = Options(batch_first, time_dim, measured=True, ar_of_raw=self._ar_of_raw, predicts=False)
+            options = Options(batch_first, time_dim, return_terms=True, predicts=False)
             steps = given_steps(None, call.masks.get("valid"), call.masks.get("starts"))
             penalty = penalize(pair, call.coefficients, steps, options)
         if run is None:

@@ -193,7 +193,7 @@ class RNNRegularizer:
                 "on_backward_begin(loss) followed it: call that in each training step, or clear() after a step that "
                 "ended early"
             )
-        options, steps = Options(batch_first, time_dim, measured=True), given_steps(lengths, valid, starts)
+        options, steps = Options(batch_first, time_dim, return_terms=True), given_steps(lengths, valid, starts)
         self._given = partial(penalize, (raw, dropped), steps=steps, options=options)
         return decoded
 

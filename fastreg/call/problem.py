@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.view import Coefficient as Coefficient
-from fastreg.kernels.view import Layout, Spec
+from fastreg.kernels.view import Layout
 
 One: TypeAlias = Tensor | PackedSequence  # the activations of a layer
 
@@ -110,15 +110,14 @@ class WithTerms(Choices):
 class Options(NamedTuple):
     """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may write gradients, which take memory
-    until the backward. If `dtype` is `None`, the dtype of the penalty follows from its tensors.
+    With `predicts` the forward may predict gradients, which take memory until the backward. If `dtype` is `None`, the
+    dtype of the penalty follows from its tensors.
     """
 
     batch_first: bool | None = None
     time_dim: int | None = None
     reduction: str = "mean"
-    measured: bool = False
-    ar_of_raw: bool = False
+    return_terms: bool = False
     predicts: bool = True
     dtype: torch.dtype | None = None
 
@@ -129,8 +128,7 @@ class Options(NamedTuple):
             batch_first=batch_first,
             time_dim=time_dim,
             reduction=self.reduction,
-            measured=self.measured,
-            ar_of_raw=self.ar_of_raw,
+            return_terms=self.return_terms,
             predicts=self.predicts,
             dtype=self.dtype if dtype is None else dtype,
         )
@@ -140,25 +138,6 @@ def names_of(layer: int | None) -> tuple[str, str]:
     """Return the names of raw and dropped in messages, with the number of their layer if they are in a list."""
     at = "" if layer is None else f"[{layer}]"
     return f"raw{at}", f"dropped{at}"
-
-
-class Problem(NamedTuple):
-    """Hold the facts of a call whose arguments were checked.
-
-    spec           what is computed
-    shape          the shape of its activations
-    sizes          the numbers of sequences and of time steps
-    is_time_first  whether time comes before the batch in activations, valid and starts
-    device         the device of its activations
-    predicts       whether a forward may write gradients ahead
-    """
-
-    spec: Spec
-    shape: torch.Size
-    sizes: tuple[int, int]
-    is_time_first: bool
-    device: torch.device
-    predicts: bool
 
 
 def is_on(coefficient: Coefficient) -> bool:

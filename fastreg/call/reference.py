@@ -16,26 +16,27 @@ from torch import Tensor
 from fastreg.call.private import is_exporting
 from fastreg.call.problem import Penalty, axes_of
 from fastreg.call.torch_state import has_float64
-from fastreg.kernels.view import Coefficient, Spec, Steps, Values
+from fastreg.kernels.view import Coefficient, EncodedSteps, Spec, Values
 
-STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
+STEP, CHANGE = 1, 2  # the bits of `EncodedSteps`: the step counts, the change into it counts
 
 
-def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec) -> Penalty:
+def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec, time_dim: int = -2) -> Penalty:
     """Compute the penalty of one layer, differentiable, and its terms, detached, if the caller wants them.
 
     Args:
         raw: activations; `None` if no term reads it.
-        dropped: activations of the same shape; `None` if no term reads it, or if AR is the mean square of raw.
+        dropped: activations of the same shape; `None` if no term reads it, or if it is raw itself.
         values: coefficients, and the steps that count.
         spec: what is computed.
+        time_dim: the axis of time, negative from the end.
 
     Returns:
         The penalty and its terms, in one dtype.
     """
     raw, dropped = (None if x is None else x.to(spec.dtype) for x in (raw, dropped))
     given: Any = dropped if raw is None else raw
-    elements, changes = _divisors(given, values, spec)
+    elements, changes = _divisors(given, values, spec, time_dim)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
     zero = penalty = torch.zeros((), dtype=spec.dtype, device=given.device)
@@ -45,16 +46,16 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
         (raw, spec.by_tar, values.beta, changes, _counted_changes),
     ):
         mean = zero
-        if x is not None and (is_in or spec.measured):
-            total = zero + form(x, values.steps.bits, spec.time_dim).square().sum()
+        if x is not None and (is_in or spec.return_terms):
+            total = zero + form(x, values.steps.bits, time_dim).square().sum()
             if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
         means.append(mean.detach())
-    return Penalty(penalty, torch.stack(means) if spec.measured else None)
+    return Penalty(penalty, torch.stack(means) if spec.return_terms else None)
 
 
-def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[int | Tensor, int | Tensor]:
+def _divisors(x: Tensor, values: Values, spec: Spec, time_dim: int) -> tuple[int | Tensor, int | Tensor]:
     """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
 
     A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
@@ -63,7 +64,7 @@ def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[int | Tensor, int 
         return 1, 1
     elements, (bits, counts) = x.numel(), values.steps
     if bits is None or counts is None:
-        time = _at_least_1(x.shape[spec.time_dim])
+        time = _at_least_1(x.shape[time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     of_steps, of_changes = _at_least_1(counts * (elements // _at_least_1(bits.numel()))).unbind()
     return of_steps, of_changes
@@ -89,7 +90,9 @@ def _weighted(total: Tensor, coefficient: Coefficient, count: int | Tensor) -> T
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
-def encoded(shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+def encoded(
+    shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
+) -> EncodedSteps:
     """Return the steps that count, as the `encoder` of a backend does."""
     device = next(x.device for x in (lengths, valid, starts) if x is not None)
     step = torch.arange(shape[1], device=device)
@@ -99,7 +102,7 @@ def encoded(shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None
     into = inside & inside.roll(1, 1) & (step > 0)  # without slices: a compiler would treat a size of 1 as another case
     if starts is not None:
         into = into & ~starts
-    return Steps(inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()]))
+    return EncodedSteps(inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()]))
 
 
 def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:

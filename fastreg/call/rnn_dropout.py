@@ -176,7 +176,7 @@ class FusedRNNDropout(nn.Module):
             )
         coefficients = (self.alpha, self.beta) if call is None else call.coefficients
         batch_first, time_dim = self.time_axis() if call is None else call.time_axis
-        options = Options(batch_first, time_dim, measured=True, ar_of_raw=self.ar_of == "raw")
+        options = Options(batch_first, time_dim, return_terms=True)
         steps, drop = given_steps(None, valid, starts), Drop(self.p if p is None else p)
         dropped, penalty = drop_and_penalize(raw, coefficients, steps, options, drop)
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled

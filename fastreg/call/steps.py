@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.call import arguments
+from fastreg.call.plan import Plan
 from fastreg.call.reference import encoded
 from fastreg.call.torch_state import has_values, observed, plain
-from fastreg.kernels.view import ALL_STEPS, Steps
-
-if TYPE_CHECKING:
-    from fastreg.call.operation import Plan
-    from fastreg.call.problem import Problem
+from fastreg.kernels.view import ALL_STEPS, EncodedSteps
 
 
 class StepArguments(NamedTuple):
@@ -49,7 +46,7 @@ class GivenSteps:
         self.encoded_for: tuple[tuple[int, int], torch.device] | None = None
         self.steps = ALL_STEPS
 
-    def encoded(self, x: Tensor, plan: Plan) -> Steps:
+    def encoded(self, x: Tensor, plan: Plan) -> EncodedSteps:
         """Check the arguments for a layer, and return its steps.
 
         Values are checked only on the CPU. On other devices a check would have to wait for the device.
@@ -58,31 +55,30 @@ class GivenSteps:
             x: raw or dropped.
             plan: the plan of the layer, which has an encoder if such arguments have been checked.
         """
-        problem = plan.problem
-        layer = problem.sizes, problem.device
+        layer = plan.sizes, plan.device
         named = [*zip(arguments.STEPS, self.given, strict=True)]  # Dynamo of PyTorch 2.8 cannot trace `_asdict`
         if plan.encoder is None:
             arguments.check_steps(*self.given)
-            arguments.check_steps_of(x, problem.spec.time_dim, dict(named))
-            plan.encoder = partial(encoded, problem.sizes) if plan.backend is None else plan.backend.encoder(*layer)
+            arguments.check_steps_of(x, plan.time_dim, dict(named))
+            plan.encoder = partial(encoded, plan.sizes) if plan.backend is None else plan.backend.encoder(*layer)
         if self.encoded_for != layer:
-            given = [None if y is None else _brought(name, y, problem) for name, y in named]
+            given = [None if y is None else _brought(name, y, plan) for name, y in named]
             counted = plan.encoder(*given)
-            self.steps = counted if problem.spec.reduction == "mean" else Steps(bits=counted.bits)
+            self.steps = counted if plan.spec.reduction == "mean" else EncodedSteps(bits=counted.bits)
             self.encoded_for = layer
         return self.steps
 
 
-def _brought(name: str, x: Tensor, problem: Problem) -> Tensor:
-    """Check the values of an argument; return it on the device of the problem; do not wait for the copy.
+def _brought(name: str, x: Tensor, plan: Plan) -> Tensor:
+    """Check the values of an argument; return it on the device of the activations; do not wait for the copy.
 
     Valid and starts become contiguous bool of `(sequences, time)`, as kernels read them.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
     PyTorch does not free it before the device has read it, and the host does not wait.
     """
-    sizes, device = problem.sizes, problem.device
-    if problem.is_time_first and name != "lengths":
+    sizes, device = plan.sizes, plan.device
+    if plan.is_time_first and name != "lengths":
         x = x.transpose(0, 1)
     if x.device == device and x.dtype == torch.bool and x.shape == sizes:
         return x.contiguous()

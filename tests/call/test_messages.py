@@ -120,7 +120,6 @@ OF_DROPOUT: list[Any] = [
     ("mask: .* requires no gradient", ValueError, {"mask": X.clone().requires_grad_()}),
 ]
 OF_MODULE: list[Any] = [
-    ("ar_of: .* 'dropped' or 'raw'", ValueError, {"ar_of": "out"}),
     ("alpha: ", ValueError, {"alpha": -1.0}),
     ("beta: ", ValueError, {"beta": -1.0}),
     ("batch_first and time_dim: ", ValueError, {"batch_first": True, "time_dim": 1}),
