@@ -46,7 +46,7 @@ class Forward:
 
     def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, float]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
-        alpha, beta, steps = values
+        alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
         expected = self.prediction.expected()
         memory = *tensors, None, *steps, penalty, terms  # kept alive during the call
@@ -64,7 +64,7 @@ class Backward:
 
     def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: float | None) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        alpha, beta, steps = values
+        alpha, beta, *steps = values
         memory = *tensors, upstream, *steps, None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
         number = nan if expected is None else expected

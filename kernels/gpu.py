@@ -109,7 +109,7 @@ class Backward:
 
 def _arguments(values: Values) -> Sequence[Tensor | float | None]:
     """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
-    alpha, beta, (bits, counts) = values
+    alpha, beta, bits, counts = values
     alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
     beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
     return bits, counts, alpha_at, beta_at, alpha, beta

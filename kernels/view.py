@@ -151,24 +151,22 @@ def switches(view: View, spec: Spec, is_forward: bool) -> Sequence[bool]:
 class EncodedSteps(NamedTuple):
     """Say which time steps count, on the device of the activations.
 
-    bits    (outer, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; None if all count
-    counts  (2,) int64: how many steps and changes count; None if all do, or if the sums are not divided
+    bits    (outer, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts
+    counts  (2,) int64: how many steps and changes count; None if the sums are not divided
     """
 
-    bits: Tensor | None = None
-    counts: Tensor | None = None
-
-
-ALL_STEPS = EncodedSteps()
+    bits: Tensor
+    counts: Tensor | None
 
 
 class Values(NamedTuple):
     """Hold the values that a launch reads beside activations; no plan depends on them.
 
-    alpha, beta  coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
-    steps        the time steps that count
+    alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
+    bits, counts  the time steps that count, as in `EncodedSteps`; None if all count
     """
 
     alpha: Coefficient
     beta: Coefficient
-    steps: EncodedSteps = ALL_STEPS
+    bits: Tensor | None = None
+    counts: Tensor | None = None

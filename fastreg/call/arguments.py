@@ -121,15 +121,21 @@ def check_probability(p: object) -> None:
 
 
 def time_axis_of(batch_first: object, time_dim: object) -> TimeAxis:
-    """Check that at most one of the two is given, and their types; return the axis of time, which is 1 by default."""
+    """Check `batch_first` and `time_dim`, and return the axis of time as the one of them that says it."""
+    axis = axis_of(batch_first, time_dim)
+    return TimeAxis(batch_first is not False) if time_dim is None else TimeAxis(None, axis)
+
+
+def axis_of(batch_first: object, time_dim: object) -> int:
+    """Check that at most one of the two is given, and their types; return the number of the axis of time."""
     if time_dim is None:
         check_flags(batch_first=batch_first is None or batch_first)
-        return TimeAxis(batch_first is not False)
+        return 0 if batch_first is False else -2
     _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
     is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
     _expect(is_axis, "time_dim", "an int, the axis of time, got {}", type(time_dim), error=TypeError)
     # In compiled code int() returns no constant.
-    return TimeAxis(None, index(time_dim))  # pyright: ignore[reportArgumentType]
+    return index(time_dim)  # pyright: ignore[reportArgumentType]
 
 
 def check_count(name: str, value: Any) -> int:

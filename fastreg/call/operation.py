@@ -20,7 +20,7 @@ from fastreg.call.plan import Plan, Results
 from fastreg.call.problem import Coefficient, Options
 from fastreg.call.steps import GivenSteps
 from fastreg.call.torch_state import keepable, observed, plain
-from fastreg.kernels.view import ALL_STEPS, Values
+from fastreg.kernels.view import Values
 
 USUAL = {Tensor, float, type(None)}  # types that `plain` does not change
 
@@ -70,8 +70,8 @@ def compute(
             return None
         plan.backend = None if key is None else backend_for(plan.device)
     tensors = plan.tensors_of(inputs[0], inputs[1])
-    counted = ALL_STEPS if steps is None else steps.encoded(inputs[1] if inputs[0] is None else inputs[0], plan)
-    values = Values(alpha, beta, counted)
+    bits, counts = (None, None) if steps is None else steps.encoded(inputs[1] if inputs[0] is None else inputs[0], plan)
+    values = Values(alpha, beta, bits, counts)
     if is_new and key is not None:
         plan.finish(tensors, values)
         keep(key, plan)

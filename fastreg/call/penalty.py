@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, time_axis_of
+from fastreg.call.arguments import axis_of, check_given, check_layers, check_like_first, check_packed
 from fastreg.call.operation import checked_coefficient, compute
 from fastreg.call.packed import by_sequence
 from fastreg.call.plan import Inputs, Pair, Plan, Results
@@ -166,7 +166,7 @@ def penalize(
         if is_list(raw) or is_list(dropped):
             return _sum_of_layers((raw, dropped), coefficients, steps, options)
         if not raw is dropped is None:
-            time_axis_of(options.batch_first, options.time_dim)
+            axis_of(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
             activations, steps = by_sequence(raw, dropped)
             options = options.but(time_axis=TimeAxis())
@@ -179,7 +179,7 @@ def _sum_of_layers(
 ) -> Penalty:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
-    axis = time_axis_of(options.batch_first, options.time_dim).number()
+    axis = axis_of(options.batch_first, options.time_dim)
     options = options.but(dtype=compute_dtype(_tensors_of(activations)))
     penalties: list[Penalty] = []
     for i, pair in enumerate(layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -12,11 +12,11 @@ from torch.autograd import Function
 from fastreg.call import arguments
 from fastreg.call.fold import Fold, fold_of
 from fastreg.call.private import apply_of, version_of
-from fastreg.call.problem import Coefficient, Options, Penalty, axes_of, compute_dtype, is_on, sizes_of
+from fastreg.call.problem import Coefficient, Options, Penalty, compute_dtype, is_on
 from fastreg.call.torch_state import observed, untraced
-from fastreg.kernels.backend import Backend, Encoder
+from fastreg.kernels.backend import Backend
 from fastreg.kernels.prediction import Gradients, Predicted
-from fastreg.kernels.view import Layout, Spec, Values, layout_of
+from fastreg.kernels.view import EncodedSteps, Layout, Spec, Values, layout_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,11 +64,9 @@ class Plan:
 
     Attributes:
         shape, device: those of the activations.
-        sizes: the numbers of sequences and of time steps.
-        is_time_first: whether time comes before the batch in activations, valid and starts.
         time_dim: the axis of time, from the end, of the tensors that kernels or the formula read.
         backend: the code that runs; `None` if plain PyTorch has to see each call, or runs it.
-        encoder: the function that encodes checked arguments; `None` until some are checked.
+        encode: the function that encodes lengths, valid and starts; `None` until some are checked.
         mover: the fold that moves the tensors of a call; `None` if kernels read them in place.
         fold: the fold of the tensors that kernels read.
         needs: for each tensor of a call, whether it needs a gradient.
@@ -79,7 +77,7 @@ class Plan:
     """
 
     backend: Backend | None = None
-    encoder: Encoder | None = None
+    encode: Callable[[Sequence[Tensor | None]], EncodedSteps] | None = None
     mover: Fold | None = None
     fold: Fold
     needs: Sequence[bool] = ()
@@ -88,7 +86,6 @@ class Plan:
 
     def __init__(self, spec: Spec, x: Tensor, time_dim: int, predicts: bool) -> None:
         self.spec, self.shape, self.device, self.time_dim, self.predicts = spec, x.shape, x.device, time_dim, predicts
-        self.sizes, self.is_time_first = sizes_of(x, time_dim), axes_of(x, time_dim) == (0, 1)
 
     @classmethod
     def of(
@@ -110,10 +107,10 @@ class Plan:
             TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
         """
         arguments.check_options(options.reduction, return_terms=options.return_terms)
-        time_axis = arguments.time_axis_of(options.batch_first, options.time_dim)
+        axis = arguments.axis_of(options.batch_first, options.time_dim)
         if raw is None and dropped is None:
             return None
-        pair = arguments.check_pair(raw, dropped, time_axis.time_dim, layer)
+        pair = arguments.check_pair(raw, dropped, options.time_dim, layer)
         arguments.check_devices(coefficients, pair)
         x = next(iter(pair.values()))
         alpha, beta = coefficients
@@ -125,7 +122,7 @@ class Plan:
             dtype=options.dtype or compute_dtype(pair.values()),
             reduction=options.reduction,
         )
-        return cls(spec, x, time_axis.number() % x.dim() - x.dim(), options.predicts)
+        return cls(spec, x, axis % x.dim() - x.dim(), options.predicts)
 
     @classmethod
     def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
@@ -171,7 +168,7 @@ class Plan:
         """Prepare launches, for the tensors and the values of the first call, unless the formula computes the calls."""
         if self.backend is None:
             return
-        is_whole = values.steps.bits is None
+        is_whole = values.bits is None
         layouts = self.layouts(tensors, self.shape)
         self.fold, fits = fold_of(layouts, self.time_dim, is_whole)
         if not fits:

@@ -47,7 +47,7 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
     ):
         mean = zero
         if x is not None and (is_in or spec.return_terms):
-            total = zero + form(x, values.steps.bits, time_dim).square().sum()
+            total = zero + form(x, values.bits, time_dim).square().sum()
             if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
@@ -62,7 +62,7 @@ def _divisors(x: Tensor, values: Values, spec: Spec, time_dim: int) -> tuple[int
     """
     if spec.reduction == "sum":
         return 1, 1
-    elements, (bits, counts) = x.numel(), values.steps
+    elements, bits, counts = x.numel(), values.bits, values.counts
     if bits is None or counts is None:
         time = _at_least_1(x.shape[time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from fastreg.call import arguments
 from fastreg.call.plan import Plan
+from fastreg.call.problem import axes_of, sizes_of
 from fastreg.call.reference import encoded
 from fastreg.call.torch_state import has_values, observed, plain
-from fastreg.kernels.view import ALL_STEPS, EncodedSteps
+from fastreg.kernels.view import EncodedSteps
 
 
 class StepArguments(NamedTuple):
@@ -37,14 +39,15 @@ class GivenSteps:
         given: the arguments of the call that say so.
 
     Attributes:
-        encoded_for: the numbers of sequences and of steps, and the device, for which the steps were encoded.
+        encoded_for: the device for which the steps were encoded; all layers have the same sequences and time steps.
         steps: the encoded steps.
     """
 
+    encoded_for: torch.device | None = None
+    steps: EncodedSteps
+
     def __init__(self, given: StepArguments) -> None:
         self.given = given
-        self.encoded_for: tuple[tuple[int, int], torch.device] | None = None
-        self.steps = ALL_STEPS
 
     def encoded(self, x: Tensor, plan: Plan) -> EncodedSteps:
         """Check the arguments for a layer, and return its steps.
@@ -53,33 +56,49 @@ class GivenSteps:
 
         Args:
             x: raw or dropped.
-            plan: the plan of the layer, which has an encoder if such arguments have been checked.
+            plan: the plan of the layer, which knows how to encode such arguments if some have been checked.
         """
-        layer = plan.sizes, plan.device
-        named = [*zip(arguments.STEPS, self.given, strict=True)]  # Dynamo of PyTorch 2.8 cannot trace `_asdict`
-        if plan.encoder is None:
+        if plan.encode is None:
             arguments.check_steps(*self.given)
-            arguments.check_steps_of(x, plan.time_dim, dict(named))
-            plan.encoder = partial(encoded, plan.sizes) if plan.backend is None else plan.backend.encoder(*layer)
-        if self.encoded_for != layer:
-            given = [None if y is None else _brought(name, y, plan) for name, y in named]
-            counted = plan.encoder(*given)
-            self.steps = counted if plan.spec.reduction == "mean" else EncodedSteps(bits=counted.bits)
-            self.encoded_for = layer
+            arguments.check_steps_of(x, plan.time_dim, dict(_named(self.given)))
+            plan.encode = encoding_of(x, plan)
+        if self.encoded_for != plan.device:
+            self.steps = plan.encode(self.given)
+            self.encoded_for = plan.device
         return self.steps
 
 
-def _brought(name: str, x: Tensor, plan: Plan) -> Tensor:
-    """Check the values of an argument; return it on the device of the activations; do not wait for the copy.
+def encoding_of(x: Tensor, plan: Plan) -> Callable[[Sequence[Tensor | None]], EncodedSteps]:
+    """Return a function that checks the values of lengths, valid and starts, and encodes them."""
+    sizes, device, is_divided = sizes_of(x, plan.time_dim), plan.device, plan.spec.reduction == "mean"
+    is_time_first = axes_of(x, plan.time_dim) == (0, 1)
+    encoder = partial(encoded, sizes) if plan.backend is None else plan.backend.encoder(sizes, device)
+
+    def encode(given: Sequence[Tensor | None]) -> EncodedSteps:
+        steps: list[Tensor | None] = []
+        for name, x in _named(given):
+            if x is not None and is_time_first and name != "lengths":
+                x = x.transpose(0, 1)
+            steps.append(None if x is None else _brought(name, x, sizes, device))
+        bits, counts = encoder(*steps)
+        return EncodedSteps(bits, counts if is_divided else None)
+
+    return encode
+
+
+def _named(given: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:
+    """Return lengths, valid and starts with their names."""
+    return [*zip(arguments.STEPS, given, strict=True)]  # Dynamo of PyTorch 2.8 cannot trace `_asdict`
+
+
+def _brought(name: str, x: Tensor, sizes: tuple[int, int], device: torch.device) -> Tensor:
+    """Check the values of an argument; return it on a device; do not wait for the copy.
 
     Valid and starts become contiguous bool of `(sequences, time)`, as kernels read them.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
     PyTorch does not free it before the device has read it, and the host does not wait.
     """
-    sizes, device = plan.sizes, plan.device
-    if plan.is_time_first and name != "lengths":
-        x = x.transpose(0, 1)
     if x.device == device and x.dtype == torch.bool and x.shape == sizes:
         return x.contiguous()
     if device.type == "cpu" != x.device.type:
