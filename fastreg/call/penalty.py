@@ -27,7 +27,6 @@ from fastreg.call.problem import (
     is_list,
     is_on,
     layers_of,
-    names_of,
     sum_of,
 )
 from fastreg.call.reference import ar_tar
@@ -134,7 +133,7 @@ def fused_ar_tar(
         >>> penalty = fused_ar_tar(states, states, 2.0, 1.0, batch_first=False, starts=dones)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    penalty = penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options)
+    penalty = penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options, None)
     return penalty.split() if return_terms else penalty.value
 
 
@@ -219,9 +218,7 @@ class PenaltyPlan(Plan):
     def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
         """Check raw and dropped, and return the plan of their calls."""
         raw, dropped, alpha, beta = inputs
-        name_of_raw, name_of_dropped = names_of(layer)
-        check_given(name_of_raw, raw, is_on(beta), "beta")
-        check_given(name_of_dropped, dropped, is_on(alpha), "alpha")
+        check_given(raw, dropped, is_on(beta), is_on(alpha), layer)
         return cls.of(raw, dropped, (alpha, beta), options, layer)
 
     @staticmethod

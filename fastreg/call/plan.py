@@ -78,7 +78,6 @@ class Plan:
 
     backend: Backend | None = None
     encode: Callable[[Sequence[Tensor | None]], EncodedSteps] | None = None
-    mover: Fold | None = None
     fold: Fold
     needs: Sequence[bool] = ()
     saves_all = False
@@ -86,6 +85,7 @@ class Plan:
 
     def __init__(self, spec: Spec, x: Tensor, time_dim: int, predicts: bool) -> None:
         self.spec, self.shape, self.device, self.time_dim, self.predicts = spec, x.shape, x.device, time_dim, predicts
+        self.mover: Fold | None = None
 
     @classmethod
     def of(
@@ -112,8 +112,7 @@ class Plan:
             return None
         pair = arguments.check_pair(raw, dropped, options.time_dim, layer)
         arguments.check_devices(coefficients, pair)
-        x = next(iter(pair.values()))
-        alpha, beta = coefficients
+        (x, *_), (alpha, beta) = pair.values(), coefficients
         spec = Spec(
             by_ar=is_on(alpha),
             by_tar=is_on(beta),

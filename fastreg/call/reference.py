@@ -83,6 +83,8 @@ def _weighted(total: Tensor, coefficient: Coefficient, count: int | Tensor) -> T
     The factor is computed in float64, as for numbers, and rounded once. So a coefficient in a tensor gives the same
     result as its `item()`. The factor comes first, because a coefficient times an upstream gradient may overflow.
     """
+    if not isinstance(coefficient, Tensor) and not isinstance(count, Tensor):
+        return total * (coefficient * (1 / count))
     wide = torch.float64 if has_float64(total.device) else total.dtype
     weight, of = (x.to(total.device, wide) if isinstance(x, Tensor) else x for x in (coefficient, count))
     factor = weight * (1 / of)  # a number over a tensor would be rounded in another way than a tensor over it
@@ -118,11 +120,16 @@ def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
     else:  # only x itself, which may be a DTensor, and these do not mix with other tensors
         first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
-    return _counted(change, bits, time_dim, CHANGE)
+    return _where(change, bits, time_dim, CHANGE)
 
 
-def _counted(x: Tensor, bits: Tensor | None, time_dim: int, bit: int = STEP) -> Tensor:
-    """Replace the steps that do not count by 0; with `CHANGE`, the steps into which the change does not count."""
+def _counted(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
+    """Replace the steps that do not count by 0."""
+    return x if bits is None else _where(x, bits, time_dim, STEP)
+
+
+def _where(x: Tensor, bits: Tensor | None, time_dim: int, bit: int) -> Tensor:
+    """Replace the steps without a bit by 0; if `bits` is `None`, all have it."""
     if bits is None:
         return x
     inside, axes = (bits & bit) != 0, axes_of(x, time_dim)

@@ -67,12 +67,13 @@ def _outside(run: Any, function: Callable[..., object], args: Sequence[object]) 
 
 def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, and therefore has to see the formula."""
+    if torch.compiler.is_dynamo_compiling():  # a compiler fuses the formula with its neighbours
+        return True
     if MISSING:  # it may be tracing or transforming
         _warn_of_missing()
         return True
     return (
-        torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
-        or count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
+        count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
         or is_recorded()  # torch.jit.trace records operators
         or are_functions_transformed()  # vmap and grad transform operators
         or level_of_duals() >= 0  # forward mode differentiates operators
