@@ -300,11 +300,11 @@ def check_steps(lengths: object, valid: object, starts: object) -> None:
             _check_tensor_of(name, given, *STEPS[name])
 
 
-def check_steps_of(x: Tensor, time_dim: int, steps: Mapping[str, Tensor | None]) -> None:
+def check_steps_of(x: Tensor, time_dim: int, steps: Sequence[Tensor | None]) -> None:
     """Check that the shapes and devices of lengths, valid and starts fit a layer."""
     check_no_parts(x)
     batch, _ = sizes_of(x, time_dim)
-    for name, given in steps.items():
+    for name, given in zip(STEPS, steps, strict=True):
         if given is None:
             continue
         if name == "lengths":
@@ -361,7 +361,7 @@ def check_not_captured(name: str, device: torch.device) -> None:
 
 
 def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
-    """Check a dropout mask for `raw`: it has the shape of one row for all time steps, or raw's shape."""
+    """Check a dropout mask for `raw`: one row for all time steps, or raw's shape, as an elementwise dropout has it."""
     fits = mask.shape == raw.shape or list(mask.shape) == row  # `in` would not compare symbolic sizes
     words = "shape {} or raw's shape {}, got {}"
     _expect(fits, "mask", words, torch.Size(row), raw.shape, mask.shape)

@@ -85,7 +85,10 @@ class TimeAxis(NamedTuple):
 
 
 class Choices(TypedDict, total=False):
-    """Name the options of both operations for type checkers."""
+    """Name the options of both operations for type checkers, which then know whether a call returns its terms.
+
+    In the overloads of both operations, options that are written out would take more lines than these dictionaries.
+    """
 
     batch_first: bool | None
     time_dim: int | None

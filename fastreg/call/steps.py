@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,28 +16,21 @@ from fastreg.call.torch_state import has_values, observed, plain
 from fastreg.kernels.view import EncodedSteps
 
 
-class StepArguments(NamedTuple):
-    """Hold lengths, valid and starts, as for `fused_ar_tar`; each may be `None`."""
-
-    lengths: Tensor | None = None
-    valid: Tensor | None = None
-    starts: Tensor | None = None
-
-
 def given_steps(lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> GivenSteps | None:
     """Return the steps that a call counts, or `None` if it counts all."""
     if lengths is valid is starts is None:
         return None
-    return GivenSteps(StepArguments(plain(lengths), plain(valid), plain(starts)))
+    return GivenSteps(plain(lengths), plain(valid), plain(starts))
 
 
 class GivenSteps:
     """Encode which time steps a call counts, once for all of its layers.
 
     Args:
-        given: the arguments of the call that say so.
+        lengths, valid, starts: as for `fused_ar_tar`; each may be `None`.
 
     Attributes:
+        given: lengths, valid and starts.
         encoded_for: the device for which the steps were encoded; all layers have the same sequences and time steps.
         steps: the encoded steps.
     """
@@ -46,8 +38,8 @@ class GivenSteps:
     encoded_for: torch.device | None = None
     steps: EncodedSteps
 
-    def __init__(self, given: StepArguments) -> None:
-        self.given = given
+    def __init__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> None:
+        self.given = lengths, valid, starts
 
     def encoded(self, x: Tensor, plan: Plan) -> EncodedSteps:
         """Check the arguments for a layer, and return its steps.
@@ -60,7 +52,7 @@ class GivenSteps:
         """
         if plan.encode is None:
             arguments.check_steps(*self.given)
-            arguments.check_steps_of(x, plan.time_dim, dict(_named(self.given)))
+            arguments.check_steps_of(x, plan.time_dim, self.given)
             plan.encode = encoding_of(x, plan)
         if self.encoded_for != plan.device:
             self.steps = plan.encode(self.given)
@@ -75,20 +67,14 @@ def encoding_of(x: Tensor, plan: Plan) -> Callable[[Sequence[Tensor | None]], En
     encoder = partial(encoded, sizes) if plan.backend is None else plan.backend.encoder(sizes, device)
 
     def encode(given: Sequence[Tensor | None]) -> EncodedSteps:
-        steps: list[Tensor | None] = []
-        for name, x in _named(given):
-            if x is not None and is_time_first and name != "lengths":
-                x = x.transpose(0, 1)
-            steps.append(None if x is None else _brought(name, x, sizes, device))
-        bits, counts = encoder(*steps)
+        lengths, *marks = given
+        if is_time_first:
+            marks = [None if x is None else x.transpose(0, 1) for x in marks]
+        named = zip(arguments.STEPS, (lengths, *marks), strict=True)
+        bits, counts = encoder(*[None if x is None else _brought(name, x, sizes, device) for name, x in named])
         return EncodedSteps(bits, counts if is_divided else None)
 
     return encode
-
-
-def _named(given: Sequence[Tensor | None]) -> list[tuple[str, Tensor | None]]:
-    """Return lengths, valid and starts with their names."""
-    return [*zip(arguments.STEPS, given, strict=True)]  # Dynamo of PyTorch 2.8 cannot trace `_asdict`
 
 
 def _brought(name: str, x: Tensor, sizes: tuple[int, int], device: torch.device) -> Tensor:
