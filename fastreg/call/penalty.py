@@ -254,10 +254,9 @@ class PenaltyPlan(Plan):
         view = fold.view(operands)
         # Where hooks pack saved tensors away, memory matters more than time.
         self.predicts = self.predicts and True in self.needs and hooks_on_saved(False) is None
-        device = self.device
-        self.forward = backend.forward(view if self.predicts else view.without_gradients(), spec, device)
+        self.forward = backend.forward(view if self.predicts else view.without_gradients(), spec, self.device)
         if True in self.needs:
-            self.backward = backend.backward(view, spec, device, self.forward.prediction)
+            self.backward = backend.backward(view, spec, self.device, self.forward.prediction)
 
     def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Predicted | None]:
         """Launch the forward; return the penalty, with the terms if they are wanted; and predicted gradients."""
