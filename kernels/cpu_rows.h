@@ -148,7 +148,8 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, 
 }
 
 /// Apply the formula: compute raw times the mask, the sums of squares for AR and TAR, and the gradient. The gradient
-/// has AR's part, TAR's part, and the upstream gradient of dropped. If there is a mask, the latter and AR's part pass it.
+/// has AR's part, TAR's part, and the upstream gradient of dropped. If there is a mask, AR's part and the upstream
+/// gradient pass it.
 template <class A, class T, class F>
 inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
     const A ar_factor = factors.ar, tar_factor = factors.tar;

@@ -63,7 +63,7 @@ class Plan:
         predicts: whether a forward may predict gradients.
 
     Attributes:
-        shape, device: those of the activations.
+        shape, device: the shape and the device of the activations.
         time_dim: the axis of time, from the end, of the tensors that kernels or the formula read.
         backend: the code that runs; `None` if plain PyTorch has to see each call, or runs it.
         encode: the function that encodes lengths, valid and starts; `None` until some are checked.
