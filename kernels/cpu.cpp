@@ -1,5 +1,5 @@
-// AR and TAR on CPUs: the operations of ar_tar.py and steps.py. They make training on CPUs fast. Calls with them have the
-// checks, plans and predictions of calls on a GPU, so that most tests need none.
+// AR and TAR on CPUs: the operations of ar_tar.py and steps.py. They make training on CPUs fast. A call on a CPU has
+// the checks, the plan and the prediction of a call on a GPU, so most tests need no GPU.
 //
 // Activations are viewed as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
 // (positions on the inner axis) of one sequence over a run of time steps. A thread walks an item along time, so that a

@@ -182,10 +182,10 @@ inline double thread_seconds() {
     return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-/// Ask for huge pages for a large output whose memory is fresh, and fetch them: calls on large tensors are 1.70 times as
-/// fast as the formula under torch.compile, and 1.49 times with small pages. If huge pages take longer than small ones,
-/// take the advice back. They do if the system first has to move other pages, or if a virtual machine has returned its
-/// free huge pages to its host.
+/// Ask for huge pages for a large output whose memory is fresh, and fetch them. Calls are 1.70 times as fast as the
+/// formula under torch.compile, and 1.49 times with small pages. If huge pages take longer than small ones, take the
+/// advice back. They do if the system first has to move other pages, or if a virtual machine has returned its free huge
+/// pages to its host.
 ///
 /// The first page tells whether the memory is fresh, because allocators map large memory as a whole. Where an allocator
 /// has mixed fresh memory with used memory, this costs time at most: advice and writes stay inside of the output, which
