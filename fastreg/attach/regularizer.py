@@ -94,6 +94,7 @@ class RNNRegularizer:
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
         self._terms: Tensor | None = None  # of the last training step: AR and TAR, (2,)
+        self.time_steps = 0
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
@@ -139,7 +140,7 @@ class RNNRegularizer:
         self.clear()
         inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
         reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
-        if callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset):
+        if has_reset(model):
             reset()
 
     def on_loss_begin(
@@ -256,6 +257,8 @@ class RNNRegularizer:
             raise
         if penalty is not None:
             self._terms = penalty.terms
+            raw = None if given is None else layers_of(given.args[0][0])[-1]
+            self.time_steps = max(x.time_steps for x in self._attachments) if raw is None else raw.shape[1]
         return penalty
 
     def _warn_once(self, message: str) -> None:
@@ -372,6 +375,12 @@ class RNNRegularizer:
 def _needs_gradient(activations: Sequence[Any]) -> bool:
     """Return whether any layer of raw or dropped needs a gradient."""
     return any(x.requires_grad for layers in activations for x in layers_of(layers))
+
+
+def has_reset(model: object) -> bool:
+    """Return whether a model, or the model that it wraps, has a `reset` that can be called without arguments."""
+    reset = getattr(model, "reset", None) or getattr(getattr(model, "module", None), "reset", None)
+    return callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset)
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:
