@@ -257,8 +257,11 @@ class RNNRegularizer:
             raise
         if penalty is not None:
             self._terms = penalty.terms
-            raw = None if given is None else layers_of(given.args[0][0])[-1]
-            self.time_steps = max(x.time_steps for x in self._attachments) if raw is None else raw.shape[1]
+            if given is None:
+                self.time_steps = max(x.time_steps for x in self._attachments)
+            else:
+                raw, options = layers_of(given.args[0][0])[-1], given.keywords["options"]
+                self.time_steps = raw.shape[time_axis_of(options.batch_first, options.time_dim).number()]
         return penalty
 
     def _warn_once(self, message: str) -> None:
