@@ -203,8 +203,9 @@ class FineTune(pl.callbacks.LearningRateFinder):
 
 
 def test_a_search_within_a_fit_has_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_epochs": 2, "default_root_dir": tmp_path}
-    terms, logged, _ = fit_both(callback(), others=[FineTune()], **options)
+    search, options = FineTune(), {"max_epochs": 3, "default_root_dir": tmp_path}
+    terms, logged, _ = fit_both(callback(), others=[search], **options)
+    assert search.optimal_lr.results["loss"]
     assert_means(logged, terms[-6:])
 
 
