@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.attachment import Attachment, described
 from fastreg.attach.captures import check_output
@@ -104,28 +103,12 @@ class Paths:
 
 
 NAMES, NO_LAYOUT = [x.name for x in fields(Paths)], Paths().layout()
+NO_SUMS = torch.zeros(()), 0
 
 
 def of_regularizer(name: str) -> Any:
     """Return a property of an adapter that is an attribute of its regularizer."""
     return property(lambda self: getattr(self.regularizer, name), lambda self, x: setattr(self.regularizer, name, x))
-
-
-@dataclass
-class Sums:
-    """Hold the sums of AR and of TAR over training steps, each weighted by its size, and the sum of the sizes."""
-
-    terms: Tensor = field(default_factory=lambda: torch.zeros(2))
-    size: int = 0
-
-    def add(self, terms: Tensor, size: int) -> None:
-        """Add the terms of a step, on their device."""
-        self.terms = self.terms.add_(terms, alpha=size) if self.size else terms * size
-        self.size += size
-
-    def tensor(self) -> Tensor:
-        """Return the three sums; they are of one dtype in all processes."""
-        return torch.cat([self.terms.float(), self.terms.new_tensor([self.size]).float()])
 
 
 class Adapter:
@@ -135,10 +118,11 @@ class Adapter:
         alpha, beta, bptt, ar, tar: as for `RNNRegularizer`.
         regularizer: the regularizer.
         paths: the names of its modules.
-        batch: the inputs of the batch, where the framework does not hold them: see `inputs`.
+        batch: the only input of the batch, or a list of all, where the framework does not hold them: see `inputs`.
         handles: the handles of the attached modules, one for each path; there are none between fits.
         scaled: restores the learning rates that `scale` has set.
-        sums: the sums of the terms since the last log.
+        sums: the sums of AR and of TAR since the last log, weighted by the sizes of the steps, on their device, and the
+            sum of the sizes.
         say: a function that writes a line to the log of the framework.
     """
 
@@ -166,7 +150,7 @@ class Adapter:
             raise TypeError("alpha and beta: expected coefficients beside rnn, got none; 0 leaves a term out")
         coefficients = [0.0 if x is None else x for x in (alpha, beta)]
         self.regularizer, self.paths = RNNRegularizer(*coefficients, bptt=bptt), Paths(**options)
-        self.handles, self.batch, self.sums, self.scaled = list[Attachment](), (), Sums(), ExitStack()
+        self.handles, self.batch, self.sums, self.scaled = list[Attachment](), (), NO_SUMS, ExitStack()
         self._captured, self._is_shown = "", False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,7 +195,7 @@ class Adapter:
 
     def inputs(self) -> Sequence[Any]:
         """Return the inputs of the batch that the model gets now."""
-        return self.batch
+        return self.batch if is_list(self.batch) else [self.batch]
 
     def mask_of(self, module: nn.Module, mask: Callable[..., Any] | None) -> Callable[..., Any] | None:
         """Return a function of a module's arguments that calls a function of masks with the batch instead."""
@@ -223,7 +207,7 @@ class Adapter:
         for handle in self.handles:
             handle.remove()
         self.regularizer.clear()
-        self.handles, self.batch, self.sums = [], (), Sums()
+        self.handles, self.batch, self.sums = [], (), NO_SUMS
 
     def capture(self, output: Any) -> Any:
         """Capture the activations in the output of a model, `(decoded, raw, dropped)`, and return decoded.
@@ -239,11 +223,10 @@ class Adapter:
             words = f"as raw is {shape} and the batch {batch}"
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
         time = time_axis.number() % len(shape)
-        steps = len(raw.batch_sizes) if isinstance(raw, PackedSequence) else shape[time]
         masks: Any = self.paths.masks().of(*self.inputs())
         axis = int(time > 0)  # of a mask: (batch, time), or (time, batch) where raw is time first
         for name, mask in masks.items():
-            kept = min(mask.shape[axis], steps)
+            kept = min(mask.shape[axis], shape[time])
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
         self._captured = "" if self._is_shown else f"the model's output: {described(raw, time_axis, masks)}"
@@ -294,8 +277,9 @@ class Adapter:
             self._is_shown = True
             shown = [f"{rnn}: {x!r}" for (rnn, _), x in zip(self.paths.pairs(), self.handles, strict=False)]
             self.say("\n".join(shown or [self._captured]))
-        if size and penalty.terms is not None:
-            self.sums.add(penalty.terms, size)
+        if size:
+            terms: Any = penalty.terms
+            self.sums = torch.add(self.sums[0], terms, alpha=size), self.sums[1] + size
         return loss + (penalty.value if parts == 1 else penalty.value / parts)
 
     def means(self, reduce: Callable[[Tensor], Any]) -> dict[str, Any]:
@@ -305,8 +289,9 @@ class Adapter:
             reduce: a function that adds up the sums of all processes. Each process has to call it, even if it has added
                 no penalty, because the others wait for it.
         """
-        ar, tar, size = reduce(self.sums.tensor())
-        self.sums = Sums()
+        (terms, size), self.sums = self.sums, NO_SUMS
+        sums = torch.cat([terms.expand(2), terms.new_full((1,), size)])
+        ar, tar, size = reduce(sums.float())  # of one dtype in all processes
         return {"ar": ar / size, "tar": tar / size} if size else {}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from typing_extensions import Unpack
 
-from fastreg.adapter import Adapter, PathOptions, Sums
+from fastreg.adapter import NO_SUMS, Adapter, PathOptions
 from fastreg.call.problem import Coefficient
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -120,7 +120,7 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
     def before_train(self) -> None:
         if not self.learn.training:  # fastai would not call the callback in training steps
             raise RuntimeError("RNNRegularizer: another learner has this callback, too; give each learner its own")
-        self.sums = Sums()
+        self.sums = NO_SUMS
 
     def before_batch(self) -> None:
         self.begin(get_model(self.learn.model))  # without the wrapper of fastai's DistributedTrainer
@@ -148,7 +148,7 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
     def before_validate(self) -> None:
         shows_training = getattr(getattr(self.learn, "recorder", None), "train_metrics", False)
         if shows_training and not self.learn.lock.locked():
-            self.sums = Sums()  # the validation has columns, too, but no terms
+            self.sums = NO_SUMS  # the validation has columns, too, but no terms
 
     def after_fit(self) -> None:
         self.forget()
@@ -174,7 +174,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
 
     def mean(self, i: int) -> Any:
         """Return the mean of a term over the epoch's training batches; it is NaN, a number for loggers, without one."""
-        return self.sums.terms[i] / self.sums.size
+        terms, size = self.sums
+        return terms.expand(2)[i] / size
 
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}

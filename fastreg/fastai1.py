@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from fastreg.adapter import Adapter, PathOptions
 from fastreg.attach.regularizer import has_reset
-from fastreg.call.problem import Coefficient, is_list
+from fastreg.call.problem import Coefficient
 
 try:
     from fastai import __version__
@@ -105,13 +105,13 @@ class RNNTrainer(Adapter, LearnerCallback):
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         if train:
             self.begin(self.learn.model)
-            self.batch = last_input if is_list(last_input) else [last_input]
+            self.batch = last_input
 
     def on_loss_begin(self, last_output: Any, last_input: Any, train: bool = True, **_: Any) -> Any:
         if self.paths.rnn is not None:
             return None
         if train:
-            self.batch = last_input if is_list(last_input) else [last_input]  # which the model has got
+            self.batch = last_input  # which a later callback may have changed since on_batch_begin
             self.capture(last_output)
         return answer("last_output", last_output[0])
 
