@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastreg.adapter import Adapter, PathOptions
-from fastreg.attach.regularizer import has_reset
+from fastreg.attach.regularizer import reset_of
 from fastreg.call.problem import Coefficient
 
 try:
@@ -99,7 +99,7 @@ class RNNTrainer(Adapter, LearnerCallback):
         self.start(self.learn.model)
 
     def on_epoch_begin(self, **_: Any) -> None:
-        if has_reset(self.learn.model):
+        if reset_of(self.learn.model):
             self.regularizer.on_epoch_begin(self.learn.model)
 
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:

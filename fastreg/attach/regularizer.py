@@ -138,9 +138,7 @@ class RNNRegularizer:
         if isinstance(model, (int, float)):
             raise TypeError(f"model: expected the model, whose reset() is called, got {type(model).__name__}")
         self.clear()
-        inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
-        reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
-        if has_reset(model):
+        if reset := reset_of(model):
             reset()
 
     def on_loss_begin(
@@ -380,10 +378,11 @@ def _needs_gradient(activations: Sequence[Any]) -> bool:
     return any(x.requires_grad for layers in activations for x in layers_of(layers))
 
 
-def has_reset(model: object) -> bool:
-    """Return whether a model, or the model that it wraps, has a `reset` that can be called without arguments."""
+def reset_of(model: object) -> Any:
+    """Return the `reset` of a model, or of the model that it wraps, if it can be called without arguments."""
     reset = getattr(model, "reset", None) or getattr(getattr(model, "module", None), "reset", None)
-    return callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset)
+    is_one = callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset)
+    return reset if is_one else None
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:
