@@ -120,6 +120,7 @@ class Adapter:
         paths: the names of its modules.
         batch: the only input of the batch, or a list of all, where the framework does not hold them: see `inputs`.
         handles: the handles of the attached modules, one for each path; there are none between fits.
+        time_axis: the axis of time of raw; after `begin`, as the last of the attached modules shows it.
         scaled: restores the learning rates that `scale` has set.
         sums: the sums of AR and of TAR since the last log, weighted by the sizes of the steps, on their device, and the
             sum of the sizes.
@@ -151,7 +152,7 @@ class Adapter:
         coefficients = [0.0 if x is None else x for x in (alpha, beta)]
         self.regularizer, self.paths = RNNRegularizer(*coefficients, bptt=bptt), Paths(**options)
         self.handles, self.batch, self.sums, self.scaled = list[Attachment](), (), NO_SUMS, ExitStack()
-        self._captured, self._is_shown = "", False
+        self.time_axis, self._captured, self._is_shown = time_axis_of(**self.paths.layout()), "", False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which is attached to nothing."""
@@ -189,9 +190,11 @@ class Adapter:
         if self.handles:
             return
         for rnn, dropout in self.modules(model):
-            masks: Any = {name: self.mask_of(rnn, mask) for name, mask in vars(self.paths.masks()).items()}
-            options = self.layout_of(rnn) | masks | {"output": self.paths.output}
-            self.handles.append(self.regularizer.attach(rnn, dropout, **options))
+            options = self.layout_of(rnn) | {"output": self.paths.output}
+            valid, starts = self.mask_of(rnn, self.paths.valid), self.mask_of(rnn, self.paths.starts)
+            handle = self.regularizer.attach(rnn, dropout, **options, valid=valid, starts=starts)
+            self.handles.append(handle)
+            self.time_axis = handle.source.time_axis
 
     def inputs(self) -> Sequence[Any]:
         """Return the inputs of the batch that the model gets now."""
@@ -217,19 +220,19 @@ class Adapter:
             ValueError: the sizes of the batch show that raw may be time first.
         """
         raw, layout = check_output(output)[1], self.paths.layout()
-        raw, time_axis = raw[-1] if is_list(raw) else raw, time_axis_of(**layout)
+        raw = raw[-1] if is_list(raw) else raw
         shape, batch = (*data_of(raw).shape,), (*getattr(next(iter(self.inputs()), None), "shape", ()),)
         if layout == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
-        time = time_axis.number() % len(shape)
+        time = self.time_axis.number() % len(shape)
         masks: Any = self.paths.masks().of(*self.inputs())
         axis = int(time > 0)  # of a mask: (batch, time), or (time, batch) where raw is time first
         for name, mask in masks.items():
             kept = min(mask.shape[axis], shape[time])
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
-        self._captured = "" if self._is_shown else f"the model's output: {described(raw, time_axis, masks)}"
+        self._captured = "" if self._is_shown else f"the model's output: {described(raw, self.time_axis, masks)}"
         return decoded
 
     def time_steps(self) -> int:
@@ -241,8 +244,7 @@ class Adapter:
         steps, first = self.regularizer.time_steps, next(iter(self.inputs()), None)
         if not isinstance(first, Tensor) or first.dtype not in (torch.int32, torch.int64) or first.dim() != 2:
             return steps
-        axes = [x.source.time_axis for x in self.handles] or [time_axis_of(**self.paths.layout())]
-        return first.shape[0 if comes_first(axes[0]) and steps != first.shape[1] else 1]
+        return first.shape[0 if comes_first(self.time_axis) and steps != first.shape[1] else 1]
 
     def scale(self, read: Callable[[], list[float]], write: Callable[[list[float]], Any]) -> None:
         """Scale learning rates by `time / bptt`, for the number of time steps of the batch, until `scaled` is closed.

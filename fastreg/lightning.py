@@ -69,13 +69,11 @@ class ActivationRegularization(Adapter, Callback):
         callbacks = [x for x in trainer.callbacks if isinstance(x, ActivationRegularization)]
         trainer.fit_loop.run = partial(regularized_fit, trainer, callbacks, trainer.fit_loop.run)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Take the wrapper off the loop."""
         trainer.fit_loop.run = without(regularized_fit, trainer.fit_loop.run)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the wrapper off the loop, as no `teardown` follows an exception."""
-        self.teardown(trainer, pl_module, "fit")
+    on_exception = teardown  # an exception in a fit, which no teardown follows
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""

@@ -108,10 +108,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
     def mask_of(self, module: nn.Module, mask: Any) -> Any:
         """Return the function of masks; the attention mask is `(batch, time)` also where the module is time first."""
-        is_time_first = (
-            comes_first(time_axis_of(**self.paths.layout())) or getattr(module, "batch_first", True) is False
-        )
-        if mask is attention_mask and is_time_first:
+        named = time_axis_of(**self.paths.layout())
+        if mask is attention_mask and (comes_first(named) or getattr(module, "batch_first", True) is False):
             return super().mask_of(module, lambda batch: None if mask(batch) is None else mask(batch).T)
         return super().mask_of(module, mask)
 
@@ -159,8 +157,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
     def _regularized_backward(self, backward: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the penalty to the loss of a backward of the accelerator."""
-        loss = self.add_penalty(loss, size=1, parts=self.current_gradient_accumulation_steps)
-        return backward(loss, *args, **kwargs)
+        parts = self.current_gradient_accumulation_steps
+        return backward(self.add_penalty(loss, size=1, parts=parts), *args, **kwargs)
 
 
 def collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:
