@@ -94,7 +94,6 @@ class RNNRegularizer:
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
         self._terms: Tensor | None = None  # of the last training step: AR and TAR, (2,)
-        self.time_steps = 0
         self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
@@ -138,7 +137,9 @@ class RNNRegularizer:
         if isinstance(model, (int, float)):
             raise TypeError(f"model: expected the model, whose reset() is called, got {type(model).__name__}")
         self.clear()
-        if reset := reset_of(model):
+        inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
+        reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
+        if callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset):
             reset()
 
     def on_loss_begin(
@@ -255,11 +256,6 @@ class RNNRegularizer:
             raise
         if penalty is not None:
             self._terms = penalty.terms
-            if given is None:
-                self.time_steps = max(x.time_steps for x in self._attachments)
-            else:
-                raw, options = layers_of(given.args[0][0])[-1], given.keywords["options"]
-                self.time_steps = raw.shape[time_axis_of(options.batch_first, options.time_dim).number()]
         return penalty
 
     def _warn_once(self, message: str) -> None:
@@ -376,13 +372,6 @@ class RNNRegularizer:
 def _needs_gradient(activations: Sequence[Any]) -> bool:
     """Return whether any layer of raw or dropped needs a gradient."""
     return any(x.requires_grad for layers in activations for x in layers_of(layers))
-
-
-def reset_of(model: object) -> Any:
-    """Return the `reset` of a model, or of the model that it wraps, if it can be called without arguments."""
-    reset = getattr(model, "reset", None) or getattr(getattr(model, "module", None), "reset", None)
-    is_one = callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset)
-    return reset if is_one else None
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:
