@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.attach.attachment import Attachment, described
-from fastreg.attach.captures import check_output
+from fastreg.attach.activations import check_output, described
+from fastreg.attach.attachment import Attachment
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks, check_callable
 from fastreg.call.arguments import time_axis_of
@@ -178,7 +178,7 @@ class Adapter:
         if self.handles:
             return
         for rnn, dropout in self.modules(model):
-            masks: Any = {name: self.mask_of(rnn, mask) for name, mask in vars(self.paths.masks()).items()}
+            masks: Any = {name: self.mask_of(rnn, getattr(self.paths, name)) for name in ("valid", "starts")}
             options = self.layout_of(rnn) | masks | {"output": self.paths.output}
             self.handles.append(self.regularizer.attach(rnn, dropout, **options))
 
@@ -224,7 +224,7 @@ class Adapter:
             lrs: the learning rates.
             set_lrs: a function that sets the learning rates of the optimizer.
         """
-        steps = max([x.time_steps for x in self.handles], default=self._captured[0])
+        steps = self.regularizer.time_steps
         if self.bptt and steps:  # a module in evaluation has no run
             self.scaled.callback(set_lrs, lrs)
             set_lrs([lr * steps / self.bptt for lr in lrs])

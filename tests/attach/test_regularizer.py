@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastreg
 from fastreg import ARTAR, RNNRegularizer, fused_ar_tar
+from fastreg.attach.regularizer import reset_of
 from tests import language_model as lm
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID
 
@@ -120,12 +121,18 @@ def test_copies_hold_no_capture(by_hooks: bool, duplicate: Callable[[Any], Any])
     torch.testing.assert_close(lm.penalty_of(reg, decoded), lm.formula(raw, dropped, 1))
 
 
-def test_on_epoch_begin_resets() -> None:
-    resets = list[None]()
+def test_on_epoch_begin_resets_a_model_that_can_be_reset() -> None:
+    resets, reg = list[None](), lm.regularizer()
     model = SimpleNamespace(reset=lambda: resets.append(None))
+    for one in (model, SimpleNamespace(module=model)):  # as DistributedDataParallel hides a model
+        assert reset_of(one) is model.reset
+        reg.on_epoch_begin(one)
+    assert len(resets) == 2
     others = [nn.Linear(1, 1), *(SimpleNamespace(reset=x) for x in (nn.Linear(1, 1), lambda env: resets.append(env)))]
-    for one in (model, SimpleNamespace(module=model), *others):  # as DistributedDataParallel hides a model
-        lm.regularizer().on_epoch_begin(one)
+    for one in others:
+        assert reset_of(one) is None
+        with pytest.raises(TypeError, match=rf"reset\(\) .* got {type(one).__name__}; .* or call clear\(\)"):
+            reg.on_epoch_begin(one)
     assert len(resets) == 2
 
 
