@@ -10,19 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import (
-    Coefficient,
-    One,
-    Options,
-    Penalty,
-    TimeAxis,
-    axes_of,
-    data_of,
-    is_list,
-    layers_of,
-    sizes_of,
-    sum_of,
-)
+from fastreg.call.problem import Options, Penalty, TimeAxis, axes_of, data_of, is_list, layers_of, sizes_of, sum_of
 from fastreg.call.steps import GivenSteps
 
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
@@ -45,7 +33,7 @@ class Capture(NamedTuple):
         """Return whether any layer of raw or dropped needs a gradient."""
         return any(x.requires_grad for x in (*layers_of(self.raw), *layers_of(self.dropped)))
 
-    def penalty(self, coefficients: Sequence[Coefficient], device: torch.device) -> tuple[Penalty, int]:
+    def penalty(self, coefficients: Sequence[Any], device: torch.device) -> tuple[Penalty, int]:
         """Return the penalty, on a device, and the number of time steps.
 
         Raises:
@@ -62,7 +50,7 @@ class Capture(NamedTuple):
         return sum_of(penalties), time_steps_of(first, self.time_axis)
 
 
-def moved(coefficients: Sequence[Coefficient], device: torch.device) -> list[Coefficient]:
+def moved(coefficients: Sequence[Any], device: torch.device) -> list[Any]:
     """Return coefficients with those that are tensors on a device."""
     return [x.to(device) if isinstance(x, Tensor) else x for x in coefficients]
 
@@ -131,12 +119,12 @@ def check_layout(raw: Any, decoded: Any, time_axis: TimeAxis, is_given: bool) ->
     return words
 
 
-def time_steps_of(raw: One, time_axis: TimeAxis) -> int:
+def time_steps_of(raw: Tensor | PackedSequence, time_axis: TimeAxis) -> int:
     """Return the number of time steps of raw, the longest of packed sequences."""
     return len(raw.batch_sizes) if isinstance(raw, PackedSequence) else raw.shape[time_axis.number()]
 
 
-def described(raw: One, time_axis: TimeAxis, masks: Mapping[str, Tensor]) -> str:
+def described(raw: Tensor | PackedSequence, time_axis: TimeAxis, masks: Mapping[str, Tensor]) -> str:
     """Say which axes of raw were taken for what, and which time steps count."""
     rows = data_of(raw)
     shape = (*rows.shape,)

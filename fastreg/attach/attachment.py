@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastreg.attach.activations import described, moved, time_steps_of
+from fastreg.attach.activations import MASKED, described, moved, time_steps_of
 from fastreg.attach.mark import mapped, mark, tensors_in
 from fastreg.attach.runs import Alarm, Last, Run, Stage
 from fastreg.attach.source import Source
@@ -236,43 +236,40 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
-        dropped, penalty, is_formed = data_of(result), None, False
+        dropped, penalty = data_of(result), None
         if isinstance(dropout, FusedRNNDropout):
-            penalty, is_formed = dropout.collect(), dropout.training and "coefficients" in kwargs
-            given = _arguments(run, args, kwargs)
+            penalty, given = dropout.collect(), _arguments(run, args, kwargs)
             run.coefficients = given["coefficients"]
-            run.masks = {name: given[name] for name in ("valid", "starts") if name in given}
-        if not is_formed:
-            self._form(run, raw, dropped)
-        elif not again:
-            self._keep(run, raw, dropped, penalty)
+            run.masks = {name: given[name] for name in MASKED if name in given}
+            if not dropout.training or "coefficients" not in kwargs:  # the penalty is another one, or there is none
+                penalty = None
+            elif again:  # the forward has computed the penalty again
+                return None
+        self._form(run, raw, dropped, penalty)
         if again or not dropped.requires_grad:
             return None
         marked = mark(run, True, dropped)
         return marked if dropped is result else result._replace(data=marked)  # pyright: ignore
 
-    def _form(self, run: Run, raw: Tensor, dropped: Tensor) -> None:
-        """Compute the penalty of a run; a recomputation does so, too, to save the same tensors as the forward."""
-        penalty = None
-        if raw.requires_grad or dropped.requires_grad:
-            pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, dropped)]
+    def _form(self, run: Run, raw: Tensor, dropped: Tensor, penalty: Penalty | None = None) -> None:
+        """Compute the penalty of a run, unless a fused dropout has done so, and keep it for a loss.
+
+        A recomputation computes the penalty, too, to save the same tensors as the forward, but keeps nothing.
+        """
+        pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, dropped)]
+        if penalty is None and (raw.requires_grad or dropped.requires_grad):
             batch_first, time_dim = run.time_axis
             options = Options(batch_first, time_dim, measured=True, predicts=False)
             steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts"))
             penalty = penalize(pair, run.coefficients, steps, options)
-        if current() == -1:
-            self._keep(run, raw, dropped, penalty)
-
-    def _keep(self, run: Run, raw: Tensor, dropped: Tensor, penalty: Penalty | None) -> None:
-        """Keep the penalty of a run for a loss, if the run has a gradient."""
-        whole = raw if run.packed is None else run.packed._replace(data=raw)
-        run.time_steps = time_steps_of(whole, run.time_axis)
-        self.shown = self.shown or described(whole, run.time_axis, run.masks)
+        if current() != -1:
+            return
+        run.time_steps = time_steps_of(pair[0], run.time_axis)
+        self.shown = self.shown or described(pair[0], run.time_axis, run.masks)
         needs_gradient = penalty is not None and penalty.value.requires_grad
-        if needs_gradient and any(map(is_on, run.coefficients)):
-            self.alarm.is_called = True
         if penalty is not None and (needs_gradient or dropped.requires_grad):
             run.penalty = penalty
+            self.alarm.is_called |= needs_gradient and any(map(is_on, run.coefficients))
         else:
             run.penalty = Stage.TAKEN
             self._note_constant()

@@ -168,6 +168,17 @@ class Right(Model):
         losses = [cp(lambda x: self(x).loss, inputs()) for _ in range(130)]
         self.regularized(torch.stack(losses).sum())
 
+    def acting_forwards(self) -> None:
+        for _ in range(130):
+            self.loss()
+        self.right()
+
+    def derivatives_of_each_output(self) -> None:
+        out = self(inputs()).dropped.flatten()
+        for x in (out * out.detach()).tile(2)[:130]:
+            torch.autograd.grad(x, [*self.rnn.parameters()], retain_graph=True)
+        self.right()
+
     def losses_without_a_gradient(self) -> None:
         assert self.reg.on_backward_begin(torch.zeros(())) == 0
 
@@ -223,7 +234,9 @@ class Right(Model):
 
 
 LONG = ["windows_in_one_backward", "checkpointed_windows_in_one_backward", "penalties_in_one_backward"]
-OFTEN = dict.fromkeys([*LONG, "evaluations", "gradual_unfreezing"], 2) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
+OFTEN = dict.fromkeys(
+    [*LONG, "evaluations", "gradual_unfreezing", "acting_forwards", "derivatives_of_each_output"], 2
+) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
 
 
 @each_dropout
