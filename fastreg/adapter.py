@@ -22,8 +22,8 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fastreg.attach.attachment import Attachment, described
-from fastreg.attach.captures import check_output
+from fastreg.attach.activations import check_output, described
+from fastreg.attach.attachment import Attachment
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks, check_callable
 from fastreg.call.arguments import time_axis_of
