@@ -16,7 +16,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastreg.adapter import Adapter, Options, fuse_output_dropout
-from fastreg.attach.regularizer import reset_of
 from fastreg.call.problem import Coefficient, is_list
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -104,8 +103,7 @@ class RNNTrainer(Adapter, LearnerCallback):
         self.modules(self.learn.model)  # shows a wrong path before any training
 
     def on_epoch_begin(self, **_: Any) -> None:
-        if reset_of(self.learn.model):
-            self.regularizer.on_epoch_begin(self.learn.model)
+        self.regularizer.on_epoch_begin(self.learn.model)
 
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
         if train:  # learn.validate() begins a fit that never ends
