@@ -265,7 +265,7 @@ class Adapter:
 
         Args:
             loss: the loss of the step.
-            size: the weight of the step in the means of the terms; 0 if nobody reads them.
+            size: the weight of the step in the means of the terms; with 0 they are not summed.
             parts: the number of losses in an optimizer step, by which the penalty is divided.
 
         Raises:
