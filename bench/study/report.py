@@ -1,4 +1,4 @@
-"""The page with tables and a plot of bench.study.run, beside its JSON lines, and functions that both studies call.
+"""The page with tables and a plot of bench.study.run, beside its JSON lines.
 
 No figure is typed: tests/project/test_study.py fails when the page disagrees with the JSON lines.
 """
@@ -124,12 +124,7 @@ class Study:
         return {name: pair for name, pair in PENALTIES.items() if any(pair) and self.differences(pair)}
 
 
-def records(file: Path) -> list[Any]:
-    """Read the trainings of a file, one a line."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def append(run: Any, file: Path) -> None:
+def append(run: Run, file: Path) -> None:
     """Add a training to a file; an interrupted study goes on behind those that its file has."""
     with file.open("a") as lines:
         lines.write(json.dumps(asdict(run)) + "\n")
@@ -140,17 +135,10 @@ def machine_facts() -> dict[str, Any]:
     return machine.facts() | {"device": machine.processor_name(), "source": machine.source()}
 
 
-def origin(runs: list[Any]) -> str:
-    """Render the settings of all trainings and their machines."""
-    settings = ", ".join(f"{name} {value}" for name, value in runs[0].settings.items())
-    machines = {tuple(run.machine.items()): None for run in runs}
-    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
-    return f"Settings: {settings}.\n\nTrained on:\n\n{places}"
-
-
 def load(file: Path) -> Study:
-    """Read a study's JSON lines."""
-    return Study(Run(**record) for record in records(file))
+    """Read a study's JSON lines, a training each."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return Study(Run(**json.loads(line)) for line in lines)
 
 
 def standard_error(values: list[float]) -> float:
@@ -249,7 +237,10 @@ def method(study: Study) -> str:
     settings = study.runs[0].settings
     capped = sum(len(run.valid_loss) == settings["epochs"] for run in study.runs)
     how = METHOD.format(**settings, capped=capped or "None", count=len(study.runs), clear=CLEAR)
-    return f"{how}\n{origin(study.runs)}"
+    listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+    machines = {tuple(run.machine.items()): None for run in study.runs}
+    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
+    return f"{how}\nSettings: {listed}.\n\nTrained on:\n\n{places}"
 
 
 def page(study: Study, name: str) -> str:
