@@ -14,13 +14,14 @@ from bench.measure.results import FORMULAS, Case, Figure
 
 FILE = ROOT / "docs" / "steps.svg"
 MODELS = {  # the label of a case, and the words for its model
-    "8 elementwise layers, (4, 256, 256)": "Eight cheap layers, tanh(x * weight)",
-    "LSTM, (16, 35, 60)": "A small LSTM",
-    "AWD-LSTM, (20, 70, 400)": "An AWD-LSTM",
+    "8 elementwise layers, (4, 256, 256), variational dropout": "Eight cheap layers, tanh(x * weight)",
+    "LSTM, (16, 35, 60), variational dropout": "A small LSTM",
+    "AWD-LSTM, (20, 70, 400), variational dropout": "An AWD-LSTM",
 }
 WAYS = {
     "eager": "formula, eager",
     "compiled": "formula, compiled",
+    "compiled with dropout": "dropout and formula, compiled",
     "fused_ar_tar": "fused_ar_tar",
     "attach": "attach",
     "FusedRNNDropout": "FusedRNNDropout",
@@ -37,11 +38,11 @@ def shares(case: Case) -> dict[str, dict[str, Figure]]:
 
 
 def words(share: Figure) -> str:
-    """Render a share with its standard error; it says so if it cannot be told from 0."""
-    percent = round(share.median)
-    number = f"{percent:+d}%" if percent else "0%"
-    if share.error:
-        number = f"{number[:-1]} ± {share.error:.0f}%" + ", not significant" * (not share.differs_from(0))
+    """Render a share, and its standard error unless that is almost 0; it says so if it cannot be told from 0."""
+    percent, error = round(share.median), round(share.error)
+    number = f"{percent:+d}" * bool(percent) or "0"
+    number += f" ± {error}%" * bool(error) or "%"
+    number += ", not significant" * (share.error > 0 and not share.differs_from(0))
     return number.replace("-", "\N{MINUS SIGN}")
 
 
@@ -54,9 +55,9 @@ def labels(bars: dict[str, Figure], what: str) -> list[str]:
     return [*texts.values()]
 
 
-def draw(cases: list[Case], about: str, clock: str) -> None:
+def draw(cases: list[Case], setting: str) -> None:
     """Draw the bars, unless the file has been drawn of the same data."""
-    shown = json.dumps([about, clock, *map(shares, cases)])
+    shown = json.dumps([setting, *map(shares, cases)])
     data = f"data {hashlib.sha256(shown.encode()).hexdigest()[:12]}"
     if FILE.exists() and data in FILE.read_text():
         return
@@ -89,7 +90,7 @@ def draw(cases: list[Case], about: str, clock: str) -> None:
             ax.set_xlim(right=1.4 * ax.get_xlim()[1])  # room for the labels
         axes[0][0].invert_yaxis()
         handles = [Patch(color=GREY, label="the formula in PyTorch"), Patch(color=BLUE, label="fastreg")]
-        title = f"0 is the same step without a penalty. Time is {clock}, ± its standard error."
+        title = f"{setting}; lower is better"
         figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, title=title)
         figure.savefig(FILE, transparent=True, metadata={"Date": None, "Description": data})
         plt.close(figure)
