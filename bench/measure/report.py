@@ -58,7 +58,7 @@ USES = {  # the pass of a case and the way -> what one uses
     **{(STEP, way): OURS[way] for way in ("fused_ar_tar", "attach", "FusedRNNDropout")},
     ("dropout", "fastreg"): "`FusedRNNDropout`",
     **{(trainer, "adapter"): trainer for trainer in TRAINERS},
-    **{(trainer, "adapter, fused dropout"): f"{trainer}, fused dropout" for trainer in TRAINERS},
+    **{(trainer, "adapter with fused dropout"): f"{trainer}, fused dropout" for trainer in TRAINERS},
 }
 Uses = dict[str, dict[str, list[Figure]]]
 MOST_NAMES = 5  # that a sentence names of tests

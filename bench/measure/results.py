@@ -29,7 +29,7 @@ OURS = {  # the ways that call fastreg, as tables name them
     "FusedRNNDropout": "`FusedRNNDropout`",
     "compiled fastreg": "compiled fastreg",
     "adapter": "adapter",
-    "adapter, fused dropout": "adapter, fused dropout",
+    "adapter with fused dropout": "adapter, fused dropout",
 }
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"

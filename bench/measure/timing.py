@@ -44,6 +44,31 @@ class Turn(NamedTuple):
     waiting: float  # how long threads that were ready to run waited for a core, because other programs had it
 
 
+class Watch:
+    """Measure a turn: `with Watch() as watch` around its calls, and then `watch.turn(calls)`."""
+
+    def __enter__(self) -> Watch:
+        synchronize()
+        self.clocks = clocks()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        synchronize()
+        self.passed = [now - before for now, before in zip(clocks(), self.clocks, strict=True)]
+
+    def turn(self, calls: int) -> Turn:
+        """Return the seconds of one of so many calls."""
+        waited, own, wall = self.passed
+        # A thread computes at any time of a turn on the CPU. On a GPU the host may wait.
+        waited = max(waited, wall - own) if DEVICE == "cpu" else waited
+        return Turn(*(seconds / calls for seconds in (wall, own, waited)))
+
+
+def clocks() -> tuple[float, float, float]:
+    """Return the seconds that threads have waited, the CPU time and the time until now."""
+    return seconds_waiting(), time.process_time(), time.perf_counter()
+
+
 class Rounds(NamedTuple):
     """How long turns are and how many there are."""
 
@@ -57,24 +82,21 @@ def take_turns(ways: Mapping[str, Call], rounds: Rounds, say: Callable[[str], ob
 
     In a round each way has one turn. So other load on the machine affects all ways alike, and no way finds the memory
     in the cache that it has just freed itself. Each round begins with another way. The first round is not counted.
-    `say` gets the name of a way before its turn.
+    `say` gets the name of a way before its turn. A way that returns a `Turn` has measured its turn itself.
     """
 
     def turn(way: str) -> Turn:
-        call = ways[way]
+        call, result = ways[way], None
         say(way)
-        synchronize()
-        waited, own, wall = seconds_waiting(), time.process_time(), time.perf_counter()
-        for _ in range(rounds.calls):
-            call()
-        synchronize()
-        wall, own = time.perf_counter() - wall, time.process_time() - own
-        waited = seconds_waiting() - waited
-        # A thread computes at any time of a turn on the CPU. On a GPU the host may wait.
-        waited = max(waited, wall - own) if DEVICE == "cpu" else waited
-        return Turn(*(seconds / rounds.calls for seconds in (wall, own, waited)))
+        with Watch() as watch:
+            for _ in range(rounds.calls):
+                result = call()
+        return result if isinstance(result, Turn) else watch.turn(rounds.calls)
 
-    first = sum(turn(way).wall for way in ways) * rounds.calls
+    began = time.perf_counter()
+    for way in ways:
+        turn(way)
+    first = time.perf_counter() - began
     turns: dict[str, list[Turn]] = {way: [] for way in ways}
     order = list(ways)
     gc.collect()
