@@ -290,7 +290,7 @@ DROPOUT_WAYS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {  # raw -> dr
     "dropout alone": dropped_by,
     "eager": dropout_then(formulas.fastai),
     "compiled dropout alone": torch.compile(dropped_by),
-    "compiled": torch.compile(dropout_then(formulas.fastai)),
+    "compiled with dropout": torch.compile(dropout_then(formulas.fastai)),
     **before.both(dropouts_of),
 }
 
@@ -315,7 +315,7 @@ def test_dropout(measure: Measure, shape: Any, dtype: Any) -> None:
     def compare(way: str, inputs: Inputs) -> None:
         check_dropout(list(call(way, inputs)), *inputs)
 
-    about = {"pass": "dropout", "shape": shape, "dtype": name(dtype)}
+    about = {"pass": "dropout", "shape": shape, "dtype": name(dtype), "dropout": "variational"}
     measure_calls(measure, partial(dropout_inputs, shape, dtype), call, compare, about)
 
 

@@ -105,14 +105,14 @@ def latest(results: list[Result]) -> Result:
 
 def uses(part: Result) -> Uses:
     """Return ratios to the fastest formula by what one uses and where: a figure for each case, and a mean of calls."""
-    found: Uses = {}
+    found: Uses = {use: {} for use in USES.values()}
     for case, way in product(part.cases, OURS):
         use = USES.get((case.info["pass"], way))
         if use and (figure := case.over_fastest(way)):
-            found.setdefault(use, {}).setdefault(place_of(case), []).append(figure)
+            found[use].setdefault(place_of(case), []).append(figure)
     for places in found.values():
         places.update({place: [geometric_mean(places[place])] for place in MEANS if place in places})
-    return found
+    return {use: places for use, places in found.items() if places}
 
 
 def place_of(case: Case) -> str:
