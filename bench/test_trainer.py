@@ -74,6 +74,11 @@ def with_penalty(output: dict[str, Tensor], way: Way) -> Tensor:
     return loss + way.penalty(raw, dropped, ALPHA, BETA) if way.penalty else loss
 
 
+def texts(shape: Shape, steps: int) -> Tensor:
+    """Return the ids of words of an epoch, a row for each sequence."""
+    return torch.randint(nets.LSTM.words, (steps * shape[0], shape[1] + 1))
+
+
 class Training(NamedTuple):
     """A model, and a function that trains it for an epoch: inside a context, but for the set-up."""
 
@@ -94,10 +99,12 @@ def span(base: Any, begin: str, end: str, context: Context) -> Any:
 
 
 def lightning(way: Way, shape: Shape, steps: int) -> Training:
+    """Train by Lightning, with SGD."""
     import lightning as pl
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    model, (ids,) = Model(shape[2]), nets.LSTM.batch(nets.LSTM, (steps * shape[0], *shape[1:]))
+    model = Model(shape[2])
+    data: Any = texts(shape, steps)
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -119,15 +126,16 @@ def lightning(way: Way, shape: Shape, steps: int) -> Training:
             callbacks.append(ours.ActivationRegularization(ALPHA, BETA, **paths))
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
         trainer = pl.Trainer(max_epochs=1, accelerator=ACCELERATOR, devices=1, callbacks=callbacks, **quiet)
-        trainer.fit(module, DataLoader(ids, shape[0]))
+        trainer.fit(module, DataLoader(data, shape[0]))
 
     return Training(module, epoch)
 
 
 def transformers(way: Way, shape: Shape, steps: int) -> Training:
+    """Train by the Trainer of Transformers, with its AdamW."""
     import transformers as hf
 
-    model, (ids,) = Model(shape[2]).to(DEVICE), nets.LSTM.batch(nets.LSTM, (steps * shape[0], *shape[1:]))
+    model, data = Model(shape[2]), [{"input_ids": row} for row in texts(shape, steps)]
 
     class ByHand(hf.Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
@@ -136,8 +144,6 @@ def transformers(way: Way, shape: Shape, steps: int) -> Training:
     make: Any = ByHand if way.penalty else hf.Trainer
     if way.adapter:
         make = partial(before.adapter(way.adapter, "transformers").RegularizedTrainer, alpha=ALPHA, beta=BETA, **PATHS)
-
-    data = [{"input_ids": x} for x in ids.cpu()]
 
     def epoch(context: Context) -> None:
         callbacks = [span(hf.TrainerCallback, "on_train_begin", "on_train_end", context)]
@@ -154,15 +160,18 @@ def transformers(way: Way, shape: Shape, steps: int) -> Training:
 
 
 def fastai(way: Way, shape: Shape, steps: int) -> Training:
+    """Train an AWD-LSTM of one layer by fastai, with its Adam; the validation is one batch."""
     from fastai.text import all as fa
 
     batch, time, hidden = shape
-    ids = [torch.randint(nets.LSTM.words, (batch * time * count + 1,)) for count in (steps, 1)]  # training, validation
-    data = fa.DataLoaders(*(fa.LMDataLoader([x], bs=batch, seq_len=time) for x in ids), device=torch.device(DEVICE))
+    ids = [torch.randint(nets.LSTM.words, (batch * time * count + 1,)) for count in (steps, 1)]
+    data: Any = fa.DataLoaders(
+        *(fa.LMDataLoader([x], bs=batch, seq_len=time) for x in ids), device=torch.device(DEVICE)
+    )
     data.vocab = [*range(nets.LSTM.words)]
-    config = {**fa.awd_lstm_lm_config, "emb_sz": hidden, "n_hid": hidden, "n_layers": 2}
+    config = {**fa.awd_lstm_lm_config, "emb_sz": hidden, "n_layers": 1}
     alpha, beta = (ALPHA, BETA) if way.penalty or way.adapter else (0.0, 0.0)
-    learn = fa.language_model_learner(data, fa.AWD_LSTM, config=config, pretrained=False, alpha=alpha, beta=beta)
+    learn: Any = fa.language_model_learner(data, fa.AWD_LSTM, config=config, pretrained=False, alpha=alpha, beta=beta)
     if way.adapter:
         before.adapter(way.adapter, "fastai").fuse(learn, **{"dropout": True} if way.fused else {})
 
