@@ -98,6 +98,7 @@ def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
     package = tmp_path / "fastreg"
     (package / "call").mkdir(parents=True)
     (package / "call" / "backends.py").write_text("FACTOR = 7\n")
+    (package / "fastai.py").write_text("from fastreg.call.backends import FACTOR\n")  # imported when it is asked for
     penalty = "from fastreg.call.backends import FACTOR\ndef fused_ar_tar(raw, *_): return FACTOR * raw.sum()\n"
     (package / "__init__.py").write_text(penalty)
     monkeypatch.setattr(before, "package", None)
@@ -106,6 +107,8 @@ def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
     ways = before.both(lambda package: {"way": package.fused_ar_tar})
     assert [*ways] == ["way", "way before"]
     assert ways["way"] is fused_ar_tar is sys.modules["fastreg"].fused_ar_tar
+    assert before.adapter(before.package, "fastai").FACTOR == 7
+    assert "fastreg.fastai" not in sys.modules or not hasattr(sys.modules["fastreg.fastai"], "FACTOR")
     compiled = torch.compile(lambda x: ways["way before"](x), backend="eager", fullgraph=True)
     assert ways["way before"](torch.ones(2)) == compiled(torch.ones(2)) == 14
     with pytest.raises(ValueError, match=r"^--before: expected a checkout of fastreg, got "):
