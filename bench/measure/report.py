@@ -80,22 +80,21 @@ class Ratio(NamedTuple):
 
     kind: str  # of case, and the way
     label: str  # of the case
+    allocator: str  # empty on a GPU
     figure: Figure
 
 
-def ratios(result: Result) -> dict[str, list[Ratio]]:
-    """Return all ratios of a result by allocator, whose name is empty for a GPU."""
-    found: dict[str, list[Ratio]] = {}
+def ratios(result: Result) -> Iterator[Ratio]:
+    """Yield all ratios of a result."""
     for case, way in product(result.cases, OURS):
         if figure := case.over_fastest(way):
             kind = TITLES[case.info["pass"]] + f", {OURS[way]}" * (way != "fastreg")
-            found.setdefault(case.info.get("allocator") or "", []).append(Ratio(kind, case.label, figure))
-    return found
+            yield Ratio(kind, case.label, case.info.get("allocator") or "", figure)
 
 
-def lost(found: list[Ratio]) -> list[Ratio]:
+def lost(result: Result) -> list[Ratio]:
     """Return the ratios that are above 1."""
-    return [ratio for ratio in found if ratio.figure.differs_from(1) and ratio.figure.median > 1]
+    return sorted(x for x in ratios(result) if x.figure.differs_from(1) and x.figure.median > 1)
 
 
 def latest(results: list[Result]) -> Result:
@@ -137,22 +136,10 @@ def uses_table(part: Result, render: Callable[[list[Figure]], str]) -> str:
     return table([[with_allocator("over the fastest formula", part.cases), *places], *rows])
 
 
-def operators_table(part: Result) -> str:
-    """Render the operators that each way adds to a trainer's step."""
-    cases = [cases[0] for trainer in TRAINERS if (cases := part.of(trainer))]
-    ways = ways_of(cases, names := FORMULAS | OURS)
-    rows = [
-        [case.info["pass"], *(f"{case.counted(way, 'operators'):.0f}" if way in case.ways else "" for way in ways)]
-        for case in cases
-    ]
-    return table([["operators added to a step", *(names[way] for way in ways)], *rows]) if cases else ""
-
-
 def summary(results: list[Result]) -> str:
     """Render the part in docs/performance.md about what one uses."""
-    parts = latest(results).parts()
-    shown = [uses_table(part, lambda figures: "; ".join(map(str, figures))) for part in parts]
-    return "\n".join(filter(None, [*shown, operators_table(parts[0])]))
+    each = latest(results).parts()
+    return "\n".join(uses_table(part, lambda figures: "; ".join(map(str, figures))) for part in each)
 
 
 def with_allocator(text: str, cases: list[Case]) -> str:
@@ -170,13 +157,10 @@ def sources(results: list[Result]) -> str:
 def losing(results: list[Result]) -> str:
     """Render each case in which a way that calls fastreg takes longer than the fastest formula."""
     result = latest(results)
-    columns = [{ratio[:2]: ratio.figure for ratio in found} for found in ratios(result).values()]
-    above = [ratio[:2] for found in ratios(result).values() for ratio in lost(found)]
-    rows = [["over the fastest formula", "", *ratios(result)]]
-    for key in sorted({*above}):
-        rows.append([*key, *(f"{figures.get(key, '')}" for figures in columns)])
-    count = f"{len(above)} of {sum(map(len, columns))}"
-    return f"On {result.machine['device']}, {count} ratios are above 1:\n\n{table(rows)}"
+    above = lost(result)
+    rows = [[ratio.kind, ratio.label, ratio.allocator, f"{ratio.figure}"] for ratio in above]
+    shown = table([["", "", "", "over the fastest formula"], *rows])
+    return f"On {result.machine['device']}, {len(above)} of {len([*ratios(result)])} ratios are above 1:\n\n{shown}"
 
 
 def speed_and_memory(results: list[Result]) -> str:
