@@ -27,13 +27,9 @@ from bench.measure import before, figures, machine, timing
 from bench.measure.lines import Lines
 from bench.measure.timing import DEVICE, Rounds
 
+# Options of pytest-benchmark without effect.
 REFUSED = {
-    "--benchmark-timer": "the turns of a round have a clock of their own",
-    "--benchmark-cprofile": "pytest-benchmark would profile the replay of turns; profile a script that calls a way",
-    "--benchmark-min-time": "a turn is one call, or steps of 20 ms; --benchmark-max-time says how many turns there are",
-    "--benchmark-calibration-precision": "a turn is one call, or steps of 20 ms",
-    "--benchmark-warmup": "the first round is a warm-up in any case",
-    "--benchmark-disable-gc": "turns are without the garbage collector in any case",
+    f"--benchmark-{x}" for x in ("timer", "cprofile", "min-time", "calibration-precision", "warmup", "disable-gc")
 }
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise a compiled way becomes eager without a word
 Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
@@ -104,9 +100,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for option, why in REFUSED.items():
-        if any(argument.partition("=")[0] == option for argument in config.invocation_params.args):
-            raise pytest.UsageError(f"{option} has no effect here: {why}")
+    for option in {argument.partition("=")[0] for argument in config.invocation_params.args} & REFUSED:
+        raise pytest.UsageError(f"{option} has no effect here: turns have a clock, a length and a warm-up of their own")
     try:
         before.refuse_formula()
         if checkout := config.getoption("before"):

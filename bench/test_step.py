@@ -49,15 +49,12 @@ def by(penalty: Callable[..., Tensor]) -> Way:
     return Way(lambda net: lambda loss, layers: loss + sum(penalty(*layer, ALPHA, BETA) for layer in layers), True)
 
 
+DROPOUT = LockedDropout(nets.P)
+
+
 def dropout_and_formula(raw: Tensor) -> tuple[Tensor, Tensor]:
     dropped = DROPOUT(raw)
     return dropped, fastai(raw, dropped, ALPHA, BETA)
-
-
-DROPOUT = LockedDropout(nets.P)
-COMPILED = {
-    backend: torch.compile(dropout_and_formula, dynamic=False, backend=backend) for backend in ("inductor", "aot_eager")
-}
 
 
 class CompiledDropout(nn.Module):
@@ -65,7 +62,7 @@ class CompiledDropout(nn.Module):
 
     def __init__(self, backend: str) -> None:
         super().__init__()
-        self.both = COMPILED[backend]
+        self.both = torch.compile(dropout_and_formula, dynamic=False, backend=backend)  # layers share the code
 
     def forward(self, raw: Tensor) -> Tensor:
         dropped, self.penalty = self.both(raw)
@@ -75,6 +72,9 @@ class CompiledDropout(nn.Module):
 def by_compiled_dropout(net: Net) -> Add:
     dropouts: list[Any] = [dropout for _, dropout in net.pairs]
     return lambda loss, _: loss + sum(dropout.penalty for dropout in dropouts)
+
+
+INDUCTOR, CHECKED = (partial(CompiledDropout, backend) for backend in ("inductor", "aot_eager"))
 
 
 def ours(package: Any) -> dict[str, Way]:
@@ -111,11 +111,7 @@ WAYS: dict[str, Way] = {
     WITHOUT: Way(lambda net: lambda loss, _: loss),
     "eager": by(fastai),
     "compiled": by(torch.compile(fastai, dynamic=False)),
-    "compiled with dropout": Way(
-        by_compiled_dropout,
-        dropout=partial(CompiledDropout, "inductor"),
-        checked=partial(CompiledDropout, "aot_eager"),
-    ),
+    "compiled with dropout": Way(by_compiled_dropout, dropout=INDUCTOR, checked=CHECKED),
     **before.both(ours),
 }
 

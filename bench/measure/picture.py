@@ -46,15 +46,6 @@ def words(share: Figure) -> str:
     return number.replace("-", "\N{MINUS SIGN}")
 
 
-def labels(bars: dict[str, Figure], what: str) -> list[str]:
-    """Return the text behind each bar. It explains why the call takes more memory than both formulas, where it does."""
-    texts = {way: words(share) for way, share in bars.items()}
-    formulas = [bars[way].median for way in FORMULAS if way in bars]
-    if what == "peak memory" and bars["fused_ar_tar"].median > 10 + max(formulas):
-        texts["fused_ar_tar"] += ": two gradients\na layer are kept\nfor the backward"
-    return [*texts.values()]
-
-
 def draw(cases: list[Case], setting: str) -> None:
     """Draw the bars, unless the file has been drawn of the same data."""
     shown = json.dumps([setting, *map(shares, cases)])
@@ -77,9 +68,9 @@ def draw(cases: list[Case], setting: str) -> None:
                 colors = [GREY if way in FORMULAS else BLUE for way in bars]
                 names = [WAYS[way] for way in bars]
                 ax.barh(names, values, xerr=errors if any(errors) else None, color=colors, ecolor=GREY)
-                for name, value, error, text in zip(names, values, errors, labels(bars, what), strict=True):
-                    end = max(value + error, 0)
-                    ax.annotate(text, (end, name), (4, 0), textcoords="offset points", va="center")
+                for name, share in zip(names, bars.values(), strict=True):
+                    end = max(sum(share), 0)
+                    ax.annotate(words(share), (end, name), (4, 0), textcoords="offset points", va="center")
                 ax.axvline(0, color=GREY, linewidth=0.8)
                 ax.spines[["top", "right"]].set_visible(False)
                 ax.tick_params(labelbottom=True)

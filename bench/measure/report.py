@@ -11,30 +11,18 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.measure import picture, results
-from bench.measure.machine import ROOT, commit_name, file_name
-from bench.measure.results import (
-    BOTH,
-    COMPILED,
-    FORMULAS,
-    OURS,
-    RESULTS,
-    STEP,
-    TRAINERS,
-    Case,
-    Figure,
-    Result,
-    geometric_mean,
-)
+from bench.measure.machine import RESULTS, ROOT, commit_name, file_name
+from bench.measure.results import BOTH, COMPILED, FORMULAS, OURS, STEP, TRAINERS, Case, Figure, Result, geometric_mean
 
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_SUMMARY = "<!-- summary, from bench/results by python -m bench.measure.report -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
-STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
 IN_TRAINERS = {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
+STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"} | IN_TRAINERS  # the pass of steps -> its title
 CALLS = {  # the pass of calls -> its title
     BOTH: "Forward and backward",
     "forward": "Forward without backward",
@@ -43,15 +31,10 @@ CALLS = {  # the pass of calls -> its title
     "changes": "Squared changes",
     "dropout": "Dropout with penalty",
 }
-TITLES = STEPS | IN_TRAINERS | CALLS
+TITLES = STEPS | CALLS
 # Where one uses fastreg: in steps with layers that are cheap, small or slow, in calls, and in calls behind a dropout.
-CHEAP, SMALL, SLOW, *MEANS = PLACES = (
-    "cheap layers",
-    "small LSTM",
-    "slow layers",
-    "calls, mean",
-    "dropout and call, mean",
-)
+CHEAP, SMALL, SLOW = "cheap layers", "small LSTM", "slow layers"
+MEANS = "calls, mean", "dropout and call, mean"
 USES = {  # the pass of a case and the way -> what one uses
     (BOTH, "fastreg"): "`fused_ar_tar`",
     ("dropout", "fused_ar_tar"): "`fused_ar_tar`",
@@ -75,26 +58,12 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)) + "\n"
 
 
-class Ratio(NamedTuple):
-    """The time of a way that calls fastreg over the time of the fastest formula, in one case."""
-
-    kind: str  # of case, and the way
-    label: str  # of the case
-    allocator: str  # empty on a GPU
-    figure: Figure
-
-
-def ratios(result: Result) -> Iterator[Ratio]:
-    """Yield all ratios of a result."""
+def ratios(result: Result) -> Iterator[tuple[str, str, str, Figure]]:
+    """Yield the kind, the case and the allocator of each ratio of a way that calls fastreg to the fastest formula."""
     for case, way in product(result.cases, OURS):
         if figure := case.over_fastest(way):
             kind = TITLES[case.info["pass"]] + f", {OURS[way]}" * (way != "fastreg")
-            yield Ratio(kind, case.label, case.info.get("allocator") or "", figure)
-
-
-def lost(result: Result) -> list[Ratio]:
-    """Return the ratios that are above 1."""
-    return sorted(x for x in ratios(result) if x.figure.differs_from(1) and x.figure.median > 1)
+            yield kind, case.label, case.info.get("allocator") or "", figure
 
 
 def latest(results: list[Result]) -> Result:
@@ -131,7 +100,7 @@ def span(figures: list[Figure]) -> str:
 def uses_table(part: Result, render: Callable[[list[Figure]], str]) -> str:
     """Render the ratios to the fastest formula, a row for each thing that one uses."""
     found = uses(part)
-    places = [place for place in PLACES if any(place in row for row in found.values())]
+    places = [place for place in (CHEAP, SMALL, SLOW, *MEANS) if any(place in row for row in found.values())]
     rows = [[use, *(render(row[place]) if place in row else "" for place in places)] for use, row in found.items()]
     return table([[with_allocator("over the fastest formula", part.cases), *places], *rows])
 
@@ -156,11 +125,10 @@ def sources(results: list[Result]) -> str:
 
 def losing(results: list[Result]) -> str:
     """Render each case in which a way that calls fastreg takes longer than the fastest formula."""
-    result = latest(results)
-    above = lost(result)
-    rows = [[ratio.kind, ratio.label, ratio.allocator, f"{ratio.figure}"] for ratio in above]
-    shown = table([["", "", "", "over the fastest formula"], *rows])
-    return f"On {result.machine['device']}, {len(above)} of {len([*ratios(result)])} ratios are above 1:\n\n{shown}"
+    known = [*ratios(latest(results))]
+    above = sorted(row for row in known if row[-1].median > 1 and row[-1].differs_from(1))
+    shown = table([["", "", "", "over the fastest formula"], *([*row[:-1], f"{row[-1]}"] for row in above)])
+    return f"On {latest(results).machine['device']}, {len(above)} of {len(known)} ratios are above 1:\n\n{shown}"
 
 
 def speed_and_memory(results: list[Result]) -> str:
@@ -194,13 +162,8 @@ def tables(result: Result) -> Iterator[str]:
         if cases := [case for case in part.of(kind) if WITHOUT in case.ways]:
             yield f"## {with_allocator(STEPS[kind], cases)}\n"
             yield f"Milliseconds, {clock(result)}:\n"
-            yield step_table(cases)
-            yield fastest_table(cases)
-            yield peak_table(cases)
-    for part, kind in product(result.parts(), TRAINERS):
-        if cases := [case for case in part.of(kind) if WITHOUT in case.ways]:
-            yield f"## {with_allocator(IN_TRAINERS[kind], cases)}\n"
-            yield trainer_table(cases, result.on_gpu)
+            renderers = (trainer_table,) if kind in TRAINERS else (step_table, fastest_table, peak_table)
+            yield from (render(cases) for render in renderers)
     for kind, title in CALLS.items():
         if cases := result.of(kind):
             yield f"## {title}\n"
@@ -258,19 +221,16 @@ def fastest_table(cases: list[Case]) -> str:
     return table([[with_allocator("over the fastest formula", cases), *(OURS[way] for way in ways)], *rows])
 
 
-def trainer_table(cases: list[Case], on_gpu: bool) -> str:
-    """Render what each way makes of a trainer's step: ratios of times, and the operators that it adds."""
-    counts, names = ["operators", "launches"] if on_gpu else ["operators"], {WITHOUT: WITHOUT} | FORMULAS | OURS
-    rows = [
-        ["(batch, time, hidden)", "way", "ms", "over no penalty", "over the formula", *(f"adds {x}" for x in counts)]
-    ]
-    for case, way in product(cases, names):
-        if way in case.ways:
-            over = [
-                f"{case.over(way, other)}" if other in case.ways[way]["over"] else "" for other in (WITHOUT, "eager")
-            ]
-            added = [f"{case.counted(way, what):+.1f}" for what in counts]
-            rows.append([case.label, names[way], number(1e3 * case.ways[way]["median"]), *over, *added])
+def trainer_table(cases: list[Case]) -> str:
+    """Render what each way makes of a trainer's step: ratios of times, and the operators and launches that it adds."""
+    counts = [what for what in ("operators", "launches") if what in cases[0].ways[WITHOUT]]
+    heads = "(batch, time, hidden)", "way", "ms", "over no penalty", "over the formula"
+    rows = [[*heads, *(f"adds {what}" for what in counts)]]
+    for case, (way, words) in product(cases, ({WITHOUT: WITHOUT} | FORMULAS | OURS).items()):
+        if found := case.ways.get(way):
+            over = [f"{case.over(way, other)}" if other in found["over"] else "" for other in (WITHOUT, "eager")]
+            added = [f"{found[what] - case.ways[WITHOUT][what]:+.1f}" for what in counts]
+            rows.append([case.label, words, number(1e3 * found["median"]), *over, *added])
     return table(rows)
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.measure import lines
-from bench.measure.machine import ALLOCATORS, DEFAULT, ROOT
+from bench.measure.machine import ALLOCATORS, DEFAULT
 from bench.measure.timing import MOST_WAITING
 
-RESULTS = ROOT / "bench" / "results"
 BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
 BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
 TRAINERS = "Lightning", "Transformers", "fastai"  # passes, too, of steps that a trainer makes
@@ -27,7 +26,6 @@ OURS = {  # the ways that call fastreg, as tables name them
     "fused_ar_tar": "`fused_ar_tar`",
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
-    "compiled fastreg": "compiled fastreg",
     "adapter": "adapter",
     "adapter with fused dropout": "adapter, fused dropout",
 }
@@ -87,10 +85,6 @@ class Case:
     def added(self, way: str) -> Figure:
         """Return the seconds that a way adds to a step without the penalty, by pairs of turns."""
         return Figure(*self.ways[way]["added"])
-
-    def counted(self, way: str, what: str, without: str = "no penalty") -> float:
-        """Return how many operators or launches a way adds to a step without the penalty."""
-        return self.ways[way][what] - self.ways[without][what]
 
 
 @dataclass

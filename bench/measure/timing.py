@@ -49,12 +49,13 @@ class Watch:
 
     def __enter__(self) -> Watch:
         synchronize()
-        self.clocks = clocks()
+        self.began = seconds_waiting(), time.process_time(), time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         synchronize()
-        self.passed = [now - before for now, before in zip(clocks(), self.clocks, strict=True)]
+        now = seconds_waiting(), time.process_time(), time.perf_counter()
+        self.passed = [end - begin for end, begin in zip(now, self.began, strict=True)]
 
     def turn(self, calls: int) -> Turn:
         """Return the seconds of one of so many calls."""
@@ -62,11 +63,6 @@ class Watch:
         # A thread computes at any time of a turn on the CPU. On a GPU the host may wait.
         waited = max(waited, wall - own) if DEVICE == "cpu" else waited
         return Turn(*(seconds / calls for seconds in (wall, own, waited)))
-
-
-def clocks() -> tuple[float, float, float]:
-    """Return the seconds that threads have waited, the CPU time and the time until now."""
-    return seconds_waiting(), time.process_time(), time.perf_counter()
 
 
 class Rounds(NamedTuple):

@@ -18,10 +18,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench.measure import machine
-from bench.measure.report import RESULTS, ROOT, Part, table, with_parts, write
+from bench.measure.machine import RESULTS, ROOT
+from bench.measure.report import Part, table, with_parts, write
 
 COMMITTED = RESULTS / "study.jsonl"
 PENALTIES = {"none": (0.0, 0.0), "AR": (2.0, 0.0), "TAR": (0.0, 1.0), "AR and TAR": (2.0, 1.0)}  # alpha and beta
+COMPARED = {name: pair for name, pair in PENALTIES.items() if any(pair)}  # with training without a penalty
 CLEAR = 2.4  # standard errors; if there is no difference, the mean of eight pairs exceeds them in 5% of the studies
 EARLY = 6  # epochs of a short training: the demo takes less than a minute on two cores
 BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study.run -->\n"
@@ -118,11 +120,6 @@ class Study:
         plain = {run.seed: value(run) for run in self.plain}
         return [value(run) - plain[run.seed] for run in self.of(coefficients) if run.seed in plain]
 
-    @property
-    def penalties(self) -> dict[str, tuple[float, float]]:
-        """Return the penalties that can be compared with training without a penalty."""
-        return {name: pair for name, pair in PENALTIES.items() if any(pair) and self.differences(pair)}
-
 
 def append(run: Run, file: Path) -> None:
     """Add a training to a file; an interrupted study goes on behind those that its file has."""
@@ -167,10 +164,8 @@ def judged(values: list[float], form: str) -> str:
 
 def summary(study: Study) -> str:
     """Render the test perplexities: a sentence and a table."""
-    if not study.plain:
-        return "No training without a penalty: nothing to compare with.\n"
     rows = [["penalty", "alpha", "beta", "difference in test perplexity", "lower in", "verdict"]]
-    for name, pair in study.penalties.items():
+    for name, pair in COMPARED.items():
         values = study.differences(pair)
         lower = f"{sum(x < 0 for x in values)} of {len(values)} seeds"
         rows.append([name, *(f"{x:g}" for x in pair), average(values, "+.2f"), lower, verdict(values)])
@@ -183,7 +178,7 @@ def summary(study: Study) -> str:
 
 def headline(study: Study) -> str:
     """Render the part in the README."""
-    ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in PENALTIES.values() if any(pair))
+    ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in COMPARED.values())
     return (
         f"A small AWD-LSTM, trained to convergence on {study.runs[0].settings['words']:,} words of the King James text "
         f"({len(study.plain)} seeds), has a test perplexity of "
@@ -212,8 +207,8 @@ def gaps(study: Study) -> str:
 
 def sizes(study: Study) -> str:
     """Compare the penalties with the loss, as a reader does who looks for coefficients."""
-    shares = [f"{mean(run.share for run in study.of(pair)):.1%} with {name}" for name, pair in study.penalties.items()]
-    listed = " and ".join(filter(None, [", ".join(shares[:-1]), shares[-1]]))
+    shares = [f"{mean(run.share for run in study.of(pair)):.1%} with {name}" for name, pair in COMPARED.items()]
+    listed = f"{', '.join(shares[:-1])} and {shares[-1]}"
     return f"Relative to the loss of the training text at the best epochs, the penalty is {listed}.\n"
 
 
@@ -226,9 +221,9 @@ def averages_table(study: Study) -> str:
     """Render the means over the seeds for each penalty."""
     rows = [["penalty", "seeds", *COLUMNS]]
     for name, pair in PENALTIES.items():
-        if runs := study.of(pair):
-            cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
-            rows.append([name, str(len(runs)), *cells])
+        runs = study.of(pair)
+        cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
+        rows.append([name, str(len(runs)), *cells])
     return table(rows)
 
 
@@ -249,7 +244,7 @@ def page(study: Study, name: str) -> str:
         "# Do AR and TAR help?\n",
         f"Rendered from {name}.jsonl by `python -m bench.study.run`, which trains what is missing there.\n",
         summary(study),
-        *([findings(study)] if study.penalties else []),
+        findings(study),
         method(study),
         averages_table(study),
         f"![Validation perplexity by epoch, and the differences in test perplexity]({name}.svg)\n",
@@ -266,11 +261,12 @@ def plot(study: Study) -> Figure:
             values, best = run.perplexities, run.best_epoch
             above.plot(range(1, best + 1), values[:best], color=f"C{i}", alpha=0.5, linewidth=0.7)
             above.plot(best, values[best - 1], "o", color=f"C{i}", markersize=5, label=None if j else name)
-        if name in study.penalties:
+        if name in COMPARED:
             values = study.differences(pair)
             below.plot([name] * len(values), values, "o", color=f"C{i}", alpha=0.5, markersize=5)
-            error = standard_error(values) if len(values) > 1 else 0.0
-            below.errorbar([name], [mean(values)], [error], fmt="_", color="black", capsize=6, markersize=20)
+            below.errorbar(
+                [name], [mean(values)], [standard_error(values)], fmt="_", color="black", capsize=6, markersize=20
+            )
     best = min(min(run.perplexities) for run in study.runs)
     above.set_ylim(0.95 * best, 1.6 * best)  # otherwise the first epochs flatten the rest
     above.set(xlabel="epoch; the dot is the best one", ylabel="validation perplexity")
