@@ -27,10 +27,7 @@ from bench.measure import before, figures, machine, timing
 from bench.measure.lines import Lines
 from bench.measure.timing import DEVICE, Rounds
 
-# Options of pytest-benchmark without effect.
-REFUSED = {
-    f"--benchmark-{x}" for x in ("timer", "cprofile", "min-time", "calibration-precision", "warmup", "disable-gc")
-}
+REFUSED = "timer", "cprofile", "min-time", "calibration-precision", "warmup", "disable-gc"  # options without effect
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise a compiled way becomes eager without a word
 Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
@@ -100,7 +97,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for option in {argument.partition("=")[0] for argument in config.invocation_params.args} & REFUSED:
+    given = {argument.partition("=")[0] for argument in config.invocation_params.args}
+    for option in given.intersection(f"--benchmark-{name}" for name in REFUSED):
         raise pytest.UsageError(f"{option} has no effect here: turns have a clock, a length and a warm-up of their own")
     try:
         before.refuse_formula()
@@ -162,14 +160,10 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
     options: Any = request.config.option
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
-        """Measure a case.
+        """Measure a case of ways that `prepare` checks, and returns as functions with their other figures.
 
-        Args:
-            prepare: checks a way, and returns a function that calls it, and its other figures.
-            info: describes the case.
-            calls: so many make a turn.
-            seconds: multiplies `--benchmark-max-time`, the time of all turns of a way.
-            own: takes the CPU time of the process instead of wall time.
+        A turn is so many calls. The time of all turns of a way is `--benchmark-max-time` times `seconds`, as wall time,
+        or as the process's own CPU time. `info` describes the case.
         """
         benchmark.group, benchmark.name = case, str(way)
         if session.case.name != case:

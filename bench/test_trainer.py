@@ -64,10 +64,6 @@ class Model(nn.Module):
         return {"loss": loss, "layer": layers[0]}
 
 
-def texts(shape: Shape, steps: int) -> Any:
-    return torch.randint(nets.LSTM.words, (steps * shape[0], shape[1] + 1))
-
-
 def span(base: Any, begin: str, end: str, context: Context) -> Any:
     """Make a callback that enters a context at one event, and leaves it at another one."""
 
@@ -97,7 +93,8 @@ def lightning(way: Way, shape: Shape, steps: int) -> Training:
             return torch.optim.SGD(self.parameters(), LEARNING_RATE)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module, data = Module(), texts(shape, steps)
+    module, ids = Module(), torch.randint(nets.LSTM.words, (steps * shape[0], shape[1] + 1))
+    data: Any = DataLoader(ids, shape[0])  # pyright: ignore[reportArgumentType]
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
 
     def epoch(context: Context) -> None:
@@ -107,7 +104,7 @@ def lightning(way: Way, shape: Shape, steps: int) -> Training:
             callbacks.append(ours(ALPHA, BETA, rnn="model.net.rnn", dropout="model.net.dropout"))
         device = "gpu" if DEVICE == "cuda" else "cpu"
         trainer = pl.Trainer(max_epochs=1, accelerator=device, devices=1, callbacks=callbacks, **quiet)
-        trainer.fit(module, DataLoader(data, shape[0]))
+        trainer.fit(module, data)
 
     return module, epoch
 
@@ -125,7 +122,8 @@ def transformers(way: Way, shape: Shape, steps: int) -> Training:
     if way.adapter:
         paths = {"rnn": "net.rnn", "dropout": "net.dropout"}
         make = partial(before.adapter(way.adapter, "transformers").RegularizedTrainer, alpha=ALPHA, beta=BETA, **paths)
-    model, data = Model(shape[2]), [{"input_ids": row} for row in texts(shape, steps)]
+    model, ids = Model(shape[2]), torch.randint(nets.LSTM.words, (steps * shape[0], shape[1] + 1))
+    data = [{"input_ids": row} for row in ids]
     sizes = {"num_train_epochs": 1, "per_device_train_batch_size": shape[0]}
     device = {"use_cpu": DEVICE == "cpu", "dataloader_pin_memory": DEVICE == "cuda"}
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_steps": steps}
@@ -187,20 +185,15 @@ def check(trainer: str, shape: Shape, way: str) -> None:
     assert off < ERROR, f"trains other weights than the formula: off by {off:.1e}"
 
 
-INSTALLED = {
-    trainer: pytest.mark.skipif(find_spec(trainer.lower()) is None, reason=f"{trainer} is not installed")
-    for trainer in WAYS
-}
-CASES = [
-    pytest.param(trainer, *rest, marks=INSTALLED[trainer])
-    for trainer in WAYS
-    for rest in product(SHAPES, WAYS[trainer])
-]
+CASES = [(trainer, *rest) for trainer in WAYS for rest in product(SHAPES, WAYS[trainer])]
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
 @pytest.mark.parametrize(("trainer", "shape", "way"), CASES, ids=name)
 def test_trainer(measure: Callable[..., None], trainer: str, shape: Any) -> None:
+    if find_spec(trainer.lower()) is None:
+        pytest.skip(f"{trainer} is not installed")
+
     def prepare(way: str) -> Any:
         if way not in FORMULA:
             check(trainer, shape, way)

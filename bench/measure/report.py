@@ -21,8 +21,8 @@ BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", 
 BEGIN_SUMMARY = "<!-- summary, from bench/results by python -m bench.measure.report -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
-IN_TRAINERS = {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
-STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"} | IN_TRAINERS  # the pass of steps -> its title
+STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
+STEPS |= {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
 CALLS = {  # the pass of calls -> its title
     BOTH: "Forward and backward",
     "forward": "Forward without backward",

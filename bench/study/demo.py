@@ -60,11 +60,9 @@ def label(run: Run) -> str:
 
 
 def plot(runs: list[Run], raws: list[Tensor]) -> Figure:
-    """Plot validation perplexity, loss, AR and TAR by epoch, and a hidden unit by the words of a text.
+    """Plot figures of the regularized run and the other one by epoch, and a hidden unit by the words of a text.
 
-    Args:
-        runs: the regularized training, and the one without regularization.
-        raws: the outputs `(batch, time, hidden)` of their models for one text.
+    `raws` are the outputs `(batch, time, hidden)` of their models for one text.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
     above, *others = PANELS

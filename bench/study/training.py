@@ -72,11 +72,7 @@ class Training:
         self.regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
 
     def epoch(self) -> Tensor:
-        """Train on the whole text once.
-
-        Returns:
-            The loss without the penalties, AR and TAR of each step: `(steps, 3)`, on the CPU.
-        """
+        """Train on the whole text once; return loss without penalties, AR and TAR of each step, `(steps, 3)`."""
         self.model.train()
         self.regularizer.on_epoch_begin(self.model)
         return torch.stack([self.step(*batch) for batch in batches(self.corpus.train, self.length)]).cpu()

@@ -108,7 +108,6 @@ def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
     assert [*ways] == ["way", "way before"]
     assert ways["way"] is fused_ar_tar is sys.modules["fastreg"].fused_ar_tar
     assert before.adapter(before.package, "fastai").FACTOR == 7
-    assert "fastreg.fastai" not in sys.modules or not hasattr(sys.modules["fastreg.fastai"], "FACTOR")
     compiled = torch.compile(lambda x: ways["way before"](x), backend="eager", fullgraph=True)
     assert ways["way before"](torch.ones(2)) == compiled(torch.ones(2)) == 14
     with pytest.raises(ValueError, match=r"^--before: expected a checkout of fastreg, got "):
@@ -245,38 +244,27 @@ def test_rows_of_a_busy_machine_are_missing() -> None:
 
 def test_each_table_shows_what_is_computed_by_hand() -> None:
     """The fastest formula of the step is the eager one, and the mean of 1/2 and 1/8 is 1/4."""
-    kept, bf16, default = {"dtype": "float32", "allocator": machine.KEPT}, {"dtype": "bfloat16"}, machine.DEFAULT
-    shape = {"shape": [2, 3, 4]}
-    call, sweep = ({"pass": kind} | shape | kept for kind in (results.BOTH, "sweep"))
-    step, trainer = (
-        {"pass": kind, "model": "LSTM", "allocator": machine.KEPT} | shape for kind in ("step", "Lightning")
-    )
-    step, trainer = step | {"dropout": "variational"}, trainer | {"dropout": "elementwise"}
-    by_default = call | {"pass": "dropout", "dropout": "variational", "allocator": default}
+    kept, bf16 = {"shape": [2, 3, 4], "allocator": machine.KEPT}, {"dtype": "bfloat16"}
+    call, sweep = (kept | {"pass": kind, "dtype": "float32"} for kind in (results.BOTH, "sweep"))
+    step = kept | {"pass": "step", "model": "LSTM", "dropout": "variational"}
+    trainer = step | {"pass": "Lightning", "dropout": "elementwise"}
+    by_default = call | {"pass": "dropout", "dropout": "variational", "allocator": machine.DEFAULT}
     made_up: list[tuple[str, str, dict[str, Any], float, dict[str, Any]]] = [  # case, way, facts, seconds, figures
         ("a", "no penalty", step, 0.010, {"peak_bytes": 100e6}),
         ("a", "compiled", step, 0.016, {"peak_bytes": 150e6, "added": [0.006, 0.001]}),
         ("a", "eager", step, 0.010, {"peak_bytes": 160e6, "added": [0.0, 0.0]}),
         ("a", "attach", step, 0.012, {"peak_bytes": 125e6, "added": [0.0017, 0.0001], "over": {"eager": [1.2, 0.02]}}),
         ("b", "compiled", call, 0.004, {}),
-        ("b", "eager", call, 0.050, {}),
-        ("b", "fastreg", call, 0.002, {"over": {"compiled": [0.5, 0.0], "eager": [0.04, 0.0]}}),
+        ("b", "fastreg", call, 0.002, {"over": {"compiled": [0.5, 0.0]}}),
         ("c", "compiled", call | bf16, 0.004, {}),
-        ("c", "eager", call | bf16, 0.050, {}),
-        ("c", "fastreg", call | bf16, 0.0005, {"over": {"compiled": [0.125, 0.0], "eager": [0.01, 0.0]}}),
+        ("c", "fastreg", call | bf16, 0.0005, {"over": {"compiled": [0.125, 0.0]}}),
         ("d", "compiled with dropout", by_default, 0.001, {}),
         ("d", "fastreg", by_default, 0.001, {"over": {"compiled with dropout": [1, 0], "fused_ar_tar": [0.4, 0]}}),
         ("d", "fused_ar_tar", by_default, 0.0023, {"over": {"compiled with dropout": [2.3, 0.0]}}),
         ("e", "8", sweep | {"programs": 1024}, 0.001, {"graph_rotated_seconds": 5e-6}),
         ("f", "no penalty", trainer, 0.010, {"operators": 60}),
         ("f", "eager", trainer, 0.011, {"operators": 92, "over": {"no penalty": [1.1, 0.01]}}),
-        (
-            "f",
-            "adapter",
-            trainer,
-            0.0105,
-            {"operators": 72.4, "over": {"no penalty": [1.05, 0.01], "eager": [0.95, 0.01]}},
-        ),
+        ("f", "adapter", trainer, 0.0105, {"operators": 72.4, "over": {"eager": [0.95, 0.01]}}),
     ]
     rows = [
         {"group": case, "name": way, "extra_info": about | {"over": {}} | found, "stats": {"median": seconds}}
@@ -291,15 +279,15 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
         "| LSTM, (2, 3, 4), variational dropout | 10 | +6.000±1.000 | +0.000±0.000 | +1.700±0.100 |",  # milliseconds
         "| LSTM, (2, 3, 4), variational dropout | 1.20±0.02 |",
         "| LSTM, (2, 3, 4), variational dropout | 100 | +50% | +60% | +25% |",  # peak memory
-        "| LSTM, (2, 3, 4), elementwise dropout | adapter | 10.5 | 1.05±0.01 | 0.95±0.01 | +12.4 |",  # operators
-        "| (2, 3, 4), bfloat16 | 0.5 | 0.125±0.000 | 0.010±0.000 | memory kept |",
+        "| LSTM, (2, 3, 4), elementwise dropout | formula | 11 | 1.10±0.01 |  | +32.0 |",  # operators
+        "| LSTM, (2, 3, 4), elementwise dropout | adapter | 10.5 |  | 0.95±0.01 | +12.4 |",
+        "| (2, 3, 4), bfloat16 | 0.5 | 0.125±0.000 | memory kept |",
         "| (2, 3, 4), float32, variational dropout | - | 2.300±0.000 |",
         "| (2, 3, 4), float32 | 1024 |  | 5 |  |",  # microseconds with other constants
     ):
         assert line in page, line
     assert "2 of 6 ratios are above 1" in report.losing([result])
-    lost = "(2, 3, 4), float32, variational dropout | default allocator | 2.300±0.000 |"
-    assert f"| Dropout with penalty, `fused_ar_tar` | {lost}" in report.losing([result])
+    assert "| (2, 3, 4), float32, variational dropout | default allocator | 2.300±0.000 |" in report.losing([result])
     kept, by_default = report.summary([result]).split("\n\n")
     assert "| `fused_ar_tar` |  | 0.250±0.000 |\n| `attach` | 1.20±0.02 |  |\n| Lightning | 0.95±0.01 |  |" in kept
     assert "| `fused_ar_tar` | 2.300±0.000 |\n| `FusedRNNDropout` | - |" in by_default
@@ -308,17 +296,10 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
     assert (drawn["time"]["attach"], drawn["peak memory"]["attach"]) == (pytest.approx((17, 1)), pytest.approx((25, 0)))
 
 
-@pytest.mark.parametrize(
-    ("share", "words"),
-    [
-        ((-2.4, 2.7), "\N{MINUS SIGN}2 ± 3%, not significant"),
-        ((37.0, 2.0), "+37 ± 2%"),
-        ((12.3, 0.4), "+12%"),
-        ((0.2, 0.0), "0%"),
-    ],
-)
-def test_a_bar_of_the_picture_says_its_error_and_if_it_cannot_be_told_from_none(share: Any, words: str) -> None:
-    assert picture.words(results.Figure(*share)) == words
+def test_a_bar_of_the_picture_says_its_error_and_if_it_cannot_be_told_from_none() -> None:
+    shares = [results.Figure(*share) for share in ((-2.4, 2.7), (37.0, 2.0), (12.3, 0.4), (0.2, 0.0))]
+    said = ["\N{MINUS SIGN}2 ± 3%, not significant", "+37 ± 2%", "+12%", "0%"]
+    assert [picture.words(share) for share in shares] == said
 
 
 def less(ratios: list[results.Figure]) -> str:
