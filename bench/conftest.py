@@ -90,9 +90,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lines", type=Path, help=text)
     limit = 90 if DEVICE == "cuda" else 600
     group.addoption("--limit", type=float, default=limit, help="end the process after so many seconds of one case")
-    text = (
-        "also measure the fastreg of another checkout, whose C++ kernels are built, as ways whose names end in `before`"
-    )
+    text = "also measure the fastreg of another checkout, with built kernels, as ways whose names end in `before`"
     group.addoption("--before", type=Path, metavar="CHECKOUT", help=text)
 
 
@@ -137,10 +135,7 @@ def facts() -> dict[str, Any]:
 
 
 class Replay:
-    """The clock of pytest-benchmark, which has no turns: it goes on by the seconds of a turn that was measured.
-
-    The JSON of a run has its name.
-    """
+    """The clock of pytest-benchmark, which has no turns: it goes on by the measured seconds. The JSON has its name."""
 
     now, __name__ = 0.0, "seconds of turns"
 
@@ -257,10 +252,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def comparison(way: str, about: dict[str, Any]) -> str:
-    """Render the time that a way adds to a step, and ratios of its time to others.
+    """Render the time that a way adds to a step, and ratios of its time to others; figures are in seconds.
 
-    A way by another checkout is compared with its counterpart, and a call with fastreg, or with all ways if it is
-    fastreg's. The figures are in seconds.
+    A way by another checkout is compared with its counterpart, and a call with fastreg, or, if it is that, with all.
     """
     added, over, counterpart = about.get("added"), about["over"], way.removesuffix(before.BEFORE)
     texts = ["adds {:.3f} ± {:.3f} ms".format(*(1e3 * x for x in added))] if added else []

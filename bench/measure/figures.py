@@ -39,11 +39,8 @@ def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
 
 
 def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
-    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error.
-
-    A backward has to be captured on the stream of its forward.
-    """
-    stream = torch.cuda.Stream()
+    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error."""
+    stream = torch.cuda.Stream()  # of forward and backward
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         call(numbers[0])

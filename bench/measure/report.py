@@ -138,9 +138,8 @@ def speed_and_memory(results: list[Result]) -> str:
     if cases := part.of(STEP, picture.MODELS):
         picture.draw(cases, with_allocator("GPU" if result.on_gpu else "CPU", cases))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
-    measured = f"Measured on {result.machine['device']}."
     gpu = "" if any(x.on_gpu for x in results) else " **No GPU has been measured yet.**"
-    return f"{shown}\n\n{uses_table(part, span)}\n{measured}{gpu}\n"
+    return f"{shown}\n\n{uses_table(part, span)}\nMeasured on {result.machine['device']}.{gpu}\n"
 
 
 def all_rows(result: Result) -> str:

@@ -76,9 +76,9 @@ class Rounds(NamedTuple):
 def take_turns(ways: Mapping[str, Call], rounds: Rounds, say: Callable[[str], object] = str) -> dict[str, list[Turn]]:
     """Measure all ways round by round, and return the turns of each.
 
-    In a round each way has one turn. So other load on the machine affects all ways alike, and no way finds the memory
-    in the cache that it has just freed itself. Each round begins with another way. The first round is not counted.
-    `say` gets the name of a way before its turn. A way that returns a `Turn` has measured its turn itself.
+    In a round each way has one turn, so that other load affects all alike, and no way finds the memory in the cache
+    that it has just freed. Each round begins with another way. The first one is not counted. `say` gets the name of a
+    way before its turn. A way that returns a `Turn` has measured its turn itself.
     """
 
     def turn(way: str) -> Turn:

@@ -157,9 +157,8 @@ def test_each_way_of_a_step_adds_the_penalty_as_its_name_says() -> None:
         hooked = bool({**rnn._forward_hooks, **rnn._forward_pre_hooks})
         kinds[way] = "hooks" if hooked else type(dropout).__name__ if chosen.in_hand is False else "activations"
     in_hand = dict.fromkeys(["eager", "compiled", "fused_ar_tar"], "activations")
-    own = {"no penalty": "LockedDropout", "attach": "hooks", "FusedRNNDropout": "FusedRNNDropout"}
-    own |= {"compiled with dropout": "CompiledDropout"}
-    assert kinds == in_hand | own
+    own = {"no penalty": "LockedDropout", "compiled with dropout": "CompiledDropout", "attach": "hooks"}
+    assert kinds == in_hand | own | {"FusedRNNDropout": "FusedRNNDropout"}
 
 
 def test_what_a_way_adds_is_printed_in_milliseconds_and_its_ratio_to_its_counterpart() -> None:
@@ -270,10 +269,7 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
         {"group": case, "name": way, "extra_info": about | {"over": {}} | found, "stats": {"median": seconds}}
         for case, way, about, seconds, found in made_up
     ]
-    facts = {"device": "X", "torch": "2", "python_version": "3", "threads": 2}
-    commit = {"version": "1", "id": "f", "dirty": False, "source": "5"}
-    about = {"machine_info": facts, "commit_info": commit, "datetime": "", "missing": {}, "benchmarks": rows}
-    result = results.result_of(about)
+    result = results.result_of(results.read(next(machine.RESULTS.glob("*.json"))) | {"missing": {}, "benchmarks": rows})
     page = "\n".join(report.tables(result)).splitlines()
     for line in (
         "| LSTM, (2, 3, 4), variational dropout | 10 | +6.000±1.000 | +0.000±0.000 | +1.700±0.100 |",  # milliseconds
@@ -298,8 +294,7 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
 
 def test_a_bar_of_the_picture_says_its_error_and_if_it_cannot_be_told_from_none() -> None:
     shares = [results.Figure(*share) for share in ((-2.4, 2.7), (37.0, 2.0), (12.3, 0.4), (0.2, 0.0))]
-    said = ["\N{MINUS SIGN}2 ± 3%, not significant", "+37 ± 2%", "+12%", "0%"]
-    assert [picture.words(share) for share in shares] == said
+    assert [*map(picture.words, shares)] == ["\N{MINUS SIGN}2 ± 3%, not significant", "+37 ± 2%", "+12%", "0%"]
 
 
 def less(ratios: list[results.Figure]) -> str:
@@ -314,6 +309,7 @@ def most(uses: report.Uses, place: str, *without: str) -> str:
 
 
 # Parts of the README's sentences, with {} for a figure, and the figure: by row and column of the README's table.
+README = ROOT / "README.md"
 SAID: dict[str, Callable[[report.Uses], str]] = {
     "a step of elementwise layers with `FusedRNNDropout` takes {} less time than with the fastest formula": (
         lambda uses: less(uses["`FusedRNNDropout`"][report.CHEAP])
@@ -325,8 +321,7 @@ SAID: dict[str, Callable[[report.Uses], str]] = {
 
 
 def test_the_figures_in_sentences_of_the_readme_are_those_that_were_measured() -> None:
-    text = re.sub(r"<!-- from .*?<!-- end -->|```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    text = " ".join(text.split())
+    text = " ".join(re.sub(r"<!-- from .*?<!-- end -->|```.*?```", "", README.read_text(), flags=re.DOTALL).split())
     uses = report.uses(report.latest([results.load(file) for file in machine.RESULTS.glob("*.json")]).parts()[0])
     for part, figure in SAID.items():
         said = part.format(figure(uses))
