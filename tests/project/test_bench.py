@@ -311,10 +311,10 @@ def most(uses: report.Uses, place: str, *without: str) -> str:
 # Parts of the README's sentences, with {} for a figure, and the figure: by row and column of the README's table.
 README = ROOT / "README.md"
 SAID: dict[str, Callable[[report.Uses], str]] = {
-    "a step of elementwise layers with `FusedRNNDropout` takes {} less time than with the fastest formula": (
+    "a step of cheap layers with `FusedRNNDropout` takes {} less time than with the fastest formula": (
         lambda uses: less(uses["`FusedRNNDropout`"][report.CHEAP])
     ),
-    "`attach` and the adapters for trainers make small steps up to {} longer": (
+    "`attach` and the adapters make small steps up to {} longer": (
         lambda uses: most(uses, report.SMALL, "`fused_ar_tar`", "`FusedRNNDropout`")
     ),
 }
