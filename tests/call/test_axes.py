@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numbers
 KINDS = 5  # a test
 FIRST = range(0, 60 if INTERPRETED else 200, KINDS)
 X = torch.randn(2, 5, 80)
-NARROW = 64  # time steps from which kernels on a CPU read the innermost axis in place, as docs/calls.md says
+NARROW = 64  # time steps from which kernels on a CPU read the innermost axis in place, as docs/functions.md says
 
 
 @pytest.mark.parametrize("first", FIRST)

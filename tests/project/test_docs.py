@@ -181,7 +181,7 @@ def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
 
 def test_the_page_of_messages_quotes_the_code() -> None:
     """The page has dots for values."""
-    page, files = (ROOT / "docs" / "messages.md").read_text(), [*(ROOT / "fastreg").rglob("*.py")]
+    page, files = (ROOT / "docs" / "errors-and-warnings.md").read_text(), [*(ROOT / "fastreg").rglob("*.py")]
     code = "\n".join(ast.unparse(ast.parse(file.read_text())) for file in files)  # which joins the parts of a string
     code = re.sub(r"{.*?}", "…", code)
     quotes = re.findall(r"^\|[^|]+\| `([^`\n]+)`", page, re.MULTILINE)
@@ -259,7 +259,7 @@ def either(wanted: bool) -> None:
 
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed: make lint installs it")
 def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
-    pages = README, ROOT / "docs" / "calls.md", ROOT / "docs" / "masks.md"
+    pages = README, ROOT / "docs" / "functions.md", ROOT / "docs" / "masks.md"
     code = [snippet for page in pages for snippet in snippets(page) if framework_of(snippet) is None]
     (tmp_path / "pages.py").write_text("\n".join([*code, CALLS]))
     (tmp_path / "fastreg").symlink_to(ROOT / "fastreg")
