@@ -230,7 +230,7 @@ def sizes(study: Study) -> str:
 
 
 def findings(study: Study) -> str:
-    """Render the part in docs/coefficients.md."""
+    """Compare the losses with each other, and with the penalties."""
     return f"{gaps(study)}\n{sizes(study)}"
 
 
@@ -291,7 +291,7 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "coefficients.md", BEGIN, findings)]
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline)]
 
 
 def pages(file: Path) -> dict[Path, str]:
