@@ -196,11 +196,11 @@ def summary(study: Study) -> str:
 def headline(study: Study) -> str:
     """Render the part in the README."""
     ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in PENALTIES.values() if any(pair))
+    words, seeds = study.runs[0].settings["words"], len(study.plain)
     return (
-        f"A small AWD-LSTM, trained to convergence on {study.runs[0].settings['words']:,} words of the King James text "
-        f"({len(study.plain)} seeds), has a test perplexity of "
-        f"{average([run.test for run in study.plain], '.2f')}. AR changes it by {ar}, TAR by {tar}, and both by {both} "
-        "([study](bench/results/study.md)).\n"
+        f"On {words:,} words of the King James text, the test perplexity of a small AWD-LSTM is "
+        f"{average([run.test for run in study.plain], '.2f')}; AR changes it by {ar}, TAR by {tar}, and both by {both} "
+        f"([study](bench/results/study.md), {seeds} seeds).\n"
     )
 
 
