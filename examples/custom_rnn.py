@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.rnn = MinimalGatedRNN(hidden)
-        self.dropout = FusedRNNDropout(0.2)  # any dropout works; this one computes AR and TAR, too
+        self.dropout = FusedRNNDropout(0.2, 0, 0)  # any dropout works; this one computes AR and TAR, too
         self.decoder = nn.Linear(hidden, vocabulary)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, HIDDEN)
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
         self.rnns = nn.ModuleList(MinGRU(HIDDEN) for _ in range(LAYERS))
-        self.dropouts = nn.ModuleList(FusedRNNDropout(0.1) for _ in range(LAYERS))  # any dropout will do
+        self.dropouts = nn.ModuleList(FusedRNNDropout(0.1, 0, 0) for _ in range(LAYERS))  # any dropout will do
         self.decoder = nn.Linear(HIDDEN, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:

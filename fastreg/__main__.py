@@ -19,7 +19,7 @@ from fastreg.call.reference import ar_tar, encoded
 from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
 from fastreg.kernels.backend import Backend
-from fastreg.kernels.view import ALL_STEPS, Spec, Values
+from fastreg.kernels.view import Spec, Values
 
 
 def main() -> int:
@@ -92,14 +92,14 @@ def self_test(device: torch.device) -> None:
         exact = leaves
         if device.type != "mps":  # mps has no float64
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
-        counted = ALL_STEPS if steps is None else encoded((5, 40), steps, None, None)
+        values = Values(2.0, 1.0) if steps is None else Values(2.0, 1.0, *encoded((5, 40), steps, None, None))
         spec = Spec(dtype=exact[0].dtype)
         got = fused_ar_tar(leaves[0], leaves[1], 2.0, 1.0, lengths=steps)
-        want = ar_tar(*exact, Values(2.0, 1.0, counted), spec).penalty
+        want = ar_tar(*exact, values, spec).value
         compare([got, *torch.autograd.grad(got, leaves)], [want, *torch.autograd.grad(want, exact)])
         kept, got = fused_dropout_ar_tar(leaves[0], 0.5, 2.0, 1.0, mask=mask, lengths=steps)
         product = exact[0] * mask.to(exact[0].dtype)
-        want = ar_tar(exact[0], product, Values(2.0, 1.0, counted), spec).penalty
+        want = ar_tar(exact[0], product, values, spec).value
         results = [got, *torch.autograd.grad([got, kept.sum()], leaves[0])]
         compare(results, [want, *torch.autograd.grad([want, product.sum()], exact[0])])
 

@@ -2,10 +2,11 @@
 
 An adapter maps the events of its framework to the methods of an `Adapter`:
 
-- a fit begins: `end`, because an earlier one may have been cut off;
+- a fit begins: `start`, because an earlier one may have been cut off;
 - a training batch begins: `batch` gets its inputs, and `begin` attaches, in the first batch of the fit;
 - a model that is not attached has returned its activations: `capture`;
-- a loss is computed: `penalty_of` returns the penalty to add to it;
+- a loss is computed: `add_penalty` returns the loss with the penalty;
+- the optimizer steps: `scale` sets its learning rates before the step, and `scaled.close()` restores them after it;
 - the trainer writes its log: `means`;
 - the fit ends: `end`.
 """
@@ -20,19 +21,17 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.attach.attachment import Attachment, described
-from fastreg.attach.captures import check_output
+from fastreg.attach.activations import check_output, described
+from fastreg.attach.attachment import Attachment
 from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.attach.source import Masks, check_callable
 from fastreg.call.arguments import time_axis_of
-from fastreg.call.problem import data_of, is_list
-from fastreg.call.rnn_dropout import FusedRNNDropout
+from fastreg.call.problem import TimeAxis, data_of, is_list
 
 
-class Options(TypedDict, total=False):
-    """Name the arguments of `Paths` for type checkers and editors; `dropout=True` is for `fuse` alone."""
+class PathOptions(TypedDict, total=False):
+    """Name the arguments of `Paths` for type checkers and editors; `dropout=True` is for `fastai.fuse` alone."""
 
     rnn: str | Sequence[str] | None
     dropout: bool | str | Sequence[str | None] | None
@@ -104,6 +103,7 @@ class Paths:
 
 
 NAMES, NO_LAYOUT = [x.name for x in fields(Paths)], Paths().layout()
+NO_SUMS = torch.zeros(()), 0
 
 
 def of_regularizer(name: str) -> Any:
@@ -118,15 +118,17 @@ class Adapter:
         alpha, beta, bptt, ar, tar: as for `RNNRegularizer`.
         regularizer: the regularizer.
         paths: the names of its modules.
-        batch: the inputs of the batch, which the functions of masks get.
+        batch: the only input of the batch, or a list of all, where the framework does not hold them: see `inputs`.
         handles: the handles of the attached modules, one for each path; there are none between fits.
+        time_axis: the axis of time of raw; after `begin`, as the last of the attached modules shows it.
         scaled: restores the learning rates that `scale` has set.
-        sums: the sums of AR and of TAR, weighted by the sizes of the steps, and the sum of the sizes.
+        sums: the sums of AR and of TAR since the last log, weighted by the sizes of the steps, on their device, and the
+            sum of the sizes.
         say: a function that writes a line to the log of the framework.
     """
 
     alpha, beta, bptt = of_regularizer("alpha"), of_regularizer("beta"), of_regularizer("bptt")
-    ar, tar = of_regularizer("ar"), of_regularizer("tar")
+    ar, tar = property(lambda self: self.regularizer.ar), property(lambda self: self.regularizer.tar)
     say: Callable[[str], Any] = staticmethod(print)
 
     def prepare(self, alpha: Any, beta: Any, options: Mapping[str, Any], bptt: int | None = None) -> None:
@@ -149,12 +151,12 @@ class Adapter:
             raise TypeError("alpha and beta: expected coefficients beside rnn, got none; 0 leaves a term out")
         coefficients = [0.0 if x is None else x for x in (alpha, beta)]
         self.regularizer, self.paths = RNNRegularizer(*coefficients, bptt=bptt), Paths(**options)
-        self.handles, self.batch, self.sums = list[Attachment](), (), torch.zeros(3)
-        self._captured, self._is_said, self.scaled = (0, ""), False, ExitStack()
+        self.handles, self.batch, self.sums, self.scaled = list[Attachment](), (), NO_SUMS, ExitStack()
+        self.time_axis, self._captured, self._is_shown = time_axis_of(**self.paths.layout()), "", False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which is attached to nothing."""
-        return self.__dict__ | {"handles": [], "batch": ()}
+        return self.__dict__ | {"handles": [], "batch": (), "scaled": ExitStack()}
 
     def modules(self, model: nn.Module) -> list[tuple[Any, Any]]:
         """Return the module at each path with its dropout, or `None`.
@@ -168,6 +170,16 @@ class Adapter:
         """Return the `batch_first` and `time_dim` of a module, as for `RNNRegularizer.attach`."""
         return self.paths.layout()
 
+    def start(self, model: nn.Module) -> None:
+        """Forget an earlier fit, which may have been cut off, and check the paths before any training.
+
+        Raises:
+            AttributeError: a path names no module.
+        """
+        self.scaled.pop_all()  # this fit has set the learning rates
+        self.end()
+        self.modules(model)
+
     def begin(self, model: nn.Module) -> None:
         """Attach to the modules of a model until `end`, unless they are attached.
 
@@ -178,20 +190,27 @@ class Adapter:
         if self.handles:
             return
         for rnn, dropout in self.modules(model):
-            masks: Any = {name: self.mask_of(rnn, mask) for name, mask in vars(self.paths.masks()).items()}
-            options = self.layout_of(rnn) | masks | {"output": self.paths.output}
-            self.handles.append(self.regularizer.attach(rnn, dropout, **options))
+            options = self.layout_of(rnn) | {"output": self.paths.output}
+            valid, starts = self.mask_of(rnn, self.paths.valid), self.mask_of(rnn, self.paths.starts)
+            handle = self.regularizer.attach(rnn, dropout, **options, valid=valid, starts=starts)
+            self.handles.append(handle)
+            self.time_axis = handle.source.time_axis
+
+    def inputs(self) -> Sequence[Any]:
+        """Return the inputs of the batch that the model gets now."""
+        return self.batch if is_list(self.batch) else [self.batch]
 
     def mask_of(self, module: nn.Module, mask: Callable[..., Any] | None) -> Callable[..., Any] | None:
         """Return a function of a module's arguments that calls a function of masks with the batch instead."""
-        return None if mask is None else lambda *_, **__: mask(*self.batch)
+        return None if mask is None else lambda *_, **__: mask(*self.inputs())
 
     def end(self) -> None:
-        """Take the hooks off, free the activations, and forget the sums."""
+        """Restore the learning rates, take the hooks off, free the activations, and forget the sums."""
+        self.scaled.close()
         for handle in self.handles:
             handle.remove()
         self.regularizer.clear()
-        self.handles, self.batch, self.sums = [], (), torch.zeros(3)
+        self.handles, self.batch, self.sums = [], (), NO_SUMS
 
     def capture(self, output: Any) -> Any:
         """Capture the activations in the output of a model, `(decoded, raw, dropped)`, and return decoded.
@@ -201,56 +220,69 @@ class Adapter:
             ValueError: the sizes of the batch show that raw may be time first.
         """
         raw, layout = check_output(output)[1], self.paths.layout()
-        raw, time_axis = raw[-1] if is_list(raw) else raw, time_axis_of(**layout)
-        shape, batch = (*data_of(raw).shape,), (*getattr(next(iter(self.batch), None), "shape", ()),)
+        raw = raw[-1] if is_list(raw) else raw
+        shape, batch = (*data_of(raw).shape,), (*getattr(next(iter(self.inputs()), None), "shape", ()),)
         if layout == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
-        time = time_axis.number() % len(shape)
-        steps = len(raw.batch_sizes) if isinstance(raw, PackedSequence) else shape[time]
-        masks: Any = self.paths.masks().of(*self.batch)
+        time = self.time_axis.number() % len(shape)
+        masks: Any = self.paths.masks().of(*self.inputs())
         axis = int(time > 0)  # of a mask: (batch, time), or (time, batch) where raw is time first
         for name, mask in masks.items():
-            kept = min(mask.shape[axis], steps)
+            kept = min(mask.shape[axis], shape[time])
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
-        self._captured = steps, "" if self._is_said else f"the model's output: {described(raw, time_axis, masks)}"
+        self._captured = "" if self._is_shown else f"the model's output: {described(raw, self.time_axis, masks)}"
         return decoded
 
-    def scale(self, lrs: list[float], set_lrs: Callable[[list[float]], Any]) -> None:
-        """Scale learning rates by `time / bptt`, for the number of time steps of raw, until `scaled` is closed.
+    def time_steps(self) -> int:
+        """Return the number of time steps of the batch, or of raw if the batch does not begin with indices.
+
+        Raw may be a chunk of the batch. Indices are `(batch, time)`, or `(time, batch)` where raw is time first, unless
+        the model turns them.
+        """
+        steps, first = self.regularizer.time_steps, next(iter(self.inputs()), None)
+        if not isinstance(first, Tensor) or first.dtype not in (torch.int32, torch.int64) or first.dim() != 2:
+            return steps
+        return first.shape[0 if comes_first(self.time_axis) and steps != first.shape[1] else 1]
+
+    def scale(self, read: Callable[[], list[float]], write: Callable[[list[float]], Any]) -> None:
+        """Scale learning rates by `time / bptt`, for the number of time steps of the batch, until `scaled` is closed.
 
         Args:
-            lrs: the learning rates.
-            set_lrs: a function that sets the learning rates of the optimizer.
+            read: a function that returns the learning rates of the optimizer.
+            write: a function that sets them.
         """
-        steps = max([x.time_steps for x in self.handles], default=self._captured[0])
-        if self.bptt and steps:  # a module in evaluation has no run
-            self.scaled.callback(set_lrs, lrs)
-            set_lrs([lr * steps / self.bptt for lr in lrs])
+        self.scaled.close()
+        if self.bptt and (steps := self.time_steps()):  # a module in evaluation has no run
+            lrs = read()
+            self.scaled.callback(write, lrs)
+            write([lr * steps / self.bptt for lr in lrs])
 
-    def penalty_of(self, loss: Tensor, size: int = 1) -> Tensor | float:
-        """Return the penalty of a training step, or 0.0 if there is nothing to add, and add up its terms.
+    def add_penalty(self, loss: Tensor, size: int = 0, parts: int = 1) -> Tensor:
+        """Return the loss of a training step with the penalty, or the loss itself if there is nothing to add.
 
         The first time, say which axes of the activations were taken for what.
 
         Args:
             loss: the loss of the step.
-            size: the weight of the step in the means of the terms.
+            size: the weight of the step in the means of the terms; 0 if nobody reads them.
+            parts: the number of losses in an optimizer step, by which the penalty is divided.
 
         Raises:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.take`.
         """
-        terms = self.regularizer.take(loss)
-        if terms is None:
-            return 0.0
-        if not self._is_said:
-            self._is_said = True
+        penalty = self.regularizer.collect(loss)
+        if penalty is None:
+            return loss
+        if not self._is_shown:
+            self._is_shown = True
             shown = [f"{rnn}: {x!r}" for (rnn, _), x in zip(self.paths.pairs(), self.handles, strict=False)]
-            self.say("\n".join(shown or [self._captured[1]]))
-        sums = size * torch.stack([terms.ar, terms.tar, torch.ones_like(terms.ar)]).float()
-        self.sums = self.sums.to(sums.device) + sums  # of one dtype in all processes
-        return terms.penalty
+            self.say("\n".join(shown or [self._captured]))
+        if size:
+            terms: Any = penalty.terms
+            self.sums = torch.add(self.sums[0], terms, alpha=size), self.sums[1] + size
+        return loss + (penalty.value if parts == 1 else penalty.value / parts)
 
     def means(self, reduce: Callable[[Tensor], Any]) -> dict[str, Any]:
         """Return the means of the terms since the last log, over all processes; there are none without a penalty.
@@ -259,25 +291,12 @@ class Adapter:
             reduce: a function that adds up the sums of all processes. Each process has to call it, even if it has added
                 no penalty, because the others wait for it.
         """
-        ar, tar, size = reduce(self.sums)
-        self.sums = torch.zeros(3)
+        (terms, size), self.sums = self.sums, NO_SUMS
+        sums = torch.cat([terms.expand(2), terms.new_full((1,), size)])
+        ar, tar, size = reduce(sums.float())  # of one dtype in all processes
         return {"ar": ar / size, "tar": tar / size} if size else {}
 
 
-def fuse_output_dropout(model: nn.Module, plain: type, fused: Callable[[float], FusedRNNDropout]) -> None:
-    """Swap the last dropout of a language model of fastai for a fused one, unless this has been done.
-
-    Args:
-        model: the model, which has the dropout at `"1.output_dp"`.
-        plain: fastai's class of this dropout; a subclass is not swapped.
-        fused: a function that makes a fused dropout from a probability.
-
-    Raises:
-        ValueError: the model has no such dropout.
-    """
-    own: Any = getattr(getattr(model, "1", None), "output_dp", None)
-    if type(own) is plain:
-        model.set_submodule("1.output_dp", fused(own.p).train(own.training))
-    elif not isinstance(own, FusedRNNDropout):
-        words = f"the {plain.__name__} of a language model of fastai, or the path of a dropout beside rnn="
-        raise ValueError(f"dropout: expected {words}, got True for a {type(model).__name__} with {type(own).__name__}")
+def comes_first(time_axis: TimeAxis) -> bool:
+    """Return whether time comes before the batch: in `(time, batch, hidden)`, in its masks and in its indices."""
+    return time_axis.number() in (0, -3)

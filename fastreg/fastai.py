@@ -13,10 +13,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
+from torch import nn
 from typing_extensions import Unpack
 
-from fastreg.adapter import Adapter, Options, fuse_output_dropout
+from fastreg.adapter import NO_SUMS, Adapter, PathOptions
 from fastreg.call.problem import Coefficient
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -74,7 +74,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
             one of the coefficients is required.
         beta: coefficient of TAR.
         bptt: the usual number of time steps: each optimizer step runs at `lr * time / bptt`, as in AWD-LSTM, where
-            `time` is the number of time steps of raw.
+            `time` is the length of the batch's first input if that is `(batch, time)` of indices, and otherwise the
+            number of time steps of raw.
         **options: as for `fastreg.adapter.Paths`; `valid` and `starts` get the inputs of the batch, `valid(*learn.xb)`.
 
     Raises:
@@ -98,7 +99,7 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
         alpha: Coefficient | None = None,
         beta: Coefficient | None = None,
         bptt: int | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[PathOptions],
     ) -> None:
         self.prepare(alpha, beta, options, bptt)
         self.columns = [Column(partial(self.mean, i), name) for i, name in enumerate(["ar", "tar"])]
@@ -113,38 +114,41 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
                 "RNNRegularizer: expected an RNNCallback, for a model that returns (decoded, raw, dropped), or rnn= "
                 "and dropout=, for one that returns only its output, got neither"
             )
-        self.scaled.pop_all()  # of a fit that was cut off; this fit has set the learning rate
-        self.end()
-        self.modules(get_model(self.learn.model))
+        self.start(get_model(self.learn.model))
         self.learn.metrics = Metrics([*without_columns(self.learn.metrics), *self.columns])
 
     def before_train(self) -> None:
         if not self.learn.training:  # fastai would not call the callback in training steps
             raise RuntimeError("RNNRegularizer: another learner has this callback, too; give each learner its own")
-        self.sums = torch.zeros(3)
+        self.sums = NO_SUMS
 
     def before_batch(self) -> None:
         self.begin(get_model(self.learn.model))  # without the wrapper of fastai's DistributedTrainer
-        self.batch = self.learn.xb
         self.forget()
+
+    def inputs(self) -> Any:
+        return self.learn.xb  # a callback may have changed them since before_batch
 
     def after_loss(self) -> None:
         if self.paths.rnn is None:
             rnn = self.captures()[0]
             self.capture((self.learn.pred, rnn.raw_out, rnn.out))
-        self.learn.loss_grad = self.learn.loss_grad + self.penalty_of(self.learn.loss_grad, find_bs(self.learn.yb))
+        self.learn.loss_grad = self.add_penalty(self.learn.loss_grad, size=find_bs(self.learn.yb))
 
     def before_step(self) -> None:
         opt = self.learn.opt
-        self.scale([hyper["lr"] for hyper in opt.hypers], lambda lrs: opt.set_hypers(lr=lrs))
+        self.scale(lambda: [hyper["lr"] for hyper in opt.hypers], lambda lrs: opt.set_hypers(lr=lrs))
 
-    def after_batch(self) -> None:
-        self.scaled.close()  # fastai calls it after a cancelled step, too
+    def after_step(self) -> None:
+        self.scaled.close()
+
+    # Where a callback cancels more than the step before it, no after_step follows.
+    after_cancel_batch = after_cancel_train = after_cancel_epoch = after_step
 
     def before_validate(self) -> None:
         shows_training = getattr(getattr(self.learn, "recorder", None), "train_metrics", False)
         if shows_training and not self.learn.lock.locked():
-            self.sums = torch.zeros(3)  # the validation has columns, too, but no terms
+            self.sums = NO_SUMS  # the validation has columns, too, but no terms
 
     def after_fit(self) -> None:
         self.forget()
@@ -170,14 +174,29 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
 
     def mean(self, i: int) -> Any:
         """Return the mean of a term over the epoch's training batches; it is NaN, a number for loggers, without one."""
-        return self.sums[i] / self.sums[2]
+        terms, size = self.sums
+        return terms.expand(2)[i] / size
 
     def __reduce__(self) -> Any:
         return stock.RNNRegularizer, (self.alpha, self.beta), {"learn": self.learn, "run_train": self.run_train}
 
 
+def fuse_output_dropout(model: nn.Module) -> None:
+    """Swap the last dropout of a language model for a fused one, unless this has been done.
+
+    Raises:
+        ValueError: the model has no such dropout; a subclass of fastai's `RNNDropout` is none.
+    """
+    own: Any = getattr(getattr(model, "1", None), "output_dp", None)
+    if type(own) is RNNDropout:
+        model.set_submodule("1.output_dp", OutputDropout(own.p).train(own.training))
+    elif not isinstance(own, FusedRNNDropout):
+        words = "the RNNDropout of a language model of fastai, or the path of a dropout beside rnn="
+        raise ValueError(f"dropout: expected {words}, got True for a {type(model).__name__} with {type(own).__name__}")
+
+
 def rnn_cbs(
-    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, **options: Unpack[Options]
+    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, **options: Unpack[PathOptions]
 ) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
 
@@ -190,7 +209,7 @@ def rnn_cbs(
     return [stock.ModelResetter(), stock.RNNCallback(), RNNRegularizer(alpha, beta, bptt, **options)]
 
 
-def fuse(learn: Learner, **options: Unpack[Options]) -> Learner:
+def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
     """Swap fastai's `RNNRegularizer` for this module's, in place, and return the learner.
 
     The new callback has the coefficients and `run_train` of the old one. A learner that is fused already is fused
@@ -224,7 +243,7 @@ def fuse(learn: Learner, **options: Unpack[Options]) -> Learner:
     given: Any = {"batch_first": True, **options, "rnn": "0", "dropout": "1.output_dp"} if swaps else options
     new = RNNRegularizer(old.alpha, old.beta, getattr(old, "bptt", None), **given)
     if swaps:
-        fuse_output_dropout(model, RNNDropout, OutputDropout)  # pyright: ignore[reportArgumentType]
+        fuse_output_dropout(model)  # pyright: ignore[reportArgumentType]
     new.modules(model)  # pyright: ignore[reportArgumentType]
     new.run_train = old.run_train
     if isinstance(old, RNNRegularizer):

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastreg.adapter import Adapter, Options, fuse_output_dropout
-from fastreg.call.problem import Coefficient, is_list
-from fastreg.call.rnn_dropout import FusedRNNDropout
+from fastreg.adapter import Adapter, PathOptions
+from fastreg.attach.regularizer import reset_of
+from fastreg.call.problem import Coefficient
 
 try:
     from fastai import __version__
@@ -25,7 +25,6 @@ try:
     from fastai.callback import CallbackHandler
     from fastai.callbacks import rnn as stock
     from fastai.callbacks.fp16 import MixedPrecision
-    from fastai.text.models import RNNDropout
 except ImportError as error:
     raise ImportError(f"fastreg.fastai1: fastai 1 cannot be imported ({error}); pip install 'fastai<2'") from error
 
@@ -44,11 +43,6 @@ def answer(name: str, value: Any) -> Any:
     return {name: value} if DICTS else value
 
 
-def last_raw(result: Any) -> Tensor:
-    """Return the last layer's raw from the output of a language model's encoder."""
-    return result[0][-1]
-
-
 class RNNTrainer(Adapter, LearnerCallback):
     """Add `alpha * AR + beta * TAR` to the loss, pass on the decoded output, and reset the model at each epoch.
 
@@ -60,8 +54,9 @@ class RNNTrainer(Adapter, LearnerCallback):
         alpha: coefficient of AR; an attribute, which may change between batches, like `beta` and `bptt`. With `rnn`
             one of the coefficients is required.
         beta: coefficient of TAR.
-        adjust: whether the optimizer steps at `lr * time / bptt`, where `time` is the number of time steps of raw; lr
-            is restored afterwards, also after an error.
+        adjust: whether the optimizer steps at `lr * time / bptt`, where `time` is the length of the batch's first input
+            if that is `(batch, time)` of indices, and otherwise the number of time steps of raw; lr is restored
+            afterwards, also after an error.
         **options: as for `fastreg.adapter.Paths`; `valid` and `starts` get the inputs of the batch.
 
     Raises:
@@ -88,7 +83,7 @@ class RNNTrainer(Adapter, LearnerCallback):
         alpha: Coefficient | None = None,
         beta: Coefficient | None = None,
         adjust: bool = True,
-        **options: Unpack[Options],
+        **options: Unpack[PathOptions],
     ) -> None:
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
@@ -96,39 +91,42 @@ class RNNTrainer(Adapter, LearnerCallback):
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
 
-    def on_train_begin(self, **_: Any) -> None:
+    def on_train_begin(self, pbar: Any = None, **_: Any) -> None:
+        if pbar is None:  # learn.validate(), within a fit or not, begins with this event, too, and never ends
+            return
         if sum(isinstance(cb, (stock.RNNTrainer, RNNTrainer)) for cb in self.learn.callbacks) > 1:
             raise ValueError("RNNTrainer: the learner has more than one, fastai's or this module's; keep one")
-        self.on_train_end()  # of a fit that was cut off
-        self.modules(self.learn.model)  # shows a wrong path before any training
+        self.start(self.learn.model)
 
     def on_epoch_begin(self, **_: Any) -> None:
-        self.regularizer.on_epoch_begin(self.learn.model)
+        if reset_of(self.learn.model):
+            self.regularizer.on_epoch_begin(self.learn.model)
 
     def on_batch_begin(self, last_input: Any, train: bool = True, **_: Any) -> None:
-        if train:  # learn.validate() begins a fit that never ends
+        if train:
             self.begin(self.learn.model)
-            self.batch = last_input if is_list(last_input) else [last_input]
+            self.batch = last_input
 
-    def on_loss_begin(self, last_output: Any, train: bool = True, **_: Any) -> Any:
-        if train and self.paths.rnn is None:
+    def on_loss_begin(self, last_output: Any, last_input: Any, train: bool = True, **_: Any) -> Any:
+        if self.paths.rnn is not None:
+            return None
+        if train:
+            self.batch = last_input  # which a later callback may have changed since on_batch_begin
             self.capture(last_output)
-        returns_activations = self.paths.rnn is None or self.paths.output is last_raw
-        return answer("last_output", last_output[0] if returns_activations else last_output)
+        return answer("last_output", last_output[0])
 
     def on_backward_begin(self, last_loss: Tensor, **_: Any) -> Any:
-        return answer("last_loss", last_loss + self.penalty_of(last_loss))
+        return answer("last_loss", self.add_penalty(last_loss))
 
     def on_backward_end(self, **_: Any) -> None:
         if self.adjust:
             opt = self.learn.opt
-            self.scale(opt._lr, partial(setattr, opt, "lr"))  # which also scales the weight decay
+            self.scale(lambda: opt._lr, partial(setattr, opt, "lr"))  # which also scales the weight decay
 
     def on_step_end(self, **_: Any) -> None:
         self.scaled.close()
 
     def on_train_end(self, **_: Any) -> None:  # fastai calls it after an error, too
-        self.scaled.close()
         self.end()
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
@@ -136,7 +134,7 @@ class RNNTrainer(Adapter, LearnerCallback):
         return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
 
 
-def fuse(learn: Learner, **options: Unpack[Options]) -> Learner:
+def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` if the release has it. A
@@ -145,13 +143,11 @@ def fuse(learn: Learner, **options: Unpack[Options]) -> Learner:
 
     Args:
         learn: the learner.
-        **options: as for `fastreg.adapter.Paths`; `dropout=True` swaps the last dropout of a language model, an
-            `RNNDropout`, for a `fastreg.FusedRNNDropout`, which computes the penalty in the pass of the dropout. As in
-            fastai v1, AR is then the mean square of the dropout's input.
+        **options: as for `fastreg.adapter.Paths`.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the learner has no `RNNTrainer`, its model lacks the dropout, or a value is wrong.
+        ValueError: the learner has no `RNNTrainer`, or a value is wrong.
         AttributeError: a path names no module.
 
     Examples:
@@ -167,15 +163,10 @@ def fuse(learn: Learner, **options: Unpack[Options]) -> Learner:
             "fuse: the learner has no RNNTrainer of fastai's own class; add one by "
             "learn.callbacks.append(fastreg.fastai1.RNNTrainer(learn, bptt, ...))"
         )
-    given: Any = options
-    if swaps := options.get("dropout") is True and options.get("rnn") is None:
-        given = {"output": last_raw, "batch_first": True, **options, "rnn": "0", "dropout": "1.output_dp"}
     kept = getattr(old, "bptt", None), old.alpha, old.beta, getattr(old, "adjust", False)
-    new = RNNTrainer(learn, *kept, **given)
-    if swaps:  # the fused one has no penalty, unless it is attached
-        fuse_output_dropout(learn.model, RNNDropout, partial(FusedRNNDropout, alpha=0.0, beta=0.0, ar_of="raw"))
+    new = RNNTrainer(learn, *kept, **options)
     new.modules(learn.model)
     if isinstance(old, RNNTrainer):
-        old.on_train_end()
+        old.end()  # of a fit that was cut off
     learn.callbacks[learn.callbacks.index(old)] = new
     return learn

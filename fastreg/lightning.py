@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastreg.adapter import Adapter, Options
+from fastreg.adapter import Adapter, PathOptions
 from fastreg.call.arguments import check_flags
 from fastreg.call.problem import Coefficient
 
@@ -56,7 +56,9 @@ class ActivationRegularization(Adapter, Callback):
 
     say = staticmethod(pl.utilities.rank_zero_info)
 
-    def __init__(self, alpha: Coefficient, beta: Coefficient, *, log: bool = True, **options: Unpack[Options]) -> None:
+    def __init__(
+        self, alpha: Coefficient, beta: Coefficient, *, log: bool = True, **options: Unpack[PathOptions]
+    ) -> None:
         check_flags(log=log)
         self.prepare(alpha, beta, {**options, "rnn": options.get("rnn") or []})
         self.logged = log
@@ -67,11 +69,11 @@ class ActivationRegularization(Adapter, Callback):
         callbacks = [x for x in trainer.callbacks if isinstance(x, ActivationRegularization)]
         trainer.fit_loop.run = partial(regularized_fit, trainer, callbacks, trainer.fit_loop.run)
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Take the wrapper off the loop."""
-        run = trainer.fit_loop.run
-        if getattr(run, "func", None) is regularized_fit:
-            trainer.fit_loop.run = run.args[-1]
+        trainer.fit_loop.run = without(regularized_fit, trainer.fit_loop.run)
+
+    on_exception = teardown  # an exception in a fit, which no teardown follows
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
@@ -90,10 +92,11 @@ def regularized_fit(trainer: Any, callbacks: Sequence[Any], run: Callable[[], An
     strategy, step = trainer.strategy, trainer.strategy.training_step  # which another callback may have wrapped
     with ExitStack() as undo:
         for callback in callbacks:
-            callback.end()  # of a fit around this one
+            callback.start(trainer.lightning_module)
             undo.callback(callback.end)
         undo.callback(setattr, strategy, "training_step", step)
-        strategy.training_step = partial(regularized_step, trainer, callbacks, step)
+        # A search for a learning rate runs this loop within itself.
+        strategy.training_step = partial(regularized_step, trainer, callbacks, without(regularized_step, step))
         return run()
 
 
@@ -106,5 +109,11 @@ def regularized_step(trainer: Any, callbacks: Sequence[Any], step: Callable[...,
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
         return output
-    loss = loss + sum(callback.penalty_of(loss) for callback in callbacks)
+    for callback in callbacks:
+        loss = callback.add_penalty(loss, size=1)
     return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+
+def without(wrapper: Callable[..., Any], function: Any) -> Any:
+    """Return the function in a wrapper of this module, or a function that is not wrapped."""
+    return function.args[-1] if getattr(function, "func", None) is wrapper else function

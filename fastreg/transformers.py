@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastreg.adapter import NAMES, NO_LAYOUT, Adapter
+from fastreg.adapter import NAMES, NO_LAYOUT, Adapter, comes_first
+from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import Coefficient
 
 try:
@@ -76,8 +78,10 @@ class RegularizedTrainer(Adapter, Trainer):
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
     def __init__(self, *args: Any, alpha: Coefficient, beta: Coefficient, **kwargs: Any) -> None:
-        # A name that is nearly one of an argument is misspelt; `prepare` raises the error.
-        options: Any = {x: kwargs.pop(x) for x in [*kwargs] if get_close_matches(x, NAMES, 1, 0.85)}
+        # A name that is nearly one of an argument, and none of a base class, is misspelt; `prepare` raises the error.
+        of_bases = {name for base in type(self).__mro__ for name in signature(base.__init__).parameters}
+        names = [x for x in kwargs if x in NAMES or (x not in of_bases and get_close_matches(x, NAMES, 1, 0.85))]
+        options: Any = {name: kwargs.pop(name) for name in names}
         super().__init__(*args, **kwargs)
         # Now, so that it is an error if another class sets alpha or beta.
         self.prepare(alpha, beta, {"valid": attention_mask, **options, "rnn": options.get("rnn") or []})
@@ -104,9 +108,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
     def mask_of(self, module: nn.Module, mask: Any) -> Any:
         """Return the function of masks; the attention mask is `(batch, time)` also where the module is time first."""
-        named, own = self.paths.layout(), getattr(module, "batch_first", None)
-        is_time_first = named["time_dim"] == 0 or False in (named["batch_first"], own)
-        if mask is attention_mask and is_time_first:
+        named = time_axis_of(**self.paths.layout())
+        if mask is attention_mask and (comes_first(named) or getattr(module, "batch_first", True) is False):
             return super().mask_of(module, lambda batch: None if mask(batch) is None else mask(batch).T)
         return super().mask_of(module, mask)
 
@@ -116,8 +119,9 @@ class RegularizedTrainer(Adapter, Trainer):
         inner = getattr(loader, "base_dataloader", loader)  # that Accelerate wraps
         if self.paths.valid is attention_mask and hasattr(inner, "collate_fn"):
             columns = getattr(self.train_dataset, "column_names", None) or ()
-            self._is_masked = torch.tensor("attention_mask" in columns).share_memory_()  # with the workers
-            inner.collate_fn = partial(collated, inner.collate_fn, self._is_masked)
+            is_masked = torch.tensor("attention_mask" in columns).share_memory_()  # with the workers
+            self._is_masked = is_masked.numpy()  # asked in each step: unlike a tensor, without an operator
+            inner.collate_fn = partial(collated, inner.collate_fn, is_masked)
         return loader
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -153,8 +157,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
     def _regularized_backward(self, backward: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add the penalty to the loss of a backward of the accelerator."""
-        penalty = self.penalty_of(loss) / self.current_gradient_accumulation_steps
-        return backward(loss + penalty, *args, **kwargs)
+        parts = self.current_gradient_accumulation_steps
+        return backward(self.add_penalty(loss, size=1, parts=parts), *args, **kwargs)
 
 
 def collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:

@@ -8,7 +8,7 @@ import triton.language as tl
 from fastreg.kernels import tiling
 from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.rows import (
-    Steps,
+    StepBits,
     load_row,
     load_rows,
     rounded,
@@ -94,7 +94,7 @@ def ar_tar_kernel(
         grad_raw[t] = (upstream_dropped[t] + grad_dropped[t]) * mask[t]     if there is a mask
                       + upstream * 2 * beta * tar_scale * ((raw[t] - raw[t - 1]) - (raw[t + 1] - raw[t]))    GRAD_TAR
 
-    With AR_OF_RAW, ar is the mean square of raw, and its gradient is a part of grad_raw, outside of the parentheses.
+    With AR_OF_RAW, dropped is raw itself: ar is the mean square of raw, and its gradient is a part of grad_raw.
     Steps and changes that do not count are in no sum. Their only gradient is the upstream gradient of dropped.
 
     A forward has a penalty, and does not know the upstream gradient yet. If it writes gradients, it writes them for the
@@ -116,8 +116,8 @@ def ar_tar_kernel(
     partials                (3, programs) in ACC: for each program the upstream gradient that it expected, and its
                             partial sums for AR and TAR; None in a backward for which nothing was predicted
     penalty                 () out in ACC
-    terms                   (2,) out in ACC: ar and tar; None unless they are measured
-    bits                    as in `Steps`
+    terms                   (2,) out in ACC: ar and tar; None if the caller does not want them
+    bits                    as in `StepBits`
     counts                  (2,) int64, the numbers of steps and changes that count; None if the scales are known
     alpha_at, beta_at       () coefficients in memory, or None
     alpha, beta             coefficients that are not in memory
@@ -134,12 +134,12 @@ def ar_tar_kernel(
     """
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
-    steps = Steps(bits, time)
+    steps = StepBits(bits, time)
     DROPS: tl.constexpr = penalty is not None and mask is not None
-    MASKED_AR: tl.constexpr = GRAD_AR and mask is not None and not AR_OF_RAW
+    MASKED_AR: tl.constexpr = GRAD_AR and mask is not None
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
-    AHEAD: tl.constexpr = 1 if GRAD_TAR and grad_raw is not None else 0  # the gradient needs the following row
-    CHANGES: tl.constexpr = SUM_TAR or AHEAD
+    LEAD: tl.constexpr = 1 if GRAD_TAR and grad_raw is not None else 0  # rows loaded before use, as the gradient needs
+    CHANGES: tl.constexpr = SUM_TAR or LEAD
     if GRAD_AR or GRAD_TAR:
         if penalty is not None:
             used = load_once(expected)
@@ -155,7 +155,7 @@ def ar_tar_kernel(
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
         tile = tile_of(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
-        stop = time if AHEAD else tile.stop
+        stop = time if LEAD else tile.stop
         raw_rows = rows_of(raw, tile, raw_outer, raw_time, ALIGN)
         mask_rows = rows_of(mask, tile, mask_outer, mask_time, ALIGN)
         upstream_dropped_rows = rows_of(upstream_dropped, tile, upstream_dropped_outer, upstream_dropped_time, ALIGN)
@@ -163,9 +163,9 @@ def ar_tar_kernel(
         grad_raw_rows = rows_of(grad_raw, tile, grad_raw_outer, grad_raw_time, ALIGN)
         grad_dropped_rows = rows_of(grad_dropped, tile, grad_dropped_outer, grad_dropped_time, ALIGN)
         counted, into = steps_at(steps, tile, tile.start, stop, True)
-        if CHANGES:  # the last row that was read, and with AHEAD the change into it
+        if CHANGES:  # the last row that was read, and with LEAD the change into it
             last = load_row(raw_rows, tile.start - 1, into, ACC)
-            if AHEAD:
+            if LEAD:
                 first = load_row(raw_rows, tile.start, counted, ACC)
                 change_into = tl.where(into, first - last, 0.0)
                 last = first
@@ -174,10 +174,10 @@ def ar_tar_kernel(
         ar_run = tl.zeros((BLOCK,), ACC)
         tar_run = tl.zeros((BLOCK,), ACC)
         for turn in tl.range(tile.start, tile.stop, UNROLL, num_stages=1):  # rows go to registers
-            counted_at, into_at = steps_of_turn(steps, tile, counted, into, turn, stop, AHEAD, UNROLL)
+            counted_at, into_at = steps_of_turn(steps, tile, counted, into, turn, stop, LEAD, UNROLL)
             counted, into = counted_at[UNROLL], into_at[UNROLL]
-            whole = Steps(None, time)
-            inside = steps_of_turn(whole, tile, counted, into, turn, stop, AHEAD, UNROLL)[0]
+            whole = StepBits(None, time)
+            inside = steps_of_turn(whole, tile, counted, into, turn, stop, LEAD, UNROLL)[0]
             if dropped is not None:
                 dropped_first = row(dropped_rows, turn)
             if grad_raw is not None:
@@ -187,15 +187,15 @@ def ar_tar_kernel(
             if mask is None:
                 droppeds = load_rows(dropped_rows, turn, counted_at, 0, ACC, UNROLL)
             if READS_RAW:
-                raws = load_rows(raw_rows, turn, inside if DROPS else counted_at, AHEAD, ACC, UNROLL)
+                raws = load_rows(raw_rows, turn, inside if DROPS else counted_at, LEAD, ACC, UNROLL)
             if not LOCKED:
                 masks = load_rows(mask_rows, turn, inside, 0, ACC, UNROLL)
             upstreams = load_rows(upstream_dropped_rows, turn, inside, 0, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 if READS_RAW:
-                    current = last if AHEAD else raws[i]
+                    current = last if LEAD else raws[i]
                 if CHANGES:
-                    change = tl.where(into_at[i + AHEAD], raws[i] - last, 0.0)
+                    change = tl.where(into_at[i + LEAD], raws[i] - last, 0.0)
                 if mask is not None and not LOCKED:
                     mask_row = masks[i]
                 if DROPS or MASKED_AR:
@@ -221,7 +221,7 @@ def ar_tar_kernel(
                         gradient = own + through * mask_row
                     store_row(grad_raw_rows, grad_raw_first, i, gradient, inside[i])
                 if SUM_TAR:
-                    tar_run += change_into * change_into if AHEAD else change * change
+                    tar_run += change_into * change_into if LEAD else change * change
                 if SUM_AR:
                     squared = current if AR_OF_RAW else kept
                     if DROPS:  # an explicit fma takes 63 registers instead of 85 in bfloat16 on sm_90
@@ -236,7 +236,7 @@ def ar_tar_kernel(
                     store_row(grad_dropped_rows, grad_dropped_first, i, own, inside[i])
                 if CHANGES:
                     last = raws[i]
-                    if AHEAD:
+                    if LEAD:
                         change_into = change
         ar += tl.sum(ar_run)
         tar += tl.sum(tar_run)

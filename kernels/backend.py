@@ -8,19 +8,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastreg.kernels.prediction import Prediction, Written
-from fastreg.kernels.view import Spec, Steps, Tensors, Values, View
+from fastreg.kernels.prediction import Expected, Prediction
+from fastreg.kernels.view import EncodedSteps, Spec, Tensors, Values, View
 
 
 class Forward(Protocol):
-    """Apply dropout masks, compute penalties, and write the gradients that the backward is expected to ask for."""
+    """Apply dropout masks, compute penalties, and predict the gradients that the backward will ask for."""
 
     @property
     def prediction(self) -> Prediction[Any]:
         """The prediction of the plan, which a `Backward` keeps up to date."""
         ...
 
-    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, Written | None]:
+    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, Expected | None]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient.
 
         Args:
@@ -28,8 +28,8 @@ class Forward(Protocol):
             values: coefficients, and the steps that count.
 
         Returns:
-            The penalty, (). AR and TAR, (2,), or `None` unless they are measured. The upstream gradient for which
-                gradients were written, as a `Backward` compares it, or `None` if none were written.
+            The penalty, (). AR and TAR, (2,), or `None` without `return_terms`. The expected upstream gradient,
+                for which gradients were written, as a `Backward` compares it; `None` if none were written.
         """
         ...
 
@@ -37,14 +37,14 @@ class Forward(Protocol):
 class Backward(Protocol):
     """Compute the gradients of penalties, and add the upstream gradients of dropped."""
 
-    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, written_for: Any) -> None:
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: Any) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient.
 
         Args:
             upstream: the upstream gradient of the penalty, () in its dtype; `None` if the penalty has none.
             tensors: the tensors of the view; a gradient that is not needed is `None`.
             values: the values of the forward.
-            written_for: the last result of the forward, if it has written these gradients.
+            expected: the last result of the forward, if it has predicted these gradients.
         """
         ...
 
@@ -52,7 +52,7 @@ class Backward(Protocol):
 class Encoder(Protocol):
     """Encode and count the time steps of sequences that count, once for all launches of a call."""
 
-    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count.
 
         Args:

@@ -1,4 +1,5 @@
-// AR and TAR on CPUs: the operations of ar_tar.py and steps.py.
+// AR and TAR on CPUs: the operations of ar_tar.py and steps.py. They make training on CPUs fast. A call on a CPU has
+// the checks, the plan and the prediction of a call on a GPU, so most tests need no GPU.
 //
 // Activations are viewed as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
 // (positions on the inner axis) of one sequence over a run of time steps. A thread walks an item along time, so that a
@@ -81,8 +82,8 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &st
     add(Pass(steps, raw, mask, upstream_dropped, drops ? dropped : grad_raw),
         flag(mask.base, MASKED) | flag(drops, DROPS) | flag(upstream_dropped.base, UPSTREAM) |
             flag(grad_raw.base, WRITES),
-        tar | flag(of_raw, ar(grad_raw)) | flag(mask.base && metadata.ar_of_raw, AR_OF_RAW));
-    if (!mask.base)  // dropped is null if AR is the mean square of raw
+        tar | flag(of_raw, ar(grad_raw)));
+    if (!mask.base)  // dropped is null if it is raw itself
         add(Pass(steps, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
     return run(passes, count, steps, threads);
 }

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastreg.kernels.prediction import OnHost, Prediction
-from fastreg.kernels.view import Layout, Operands, Spec, Steps, Tensors, Values, View, allocator, switches
+from fastreg.kernels.view import EncodedSteps, Layout, Operands, Spec, Tensors, Values, View, allocator, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
@@ -36,17 +36,17 @@ _INSTALL = "install fastreg-rnn again"
 
 
 class Forward:
-    """A `fastreg.kernels.backend.Forward`; `fastreg.kernels.ar_tar.Forward` describes its arguments."""
+    """A `fastreg.kernels.backend.Forward`; gpu.py describes its arguments."""
 
     def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
         self.function, self.metadata = library().forward, _metadata(view, spec, True)
         self.prediction = OnHost()
         penalty, both = (Layout(shape, (1,) * len(shape), spec.dtype, device, True) for shape in (_ONE, _TWO))
-        self.penalty, self.terms = allocator(penalty), allocator(both) if spec.measured else None
+        self.penalty, self.terms = allocator(penalty), allocator(both) if spec.return_terms else None
 
     def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, float]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
-        alpha, beta, steps = values
+        alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
         expected = self.prediction.expected()
         memory = *tensors, None, *steps, penalty, terms  # kept alive during the call
@@ -56,39 +56,39 @@ class Forward:
 
 
 class Backward:
-    """A `fastreg.kernels.backend.Backward`; `fastreg.kernels.ar_tar.Backward` describes its arguments."""
+    """A `fastreg.kernels.backend.Backward`; gpu.py describes its arguments."""
 
     def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[float] | None) -> None:
         self.function, self.metadata = library().backward, _metadata(view, spec, False)
         self.prediction = prediction
 
-    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, written_for: float | None) -> None:
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: float | None) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        alpha, beta, steps = values
+        alpha, beta, *steps = values
         memory = *tensors, upstream, *steps, None, None
         addresses = [0 if x is None else x.data_ptr() for x in memory]
-        number = nan if written_for is None else written_for
+        number = nan if expected is None else expected
         writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), number), _threads())
-        if writes and written_for is not None and upstream is not None and self.prediction is not None:
+        if writes and expected is not None and upstream is not None and self.prediction is not None:
             self.prediction.learn(upstream)
 
 
 class Encoder:
-    """A `fastreg.kernels.backend.Encoder`; its arguments are as for `fastreg.kernels.steps.Encoder`."""
+    """A `fastreg.kernels.backend.Encoder`; gpu.py describes its arguments."""
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape, self.encode = shape, library().encode_steps
         bits = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
         self.bits, self.counts = allocator(bits), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
 
-    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count."""
         bits, counts = self.bits(), self.counts()
         if lengths is not None:
             lengths = lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, bits, counts)]
         self.encode(_pack_encoding(*addresses), *self.shape)
-        return Steps(bits, counts)
+        return EncodedSteps(bits, counts)
 
 
 def reason() -> str | None:

@@ -36,13 +36,12 @@ constexpr Flags SUM_AR = 1;      // sum the squares for AR
 constexpr Flags SUM_TAR = 2;     // sum the squares for TAR
 constexpr Flags GRAD_AR = 4;     // the gradient has AR's part
 constexpr Flags GRAD_TAR = 8;    // the gradient has TAR's part
-constexpr Flags AR_OF_RAW = 16;  // AR is the mean square of raw, not of raw times the mask
-constexpr Flags MASKED = 32;     // there is a mask
-constexpr Flags DROPS = 64;      // write raw times the mask
-constexpr Flags UPSTREAM = 128;  // add the upstream gradient of dropped
-constexpr Flags WRITES = 256;    // write the gradient
-constexpr Flags INTO = 512;      // the change into the row counts
-constexpr Flags FROM = 1024;     // the change from the row counts
+constexpr Flags MASKED = 16;     // there is a mask
+constexpr Flags DROPS = 32;      // write raw times the mask
+constexpr Flags UPSTREAM = 64;   // add the upstream gradient of dropped
+constexpr Flags WRITES = 128;    // write the gradient
+constexpr Flags INTO = 256;      // the change into the row counts
+constexpr Flags FROM = 512;      // the change from the row counts
 
 /// Pointers to a row in each tensor, and to the rows before and behind it; null if there is none.
 struct Pointers {
@@ -149,18 +148,17 @@ inline INLINE Partials over_lanes(const Pointers &rows, int64_t lanes, F flags, 
 }
 
 /// Apply the formula: compute raw times the mask, the sums of squares for AR and TAR, and the gradient. The gradient
-/// has AR's part, TAR's part, and the upstream gradient of dropped. The latter passes the mask, and so does AR's part
-/// if AR is of masked raw.
+/// has AR's part, TAR's part, and the upstream gradient of dropped. If there is a mask, AR's part and the upstream
+/// gradient pass it.
 template <class A, class T, class F>
 inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factors &factors, F flags) {
     const A ar_factor = factors.ar, tar_factor = factors.tar;
     return over_lanes<A, T>(rows, lanes, flags, [=](const Pointers &at, int64_t lane, auto &ar, auto &tar) INLINE {
-        const bool masked_ar = (flags & (MASKED | GRAD_AR | AR_OF_RAW)) == (MASKED | GRAD_AR);
+        const bool masked_ar = (flags & (MASKED | GRAD_AR)) == (MASKED | GRAD_AR);
         const Pair<A> value = read<A, T>(at.current, lane);
         Pair<A> mask{}, kept = value, change_into{}, change_from{}, gradient{}, through{};
         if (flags & MASKED) mask = read<A, T>(at.mask, lane);
         if (flags & DROPS) kept = write<A, T>(at.out, lane, value * mask, at.streams);
-        if (flags & AR_OF_RAW) kept = value;
         if (flags & INTO) change_into = value - read<A, T>(at.previous, lane);
         if (flags & SUM_AR) ar += kept * kept;
         if (flags & SUM_TAR) tar += change_into * change_into;
@@ -221,10 +219,10 @@ template <class A, class T>
 RowCode usual_code(Flags flags, Factors factors) {
     constexpr Flags AR = SUM_AR, TAR = SUM_TAR | INTO, DROP = MASKED | DROPS, BACK = MASKED | UPSTREAM | WRITES;
     constexpr Flags BY_AR = WRITES | GRAD_AR, BY_TAR = WRITES | GRAD_TAR | INTO | FROM, BY_BOTH = BY_AR | BY_TAR;
-    return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                                // the penalty
-                   AR | BY_AR, TAR | BY_TAR, AR | TAR | BY_BOTH,                                   // with gradients
-                   DROP, DROP | AR, DROP | TAR, DROP | AR | TAR, DROP | AR_OF_RAW | AR | TAR,      // dropout
-                   BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH, BACK | AR_OF_RAW | BY_BOTH>(flags, factors);
+    return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                       // the penalty
+                   AR | BY_AR, TAR | BY_TAR, AR | TAR | BY_BOTH,                          // with gradients
+                   DROP, DROP | AR, DROP | TAR, DROP | AR | TAR,                          // dropout
+                   BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH>(flags, factors);  // its gradient
 }
 
 /// Find the loops for the dtypes of memory and of the computation. A computation in float64 over another dtype is rare,

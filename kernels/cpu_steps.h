@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t AHEAD = 1024;  // steps that a stretch looks ahead at most, so that the time is not quadratic
+constexpr int64_t LONGEST = 1024;  // steps of a stretch at most, so that finding all stretches takes linear time
 
 /// Encode the time steps of one sequence: bit 0 is set if the step counts, bit 1 if the change into it counts. Count
 /// both.
@@ -71,7 +71,7 @@ class Steps {
     Stretch stretch(const Tile &tile, int64_t step) const {
         const int64_t first = tile.sequence + tile.lane / sizes.inner;
         const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
-        Stretch found{state(first, step), bits ? std::min(tile.stop, step + AHEAD) : tile.stop};
+        Stretch found{state(first, step), bits ? std::min(tile.stop, step + LONGEST) : tile.stop};
         for (int64_t i = first; i <= last && found.stop > step; ++i)
             found.stop = state(i, step) == found.state ? until(i, step, found) : step;
         return found;
@@ -132,7 +132,7 @@ class Steps {
     }
 
     Sizes sizes;           // inner: lanes of one sequence
-    const uint8_t *bits;   // (outer, time), `Steps.bits`, or null
+    const uint8_t *bits;   // (outer, time), `EncodedSteps.bits`, or null
 };
 
 }  // namespace

@@ -24,7 +24,7 @@ struct Metadata {
     double ar_divisor, tar_divisor;  // the divisors of the sums, in calls without counts
     int32_t raw_dtype, dropped_dtype, compute_dtype;  // mask and upstream_dropped have raw's dtype
     int32_t sum_ar, sum_tar, grad_ar, grad_tar;       // whether each term is summed, and has a gradient
-    int32_t ar_of_raw;                                // AR is the mean square of raw, not of dropped
+    int32_t ar_of_raw;                                // dropped is raw itself
 };
 
 /// The memory and the numbers of a call. A null pointer stands for a term that is off, for a gradient that is not
@@ -35,7 +35,7 @@ struct Addresses {
     void *dropped;                 // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
     const void *upstream;      // () in the dtype of the computation: the gradient of the penalty
-    const uint8_t *bits;       // (outer, time), `Steps.bits`; null if all steps count
+    const uint8_t *bits;       // (outer, time), `EncodedSteps.bits`; null if all steps count
     const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
     double alpha, beta;        // coefficients

@@ -182,16 +182,22 @@ inline double thread_seconds() {
     return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
-/// Ask for huge pages for a large output whose memory is fresh, and fetch them. If huge pages take longer than small
-/// ones, take the advice back. They do if the system first has to move other pages, or if a virtual machine has returned
-/// its free huge pages to its host.
+/// Ask for huge pages for a large output whose memory is fresh, and fetch them. Calls are 1.70 times as fast as the
+/// formula under torch.compile, and 1.49 times with small pages. If huge pages take longer than small ones, take the
+/// advice back. They do if the system first has to move other pages, or if a virtual machine has returned its free huge
+/// pages to its host.
 ///
 /// The first page tells whether the memory is fresh, because allocators map large memory as a whole. Where an allocator
 /// has mixed fresh memory with used memory, this costs time at most: advice and writes stay inside of the output, which
 /// has no values yet. The advice is for the whole output at once, because it waits for the pages that other threads are
-/// fetching. Linux cannot restore the default, so MADV_NOHUGEPAGE stays on memory that the allocator keeps, until
-/// another output there asks for huge pages again. Meanwhile its pages are small, which is the default unless the
-/// system gives huge pages to all memory.
+/// fetching.
+///
+/// Linux cannot restore the default, so the last advice stays on memory that the allocator keeps, and a user's other
+/// tensors may get this memory. On 64 MB, with one thread, huge pages take 0.48 of the time that small pages take for a
+/// first write, 0.67 for `mul_` and 0.70 for random reads. So MADV_HUGEPAGE makes such tensors faster; each page that
+/// they touch takes 2 MB. MADV_NOHUGEPAGE costs nothing where small pages are the default (1.02 to 1.05, within noise).
+/// Where the system gives huge pages to all memory, such tensors take 1.4 to 2.1 times as long, until another output
+/// there asks for huge pages again.
 inline void fetch([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
 #ifdef MADV_HUGEPAGE
     const auto begin = bits_of<std::uintptr_t>(output.base), end = begin + bytes;

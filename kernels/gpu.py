@@ -15,7 +15,7 @@ from fastreg.kernels.prediction import OnDevice, Prediction
 from fastreg.kernels.reduction import CHUNK
 from fastreg.kernels.steps import AT_ONCE, steps_kernel
 from fastreg.kernels.tiling import LARGE, Tiling, ceil_div
-from fastreg.kernels.view import Layout, Spec, Steps, Tensors, Values, View, allocator, switches
+from fastreg.kernels.view import EncodedSteps, Layout, Spec, Tensors, Values, View, allocator, switches
 
 SHARE = 4096  # steps: the least that a program encodes
 
@@ -39,11 +39,11 @@ class Encoder:
             allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)
         )
 
-    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+    def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count."""
         bits, counts, partials = self.bits(), self.counts(), self.partials()
         self.launch(lengths, valid, starts, bits, counts, partials)
-        return Steps(bits, counts)
+        return EncodedSteps(bits, counts)
 
 
 class Forward:
@@ -63,7 +63,7 @@ class Forward:
     def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
         self.facts = view.without_gradients(), spec, device
         self.writes, self.launch = view.operands.writes_gradients(), launch_of(view, spec, device, is_forward=True)
-        self.measured, self.prediction = spec.measured, OnDevice(spec.dtype, device)
+        self.return_terms, self.prediction = spec.return_terms, OnDevice(spec.dtype, device)
         self.summing: Forward | None = None
         shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch.grid[0]])
         self.penalty, self.terms, self.partials = (
@@ -76,7 +76,7 @@ class Forward:
             if self.summing is None:
                 self.summing = Forward(*self.facts)
             return self.summing(tensors, values)
-        penalty, terms, partials = self.penalty(), self.terms() if self.measured else None, self.partials()
+        penalty, terms, partials = self.penalty(), self.terms() if self.return_terms else None, self.partials()
         expected = self.prediction.expected() if self.writes else None
         self.launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values))
         return penalty, terms, partials if self.writes else None
@@ -99,17 +99,17 @@ class Backward:
         self.comparing = launch_of(view, spec, device, is_forward=False)
         self.writing = copy(self.comparing)
 
-    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, written_for: Tensor | None) -> None:
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: Tensor | None) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        launch, expected = self.writing, None
-        if written_for is not None and upstream is not None and self.prediction is not None:
-            launch, expected = self.comparing, self.prediction.learn(upstream)
-        launch(*tensors, upstream, expected, written_for, None, None, *_arguments(values))
+        launch, memory = self.writing, None
+        if expected is not None and upstream is not None and self.prediction is not None:
+            launch, memory = self.comparing, self.prediction.learn(upstream)
+        launch(*tensors, upstream, memory, expected, None, None, *_arguments(values))
 
 
 def _arguments(values: Values) -> Sequence[Tensor | float | None]:
     """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
-    alpha, beta, (bits, counts) = values
+    alpha, beta, bits, counts = values
     alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
     beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
     return bits, counts, alpha_at, beta_at, alpha, beta

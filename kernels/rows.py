@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     ALIGN: Any
 
 
-class Steps(NamedTuple):
+class StepBits(NamedTuple):
     """Say which time steps count, inside a kernel. If bits are None, all of them count.
 
     bits     (sequences, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; or None
@@ -104,17 +104,17 @@ def steps_at(steps, tile, step, stop, FIRST: tl.constexpr):
 
 
 @triton.jit
-def steps_of_turn(steps, tile, counted, into, turn, stop, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
+def steps_of_turn(steps, tile, counted, into, turn, stop, LEAD: tl.constexpr, UNROLL: tl.constexpr):
     """Return the results of `steps_at` for the time steps from `turn` to `turn + UNROLL`, as two tuples.
 
-    `counted` and `into` are the results for `turn` itself. With AHEAD the change into `turn` is not needed.
+    `counted` and `into` are the results for `turn` itself. With LEAD the change into `turn` is not needed.
     """
     if steps.bits is None:  # computing it again takes fewer registers than keeping it
-        counted, into = steps_at(steps, tile, turn, stop, not AHEAD)
+        counted, into = steps_at(steps, tile, turn, stop, not LEAD)
     counted_at = (counted,)
     into_at = (into,)
     for i in tl.static_range(1, UNROLL + 1):
-        counted, into = steps_at(steps, tile, turn + i, stop, not AHEAD)
+        counted, into = steps_at(steps, tile, turn + i, stop, not LEAD)
         counted_at += (counted,)
         into_at += (into,)
     return counted_at, into_at

@@ -125,52 +125,48 @@ class Spec(NamedTuple):
     """Specify a layer's penalty, whatever its tensors and its coefficients are.
 
     by_ar, by_tar  whether each term is in the penalty, and has a gradient
-    measured       whether the terms are results, too; then a term that is not in the penalty is computed as well
-    ar_of_raw      whether AR is the mean square of raw, as in fastai v1, or because dropped is raw itself
+    return_terms   whether the terms are results, too; then a term that is not in the penalty is computed as well
+    ar_of_raw      whether AR is the mean square of raw, because dropped is raw itself
     dtype          the dtype of differences, squares and sums, and of the penalty
-    time_dim       the axis of time, negative from the end; it is -2 for `(batch, time, hidden)` and `(time, hidden)`
     reduction      `"mean"` divides the sums by the numbers of their elements; `"sum"` does not divide
     """
 
     by_ar: bool = True
     by_tar: bool = True
-    measured: bool = False
+    return_terms: bool = False
     ar_of_raw: bool = False
     dtype: torch.dtype = torch.float32
-    time_dim: int = -2
     reduction: str = "mean"
 
 
 def switches(view: View, spec: Spec, is_forward: bool) -> Sequence[bool]:
     """Return the switches of a launch: sum AR, sum TAR, write AR's gradient, write TAR's; and whether AR is of raw."""
-    operands, ar, tar = view.operands, spec.by_ar or spec.measured, spec.by_tar or spec.measured
+    operands, ar, tar = view.operands, spec.by_ar or spec.return_terms, spec.by_tar or spec.return_terms
     writes = operands.writes_gradients()
     sum_ar = is_forward and ar and (spec.ar_of_raw or operands.dropped is not None)
     sum_tar = is_forward and tar and operands.raw is not None
     return sum_ar, sum_tar, writes and spec.by_ar, writes and spec.by_tar, spec.ar_of_raw and ar
 
 
-class Steps(NamedTuple):
+class EncodedSteps(NamedTuple):
     """Say which time steps count, on the device of the activations.
 
-    bits    (outer, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts; None if all count
-    counts  (2,) int64: how many steps and changes count; None if all do, or if the sums are not divided
+    bits    (outer, time) uint8: bit 0 is set if the step counts, bit 1 if the change into it counts
+    counts  (2,) int64: how many steps and changes count; None if the sums are not divided
     """
 
-    bits: Tensor | None = None
-    counts: Tensor | None = None
-
-
-ALL_STEPS = Steps()
+    bits: Tensor
+    counts: Tensor | None
 
 
 class Values(NamedTuple):
     """Hold the values that a launch reads beside activations; no plan depends on them.
 
-    alpha, beta  coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
-    steps        the time steps that count
+    alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
+    bits, counts  the time steps that count, as in `EncodedSteps`; None if all count
     """
 
     alpha: Coefficient
     beta: Coefficient
-    steps: Steps = ALL_STEPS
+    bits: Tensor | None = None
+    counts: Tensor | None = None

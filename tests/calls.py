@@ -116,7 +116,6 @@ CALLS: dict[str, Call] = {
     "evaluation": partial(dropout, training=False),
     "drawn_lengths": partial(dropout, lengths=lengths_for),
     "module": module,
-    "module_of_raw": partial(module, ar_of="raw"),
     "valid": partial(pair, valid=marks_for),
     "marks_time_first": partial(
         pair, axes=(0, 1), time_dim=0, valid=lambda x: marks_for(x).t(), starts=lambda x: ~marks_for(x).roll(2).t()
@@ -127,7 +126,6 @@ CALLS: dict[str, Call] = {
     "mask_tensors": partial(of_tensors, partial(dropout, mask=mask_for)),
     "module_of_ar": partial(module, beta=0.0),
     "module_of_tar": partial(module, alpha=0.0),
-    "module_of_ar_of_raw": partial(module, beta=0.0, ar_of="raw"),
     "module_of_nothing": partial(module, alpha=0.0, beta=0.0),
 }
 

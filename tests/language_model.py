@@ -25,6 +25,11 @@ each_dropout = pytest.mark.parametrize("dropout", [None, PLAIN, FUSED], ids=["no
 either = pytest.mark.usefixtures("either_dropout")  # a plain dropout, and one that forms the penalty
 
 
+def dropout_of(kind: Any, p: float = 0.4, **options: Any) -> Any:
+    """Make a dropout; a `FusedRNNDropout` has no penalty, unless it is attached."""
+    return kind(p, 0, 0, **options) if kind is FUSED else kind(p, **options)
+
+
 def formula(raw: Tensor, dropped: Tensor, time: int, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
     return alpha * dropped.pow(2).mean() + beta * raw.diff(dim=time).pow(2).mean()
 
@@ -63,8 +68,7 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, HIDDEN)
         self.rnn: Any = kind(HIDDEN, HIDDEN, batch_first=True)
-        is_fused = self.kind_of_dropout is FusedRNNDropout  # and has no penalty unless it is attached
-        self.dropout = self.kind_of_dropout(0.3, **({"alpha": 0, "beta": 0} if is_fused else {}))
+        self.dropout = dropout_of(self.kind_of_dropout, 0.3)
         self.decoder = nn.Linear(HIDDEN, VOCABULARY)
 
     def activations(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +142,7 @@ class Attached(nn.Module):
     def __init__(self, kind: Any = nn.LSTM, dropout: Any = None, **options: Any) -> None:
         super().__init__()
         self.rnn: Any = kind if isinstance(kind, nn.Module) else kind(HIDDEN, HIDDEN, batch_first=True)
-        self.dropout: Any = nn.Identity() if dropout is None else dropout(0.4)
+        self.dropout: Any = nn.Identity() if dropout is None else dropout_of(dropout)
         self.head, self.reg = nn.Linear(HIDDEN, HIDDEN), regularizer()
         self.attach = partial(self.reg.attach, self.rnn, dropout and self.dropout, **options)
         self.handle = self.attach()

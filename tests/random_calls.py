@@ -222,7 +222,7 @@ class Kind:
         self.check_gradients(penalty, want, {x: exactly[x] for x, factor in both if x.requires_grad and factor})
 
     def dropout(self) -> None:
-        """Compare a call of `fused_dropout_ar_tar`, or of its module with AR of raw; masks are drawn as fastai does."""
+        """Compare a call of `fused_dropout_ar_tar`, or of its module; masks are drawn as fastai does."""
         raw, shape = self.leaf(0), list(self.shape)
         if self.drops_by != "mask" or not self.full_mask_or_rows_with_gaps:
             shape[self.axis] = 1
@@ -230,7 +230,7 @@ class Kind:
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
         torch.manual_seed(seed)
         if self.drops_by == "module":
-            module: Any = FusedRNNDropout(0.4, *self.given, ar_of="raw", **self.layout)
+            module: Any = FusedRNNDropout(0.4, *self.given, **self.layout)
             dropped, got = module(self.seen(raw), **self.steps), module.take()
         else:
             options: Any = {"p": 0.4, **self.steps, **self.options}
@@ -239,8 +239,7 @@ class Kind:
                 options |= {"p": 0, "mask": self.seen(mask)}
             dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=self.given[0], beta=self.given[1], **options)
         values = exact(raw)
-        rounded = assert_dropped(dropped, raw, mask, values)
-        want = self.truth(values, values if self.drops_by == "module" else rounded)
+        want = self.truth(values, assert_dropped(dropped, raw, mask, values))
         penalty = assert_terms(got, want, raw.dtype, count=raw.numel())
         assert type(dropped) is type(penalty) is Tensor
         arriving = memory(torch.randn(self.shape, generator=self.bits).to(raw), self.draw, expands=True)

@@ -32,8 +32,7 @@ DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "plain": lambda _: nn.Dropout(P),
     "of 0": lambda _: nn.Dropout(0.0),
     "locked": lambda batch_first: Locked(P, batch_first),
-    "fused": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first),
-    "fused, AR of raw": lambda batch_first: FusedRNNDropout(P, batch_first=batch_first, ar_of="raw"),
+    "fused": lambda batch_first: FusedRNNDropout(P, 0, 0, batch_first=batch_first),
 }
 NOT_ATTACHED = "none", "plain, not attached"
 DONE = torch.tensor([0, 2])  # where a state is reset
@@ -101,7 +100,7 @@ class Plain(Net):
             dropped = self.dropouts[i](raw)
         else:
             dropped = self.dropouts[i](raw)
-            terms, dropped = self.terms(raw, raw if "AR of raw" in name else dropped), mark(dropped)
+            terms, dropped = self.terms(raw, dropped), mark(dropped)
         self.runs.append((terms, marked))
         return raw, tree_map(mark, state), dropped
 

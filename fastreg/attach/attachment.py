@@ -1,15 +1,16 @@
 """`Attachment`: the forward hook on a recurrent module and on the dropout that follows it.
 
-After the module it begins a run, and writes a `Call` into raw. After the dropout that gets this raw it computes the
-penalty, and returns dropped behind a mark, by which a loss finds the run. Without a dropout it does both after the
-module.
+After the module it begins a run, which raw's node in the autograd graph owns. After the dropout that gets this raw it
+computes the penalty, and returns dropped behind a mark, by which a loss finds the run. Without a dropout it does both
+after the module. Before a `FusedRNNDropout` it passes what that needs to compute the penalty itself.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastreg.attach.activations import MASKED, described, moved, time_steps_of
 from fastreg.attach.mark import mapped, mark, tensors_in
-from fastreg.attach.runs import Alarm, Calls, Run
+from fastreg.attach.runs import Alarm, Last, Run, Stage
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
-from fastreg.call.private import current, hooks_on_saved, version_of
-from fastreg.call.problem import ARTAR, Options, TimeAxis, axes_of, data_of, is_on
-from fastreg.call.rnn_dropout import Call, FusedRNNDropout, calls_in
+from fastreg.call.private import current, hooks_on_saved, is_view, version_of
+from fastreg.call.problem import Options, Penalty, data_of, is_on
+from fastreg.call.rnn_dropout import FusedRNNDropout
 from fastreg.call.steps import given_steps
 from fastreg.call.torch_state import transformed, untraced
 
@@ -32,12 +35,10 @@ SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
     "would be lost. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment"
 )
-CHANGED = (
-    "attach: the output of the {module} was changed in place before its dropout, or by it; use Dropout(inplace=False)"
-)
+POSITIONAL = "p", "valid", "starts"  # the arguments of a `FusedRNNDropout` after raw
 TWICE = "attach: the {dropout} got one output of the {module} twice, and AR is of one dropped tensor; use fused_ar_tar"
-MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
 ALARMS = WeakKeyDictionary[nn.Module, Alarm]()  # of a module, which may be attached anew in each step
+NOTES = WeakTensorKeyDictionary()  # of a raw that has no node: a leaf, or one that needs no gradient
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -51,29 +52,29 @@ class Attachment(AbstractContextManager["Attachment"]):
     Attributes:
         regularizer: the regularizer.
         source: the source.
-        calls: the calls of the module.
+        last: what the module has done since a loss of the regularizer last took a penalty.
         alarm: the alarm of the module.
         names: the names of the types of the module and of its dropout, for messages.
-        time_steps: the number of time steps of the last run; 0 before the first one.
+        shown: what was taken for what in the first run; empty before it.
     """
 
     def __init__(self, regularizer: Any, attachments: list[Attachment], source: Source) -> None:
         self.regularizer, self.source, self._attachments = regularizer, source, attachments
         modules = {"module": source.module, "dropout": source.dropout}
         self.names = {name: type(x).__name__ for name, x in modules.items() if x is not None}
-        self.calls, self.time_steps, self._shown = Calls(), 0, ""
+        self.last, self.shown = Last.IDLE, ""
         self.alarm = ALARMS.setdefault(source.module, Alarm(self.names["module"]))
         self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
-        self._key = f"_fastreg_call_{id(self)}"  # the attribute of raw that holds a call
-        self._ar_of_raw = isinstance(source.dropout, FusedRNNDropout) and source.dropout.ar_of == "raw"
         self._handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
+        if isinstance(source.dropout, FusedRNNDropout):
+            self._handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
         attachments.append(self)
 
     def __repr__(self) -> str:
         labels, layers = [*self.names.values()], getattr(self.source.module, "num_layers", 1)
         if isinstance(self.source.module, nn.RNNBase) and layers > 1:
             labels[0] += f" (last of {layers} layers)"
-        return f"{' -> '.join(labels)}: {self._shown or 'no run yet'}"
+        return f"{' -> '.join(labels)}: {self.shown or 'no run yet'}"
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
@@ -93,73 +94,75 @@ class Attachment(AbstractContextManager["Attachment"]):
         """Remove the hooks and drop the runs, but stay among the attachments of the regularizer."""
         for x in self._handles:
             x.remove()
-        self._handles, self._shown = [], "removed"
+        self._handles, self.shown = [], "removed"
         self.clear()
 
     def is_attached(self) -> bool:
         """Return whether the hooks are on the modules."""
         return bool(self._handles)
 
-    def is_dropout(self, module: nn.Module) -> bool:
-        """Return whether a module is the attached dropout."""
-        return module is self.source.dropout and self.is_attached()
-
     def clear(self) -> None:
         """Drop the runs."""
         for run in self.held():
             run.end()
+            self.last = Last.TAKEN
 
     def held(self) -> list[Run]:
         """Return the runs that are alive, and whose penalties no loss has taken."""
-        held = [run for x in self._runs if (run := x()) is not None and run.is_held]
+        held = [run for x in self._runs if (run := x()) is not None and run.penalty is not Stage.TAKEN]
         self._runs = [*map(ref, held)]
         return held
 
-    @untraced
-    def __call__(self, module: nn.Module, *given: Any) -> Any:
-        """Run after the forward of the module or its dropout, with its arguments and its output."""
+    def _hook(self, module: nn.Module, args: Any, kwargs: Any, *result: Any, compiles: bool = False) -> Any:
+        """Run after the forward of the module or its dropout, and, without a result, before that of a fused dropout."""
         if module is self.source.module:
-            return self._after_module(*given)
+            return self._after_module(args, kwargs, *result)
         if module is self.source.dropout:
-            return self._after_dropout(*given)
+            if result:
+                return self._after_dropout(args, kwargs, *result)
+            return self._before_dropout(args, kwargs, compiles)
         if module.training:
             raise RuntimeError(SHARED.format(type(module).__name__))
         return None
 
+    __call__ = untraced(_hook, within_compiler=partial(_hook, compiles=True))
+
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Begin a run, and return the output with marks."""
-        source, calls, alarm = self.source, self.calls, self.alarm
-        if not source.module.training:
-            return self._note_evaluation(result)
-        calls.total += 1
-        alarm.losses = 0
+        source, regularizer, again = self.source, self.regularizer, current() != -1
         if not torch.is_grad_enabled() or transformed():
-            calls.without_gradients += 1
+            if source.module.training and self.last in (Last.IDLE, Last.TAKEN):
+                self.last = Last.WITHOUT_GRADIENTS
+            self.alarm.losses = 0
+            return None
+        if not source.module.training:
+            if any(x.requires_grad for x in tensors_in(result)):  # it takes part in a training
+                self.last = Last.EVALUATED
+            else:
+                self._note_constant()
             return None
         raw = source.raw_of(result)
-        rows, regularizer = data_of(raw), self.regularizer
-        given, again = (regularizer.alpha, regularizer.beta), current() != -1
-        run = Run(self, is_held=source.dropout is not None and not again)
-        # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses a run.
-        if rows.requires_grad and any(map(is_on, given)) and not (again and hooks_on_saved(False)):
-            alarm.count(run)
-        call = Call(
+        rows = data_of(raw)
+        run = Run(
             attachment=self,
-            run=None if again else run,
-            coefficients=[x.to(rows.device) if isinstance(x, Tensor) else x for x in given],
+            coefficients=moved((regularizer.alpha, regularizer.beta), rows.device),
             masks=source.masks.of(*args, **kwargs),
             time_axis=source.time_axis_of_raw(raw),
-            version=version_of(rows),
             packed=None if raw is rows else raw._replace(data=None),  # pyright: ignore
+            version=version_of(rows),
         )
+        if not again and self.last is not Last.CONSTANT:
+            self.last = Last.RAN
         if source.dropout is None:
-            self._form(call, call.run, rows, rows)
+            self._form(run, rows, rows)
         else:
-            setattr(rows, self._key, call)
-            if rows.grad_fn is not None:  # the graph keeps a run that waits for its dropout, as raw itself may be gone
-                rows.grad_fn.metadata[self._key] = call  # pyright: ignore[reportIndexIssue]
-        if again:
-            return None  # a backward computes this run again, and needs no marks
+            _notes_of(rows)[self, rows.output_nr] = run
+        if again:  # a backward computes this run again, and needs no marks
+            # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
+            if rows.requires_grad and any(map(is_on, run.coefficients)) and not hooks_on_saved(False):
+                self.alarm.is_called = True
+                self.alarm.pass_through()
+            return None
         self._runs.append(ref(run))
         if len(self._runs) % 100 == 0:  # a loop without a loss must not fill the memory
             self.held()
@@ -167,14 +170,9 @@ class Attachment(AbstractContextManager["Attachment"]):
             return None
         return self._marked(run, rows, result, (*args, *kwargs.values()))
 
-    def _note_evaluation(self, result: Any) -> None:
-        """Note whether the module, which is in evaluation, takes part in a training."""
-        takes_part = torch.is_grad_enabled() and any(x.requires_grad for x in tensors_in(result))
-        if not takes_part:  # it was called as it should be
-            self.alarm.losses = 0
-        if torch.is_grad_enabled():
-            self.calls.constant += not takes_part
-            self.calls.is_evaluated_in_training = takes_part
+    def _note_constant(self) -> None:
+        """Note that the module was called as it should be, but its output needs no gradient."""
+        self.last, self.alarm.losses = Last.CONSTANT, 0
 
     def _marked(self, run: Run, rows: Tensor, result: Any, inputs: Any) -> Any:
         """Return the output of the module with its tensors behind marks, except for tensors that are its inputs.
@@ -189,81 +187,108 @@ class Attachment(AbstractContextManager["Attachment"]):
 
         def marked(x: Tensor) -> Tensor:
             if x.requires_grad and id(x) not in unmarked and id(x) not in marks:
-                marks[id(x)] = mark(run, x is rows or x._is_view(), x)
+                marks[id(x)] = mark(run, x is rows or is_view(x), x)
             return marks.get(id(x), x)
 
         return mapped(result, marked)
 
+    def _found(self, args: Any, kwargs: Any) -> tuple[Tensor, Run, bool] | None:
+        """Return raw among the arguments of the dropout, its run, and whether no dropout has had it before.
+
+        Raw is the tensor that the module has returned, unchanged since: its node leads to the run.
+        """
+        for x in (*args, *kwargs.values()):
+            raw = data_of(x)
+            if isinstance(raw, Tensor) and (note := _notes_of(raw).get((self, raw.output_nr))) is not None:
+                run = note() if isinstance(note, ReferenceType) else note
+                if run is not None and run.version == version_of(raw):
+                    return raw, run, run is note
+        return None
+
+    def _before_dropout(self, args: Any, kwargs: Any, compiles: bool) -> Any:
+        """Return the arguments with which a fused dropout computes the penalty of the run whose raw it gets.
+
+        Where a compiler runs, the hook after the dropout computes the penalty, as each number would be compiled anew.
+        """
+        found = self._found(args, kwargs) if torch.is_grad_enabled() else None
+        if found is None:
+            raw, time_axis = (*args, kwargs.get("raw"))[0], self.source.time_axis
+            is_one = isinstance(raw, Tensor) and raw.dim() == 2 and not raw.requires_grad and time_axis.time_dim is None
+            return (args, {"time_dim": 0, **kwargs}) if is_one else None  # there is no run that has the axis
+        if compiles and "coefficients" not in kwargs:
+            return None
+        self.source.dropout.formed = None  # of another call, whose penalty nobody wants  # pyright: ignore
+        return (*args[:1], *args[4:]), _arguments(found[1], args, kwargs)
+
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and return dropped behind a mark."""
-        call, raw = self._call_of(args, kwargs)
-        if call is None or not torch.is_grad_enabled():
+        found = self._found(args, kwargs) if torch.is_grad_enabled() else None
+        if found is None:
             return None
-        dropout, run = self.source.dropout, call.run
-        terms = dropout.take_of(call) if isinstance(dropout, FusedRNNDropout) else None
-        if run is None and current() == -1:
+        (raw, run, is_first), dropout, again = found, self.source.dropout, current() != -1
+        if not is_first and not again:
             raise RuntimeError(TWICE.format(**self.names))
-        if run is not None:
-            if not run.is_held:  # it was cleared
+        if is_first:
+            if run.penalty is Stage.TAKEN:  # it was cleared
                 return None
-            call.run, run.is_held = None, False  # raw must not own the penalty, and an error ends the run
-        if version_of(raw) != call.version:
-            raise RuntimeError(CHANGED.format(**self.names))
+            run.penalty = Stage.TAKEN  # an error ends the run
+            _notes_of(raw)[self, raw.output_nr] = ref(run)  # as raw must not own the penalty
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
-        rows = data_of(result)
-        self._form(call, run, raw, rows, terms)
-        if run is None or not rows.requires_grad:
+        dropped, penalty = data_of(result), None
+        if isinstance(dropout, FusedRNNDropout):
+            penalty, given = dropout.collect(), _arguments(run, args, kwargs)
+            run.coefficients = given["coefficients"]
+            run.masks = {name: given[name] for name in MASKED if name in given}
+            if not dropout.training or "coefficients" not in kwargs:  # the penalty is another one, or there is none
+                penalty = None
+            elif again:  # the forward has computed the penalty again
+                return None
+        self._form(run, raw, dropped, penalty)
+        if again or not dropped.requires_grad:
             return None
-        dropped = mark(run, True, rows)
-        return dropped if result is rows else result._replace(data=dropped)  # pyright: ignore
+        marked = mark(run, True, dropped)
+        return marked if dropped is result else result._replace(data=marked)  # pyright: ignore
 
-    def _call_of(self, args: Any, kwargs: Any) -> Any:
-        """Return the call of the module whose raw is among the arguments of the dropout, and raw; or `None` twice."""
-        for x in (*args, *kwargs.values()):
-            raw = data_of(x)
-            for call in calls_in(raw):
-                if call.attachment is self:
-                    return call, raw
-        return None, None
+    def _form(self, run: Run, raw: Tensor, dropped: Tensor, penalty: Penalty | None = None) -> None:
+        """Compute the penalty of a run, unless a fused dropout has done so, and keep it for a loss.
 
-    def _form(self, call: Call, run: Run | None, raw: Tensor, dropped: Tensor, terms: ARTAR | None = None) -> None:
-        """Compute the penalty of a run, unless a fused dropout has done so.
-
-        A recomputation, which has no run, computes the penalty, too, so that it saves the same tensors as the forward.
+        A recomputation computes the penalty, too, to save the same tensors as the forward, but keeps nothing.
         """
-        whole: Any = raw if call.packed is None else call.packed._replace(data=raw)
-        if terms is None and (raw.requires_grad or dropped.requires_grad):
-            pair = whole, dropped if call.packed is None else call.packed._replace(data=dropped)
-            batch_first, time_dim = call.time_axis
-            options = Options(batch_first, time_dim, measured=True, ar_of_raw=self._ar_of_raw, predicts=False)
-            steps = given_steps(None, call.masks.get("valid"), call.masks.get("starts"))
-            terms = penalize(pair, call.coefficients, steps, options)
-        if run is None:
+        pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, dropped)]
+        if penalty is None and (raw.requires_grad or dropped.requires_grad):
+            batch_first, time_dim = run.time_axis
+            options = Options(batch_first, time_dim, return_terms=True, predicts=False)
+            steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts"))
+            penalty = penalize(pair, run.coefficients, steps, options)
+        if current() != -1:
             return
-        needs_gradient = terms is not None and terms.penalty.requires_grad
-        time_steps = raw.shape[call.time_axis.number()] if call.packed is None else len(call.packed.batch_sizes)
-        run.terms, run.is_held = terms, needs_gradient or dropped.requires_grad
-        run.is_one_step = time_steps == 1 and is_on(call.coefficients[1])
-        if not run.is_held:
-            self.calls.constant += 1
-            self.alarm.forget(run)
-        self.time_steps, self._shown = time_steps, self._shown or described(whole, call.time_axis, call.masks)
+        run.time_steps = time_steps_of(pair[0], run.time_axis)
+        self.shown = self.shown or described(pair[0], run.time_axis, run.masks)
+        needs_gradient = penalty is not None and penalty.value.requires_grad
+        if penalty is not None and (needs_gradient or dropped.requires_grad):
+            run.penalty = penalty
+            self.alarm.is_called |= needs_gradient and any(map(is_on, run.coefficients))
+        else:
+            run.penalty = Stage.TAKEN
+            self._note_constant()
 
 
-def described(raw: Tensor | PackedSequence, time_axis: TimeAxis, masks: Mapping[str, Tensor]) -> str:
-    """Say which axes of raw were taken for what, and which time steps count."""
-    rows = data_of(raw)
-    shape = (*rows.shape,)
-    if isinstance(raw, PackedSequence):
-        sequences = f"{raw.batch_sizes[0]} packed sequences of up to {len(raw.batch_sizes)} time steps"
-        return f"raw {shape} as {sequences}, hidden {shape[-1]}; every step counts"
-    time, batch = axes_of(rows, time_axis.number())
-    names = {time: "time", batch: "batch"}
-    axes = ", ".join([f"{names.get(i, 'hidden')} {size}" for i, size in enumerate(shape)])
-    steps = "; ".join([f"{name} {(*mask.shape,)}: {MASKED[name]}" for name, mask in masks.items()])
-    return f"raw {shape} as {axes}; {steps or 'no mask: every step counts'}"
+def _notes_of(raw: Tensor) -> dict[Any, Any]:
+    """Return a dictionary that lives as long as the node of a tensor, or as the tensor itself if it has none.
+
+    For each attachment whose module has returned the tensor it has the run, which it owns while that waits for its
+    dropout, and then a weak reference to it.
+    """
+    return NOTES.setdefault(raw, {}) if raw.grad_fn is None else raw.grad_fn.metadata  # pyright: ignore
+
+
+def _arguments(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a fused dropout for a run, but for raw by position; the caller's take precedence."""
+    given = {**dict(zip(POSITIONAL, args[1:], strict=False)), **kwargs}
+    given = {name: x for name, x in given.items() if x is not None}
+    return {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks, **given}
 
 
 def attachments_of(module: nn.Module, attachments: list[Attachment]) -> list[Attachment]:

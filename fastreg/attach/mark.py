@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from fastreg.call.private import apply_of
+from fastreg.call.private import apply_of, class_of
 
 
 class FastregAttach(Function):  # PyTorch's error for a change in place shows this name
@@ -30,23 +30,23 @@ class FastregAttach(Function):  # PyTorch's error for a change in place shows th
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.run.is_passed = True
+        ctx.run.attachment.alarm.pass_through()
         return None, None, gradient
 
 
+MARK = class_of(FastregAttach)
 # `mark(run, as_view, x)` returns a tensor that needs a gradient behind a node that holds a run.
 mark: Any = apply_of(FastregAttach)
 
 
 def runs_of(loss: Tensor) -> Iterator[Any]:
     """Search the graph of a loss, breadth first, for the runs on which it depends; a run may come several times."""
-    kind = FastregAttach._backward_cls  # pyright: ignore[reportAttributeAccessIssue]
     queue, seen = list[Any]([loss.grad_fn]), set[Any]([None])
     for node in queue:  # which grows
         if node in seen:
             continue
         seen.add(node)
-        if type(node) is kind:
+        if type(node) is MARK:
             yield node.run
         for following, _ in node.next_functions:  # a comprehension takes longer
             queue.append(following)

@@ -9,24 +9,23 @@ captures.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastreg.attach.activations import Capture, check_layout, check_output
 from fastreg.attach.attachment import Attachment, attachments_of
-from fastreg.attach.captures import check_layout, check_output
 from fastreg.attach.runs import take
-from fastreg.attach.source import Masks, Source
+from fastreg.attach.source import Masks, source_of
 from fastreg.call.arguments import check_coefficient, check_count, check_steps, time_axis_of
 from fastreg.call.operation import coefficient
-from fastreg.call.penalty import fused_ar_tar
-from fastreg.call.private import check_backwards_show
-from fastreg.call.problem import ARTAR, Coefficient, is_list, layers_of
+from fastreg.call.private import check_attachable
+from fastreg.call.problem import ARTAR, Coefficient, Penalty, TimeAxis, is_list
+from fastreg.call.steps import given_steps
 from fastreg.call.torch_state import level_of_caller
 
 
@@ -51,6 +50,8 @@ class RNNRegularizer:
         ar: AR of the last training step without its coefficient, 0-dim and on the device. It is detached: no gradient
             flows through it. It is `None` before the first step, and an evaluation does not change it.
         tar: TAR of the last training step, as for ar.
+        time_steps: the number of time steps of the longest run, or of the captured raw, of the last training step; 0
+            before the first one.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
@@ -92,9 +93,9 @@ class RNNRegularizer:
         self.alpha, self.beta = coefficient(alpha), coefficient(beta)
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
-        self.ar: Tensor | None = None
-        self.tar: Tensor | None = None
-        self._given: partial[Any] | None = None  # a function that computes the penalty of captured activations
+        self.time_steps = 0
+        self._terms: Tensor | None = None  # of the last training step: AR and TAR, (2,)
+        self._capture: Capture | None = None
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
 
@@ -107,6 +108,16 @@ class RNNRegularizer:
                 "fastreg.fastai, fastreg.fastai1, fastreg.lightning and fastreg.transformers"
             )
 
+    @property
+    def ar(self) -> Tensor | None:
+        """Return AR of the last training step without its coefficient; `None` before the first step."""
+        return None if self._terms is None else self._terms[0]
+
+    @property
+    def tar(self) -> Tensor | None:
+        """Return TAR of the last training step without its coefficient; `None` before the first step."""
+        return None if self._terms is None else self._terms[1]
+
     def __repr__(self) -> str:
         bptt = "" if self.bptt is None else f", bptt={self.bptt}"
         own = f"RNNRegularizer(alpha={self.alpha}, beta={self.beta}, layers={self.layers!r}{bptt})"
@@ -114,23 +125,20 @@ class RNNRegularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which has no captures and no attachments."""
-        return self.__dict__ | {"_given": None, "_warned": set[str](), "_attachments": []}
+        return self.__dict__ | {"_capture": None, "_warned": set[str](), "_attachments": []}
 
     def on_epoch_begin(self, model: object) -> None:
-        """Call the `reset()` of the model, or of the model that it wraps, if there is one, and drop any capture.
-
-        A `reset` that needs arguments, or is a module, is something else, and is not called.
+        """Call the `reset()` of the model, or of the model that it wraps, and drop any capture.
 
         Raises:
-            TypeError: the model is a number, such as the number of the epoch.
+            TypeError: there is no `reset()` that can be called without arguments, as `reset_of` says.
         """
-        if isinstance(model, (int, float)):
-            raise TypeError(f"model: expected the model, whose reset() is called, got {type(model).__name__}")
+        reset = reset_of(model)
+        if reset is None:
+            words = "model: expected the model, with a reset() that needs no arguments"
+            raise TypeError(f"{words}, got {type(model).__name__}; leave the call out, or call clear() instead")
         self.clear()
-        inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
-        reset = getattr(model, "reset", None) or getattr(inner, "reset", None)
-        if callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset):
-            reset()
+        reset()
 
     def on_loss_begin(
         self,
@@ -174,17 +182,16 @@ class RNNRegularizer:
         decoded, raw, dropped = check_output(output)
         if self.layers != "all" and is_list(raw):
             raw, dropped = raw[-1], dropped[-1]
-        is_said = batch_first is not None or time_dim is not None
-        if words := check_layout(raw, decoded, time_axis, is_said):
+        is_given = batch_first is not None or time_dim is not None
+        if words := check_layout(raw, decoded, time_axis, is_given):
             self._warn_once(f"on_loss_begin: {words}")
-        if self._given is not None and _needs_gradient(self._given.args):
+        if self._capture is not None and self._capture.needs_gradient():
             self._warn_once(
                 "on_loss_begin: the last capture is discarded, and so is its penalty, because no "
                 "on_backward_begin(loss) followed it: call that in each training step, or clear() after a step that "
                 "ended early"
             )
-        options: Any = {"batch_first": batch_first, "time_dim": time_dim, "return_terms": True}
-        self._given = partial(fused_ar_tar, raw, dropped, lengths=lengths, valid=valid, starts=starts, **options)
+        self._capture = Capture(raw, dropped, time_axis, given_steps(lengths, valid, starts))
         return decoded
 
     def on_backward_begin(self, loss: Tensor) -> Tensor:
@@ -201,8 +208,8 @@ class RNNRegularizer:
             TypeError: `fused_ar_tar` refuses the type of a captured tensor.
             ValueError: `fused_ar_tar` refuses the shape, device or value of a captured tensor.
         """
-        terms = self.take(loss)
-        return loss if terms is None else loss + terms.penalty
+        penalty = self.collect(loss)
+        return loss if penalty is None else loss + penalty.value
 
     def take(self, loss: Tensor) -> ARTAR | None:
         """Return the penalty of this step by itself, once; call it instead of `on_backward_begin`.
@@ -221,27 +228,34 @@ class RNNRegularizer:
             TypeError: as `on_backward_begin`.
             ValueError: as `on_backward_begin`.
         """
-        given, self._given, terms = self._given, None, None
+        penalty = self.collect(loss)
+        return None if penalty is None else penalty.split()
+
+    def collect(self, loss: Tensor) -> Penalty | None:
+        """Return the penalty of this step as `take` does, with its terms in one tensor, which no operator has split."""
+        capture, self._capture, taken = self._capture, None, None
         try:
             if not isinstance(loss, Tensor):
                 raise TypeError(f"loss: expected a tensor, got {type(loss).__name__}; do not call item() before")
             if loss.numel() != 1:  # the penalty would be added to each element
                 raise ValueError(f"loss: expected one element, got shape {tuple(loss.shape)}; call mean() before")
             if self._attachments:
-                terms = take(self._attachments, loss, self._warn_once)
-            elif given is None:
+                taken = take(self._attachments, loss, self._warn_once)
+            elif capture is None:
                 raise RuntimeError(
                     "on_backward_begin: nothing was captured; call on_loss_begin(output) before it, in every step, or "
                     "attach(rnn, dropout) once"
                 )
-            elif _needs_gradient(given.args):
-                terms = ARTAR(*[x.to(loss.device) for x in given(self.alpha, self.beta)])
+            elif capture.needs_gradient():
+                taken = capture.penalty((self.alpha, self.beta), loss.device)
         except BaseException:
             self.clear()
             raise
-        if terms is not None:
-            _, self.ar, self.tar = terms
-        return terms
+        if taken is None:
+            return None
+        penalty, self.time_steps = taken
+        self._terms = penalty.terms
+        return penalty
 
     def _warn_once(self, message: str) -> None:
         """Give a warning the first time."""
@@ -251,7 +265,7 @@ class RNNRegularizer:
 
     def clear(self) -> None:
         """Drop any capture, as `on_epoch_begin` does; after a failed step this frees activations early."""
-        self._given = None
+        self._capture = None
         for x in self._attachments:
             x.clear()
 
@@ -313,17 +327,17 @@ class RNNRegularizer:
             RuntimeError: the module is attached with another dropout, and has not run since, or `on_loss_begin` is in
                 use; in a step, raw was changed in place, or the dropout gets it twice, or the module is a shallow copy.
         """
-        check_backwards_show()
-        source = Source(module, dropout, output, batch_first, time_dim, Masks(valid, starts)).with_time_axis()
+        check_attachable()
+        source = source_of(module, dropout, output, TimeAxis(batch_first, time_dim), Masks(valid, starts))
         if self.layers is not None:
             raise ValueError(f"layers: expected None with attach, where all modules count, got {self.layers!r}")
-        if self._given is not None:
+        if self._capture is not None:
             raise RuntimeError("attach: on_loss_begin captures already; use either on_loss_begin or attach")
         for x in attachments_of(source.module, self._attachments):
             dropouts = {x.source.dropout, source.dropout} - {None}
             if x.regularizer is not self:
                 x.unhook()  # its regularizer misses the module at its next loss
-            elif x.is_attached() and x.time_steps == 0 and len(dropouts) == 2:
+            elif x.is_attached() and not x.shown and len(dropouts) == 2:
                 raise RuntimeError(
                     f"dropout: expected the one dropout with which the {x.names['module']} is attached already, got "
                     "another one, and the penalty of one of them would be lost; remove() the handle of the first"
@@ -354,9 +368,15 @@ class RNNRegularizer:
         return _scaled_lr(optimizer, steps / check_count("bptt", self.bptt))
 
 
-def _needs_gradient(activations: Sequence[Any]) -> bool:
-    """Return whether any layer of raw or dropped needs a gradient."""
-    return any(x.requires_grad for layers in activations for x in layers_of(layers))
+def reset_of(model: object) -> Callable[[], object] | None:
+    """Return the `reset()` of a model, or of the model that it wraps, if it can be called without arguments.
+
+    A `reset` that needs arguments, or is a module, is something else.
+    """
+    inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
+    reset: Any = getattr(model, "reset", None) or getattr(inner, "reset", None)
+    is_reset = callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset)
+    return reset if is_reset else None
 
 
 def _needs_arguments(function: Callable[..., Any]) -> bool:

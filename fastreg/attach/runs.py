@@ -7,20 +7,19 @@ alarm counts how often a module was without effect.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
 from typing import Any
-from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import runs_of
-from fastreg.call.problem import ARTAR
+from fastreg.call.problem import Penalty, TimeAxis, is_on, sum_of
 from fastreg.call.torch_state import level_of_caller, untraced
 
 TAKEN_OVER = (
@@ -29,9 +28,10 @@ TAKEN_OVER = (
 )
 GAP = (
     "on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies between them "
-    "(packing, padding, a slice, a full backward hook, another module), or the dropout ran without gradients. Attach a "
-    "dropout that gets this very tensor, or no dropout, or use on_loss_begin; pass use_reentrant=False to a "
-    "checkpoint; call clear() after a step that ended before the dropout ran"
+    "(packing, padding, a slice, a full backward hook, another module), or the output was changed in place before its "
+    "dropout, or by it (use Dropout(inplace=False)), or the dropout ran without gradients. Attach a dropout that gets "
+    "this very tensor, or no dropout, or use on_loss_begin; pass use_reentrant=False to a checkpoint; call clear() "
+    "after a step that ended before the dropout ran"
 )
 ONE_STEP = (
     "on_backward_begin: the {module} ran {count} times over one time step, where AR would add up and TAR has no "
@@ -42,62 +42,69 @@ IN_EVALUATION = (
     "Call train() on them before a training step, and run a validation under torch.no_grad()"
 )
 NOTHING = (
-    "on_backward_begin: nothing was captured: the loss depends on no run of the attached {modules} whose penalty is "
-    "left. Since the last penalty there were {total} calls in training mode, {without_gradients} of them without "
-    "gradients, and {taken} runs of this loss are taken or cleared already. Attach what the model calls, not a module "
-    "inside a wrapper or a copy; leave no layer out at random (LayerDrop); add up all losses of a step; pass "
-    "use_reentrant=False to a checkpoint; call torch.compiler.reset() if the model was compiled before. See "
-    "docs/messages.md"
+    "on_backward_begin: nothing was captured: the loss depends on no run of an attached module whose penalty is left. "
+    "Since the last penalty {modules}. Attach what the model calls, not a module inside a wrapper or a copy; leave no "
+    "layer out at random (LayerDrop); add up all losses of a step; pass use_reentrant=False to a checkpoint; call "
+    "torch.compiler.reset() if the model was compiled before. See docs/errors-and-warnings.md"
 )
 LOST = (
-    "attach: no penalty got a gradient in {count} runs of the attached {name}, or losses without a call of it. Call "
+    "attach: no penalty got a gradient in {count} backwards through the attached {name}, or losses without it. Call "
     "loss = regularizer.on_backward_begin(loss), then loss.backward(), and let the loss depend on the output of the "
     "module and its dropout. Attach what the model calls; call train() on it, or remove() the handle; run what belongs "
-    "to no training step under torch.no_grad(). See docs/messages.md"
+    "to no training step under torch.no_grad(). See docs/errors-and-warnings.md"
 )
-LIMIT = 100  # how many runs and losses in a row may bring no gradient of a penalty
-HOOKED = 10  # how many runs there are before a penalty has to show that it gets a gradient, by a hook
+LIMIT = 100  # how many backwards and losses in a row may bring no gradient of a penalty
+HOOKED = 10  # how many there are before a penalty has to show that it gets a gradient, by a hook, which takes 10 us
+
+
+class Last(Enum):
+    """Say what an attached module has done since a loss last took a penalty; the values complete an error."""
+
+    IDLE = "was not called"
+    TAKEN = "gave its penalty to a loss, or it was cleared"
+    WITHOUT_GRADIENTS = "ran without gradients"
+    RAN = "ran, but this loss does not depend on its output"
+    EVALUATED = "ran in evaluation mode"
+    CONSTANT = "returned an output that needs no gradient"
+
+
+class Stage(Enum):
+    """Say what has become of a run that has no penalty."""
+
+    WAITS = "for its dropout"
+    TAKEN = "by a loss, or cleared, or without a gradient"
 
 
 @dataclass(eq=False)
 class Run:
-    """Describe a call of an attached module in training with gradients. The autograd graph owns it, by its marks.
+    """Describe a call of an attached module in training with gradients. The autograd graph owns it.
+
+    Until the dropout has got raw, raw's node owns the run, and later the marks do.
 
     Attributes:
         attachment: the attachment of the module.
-        terms: the penalty and its terms, from the dropout until a loss takes them.
-        is_held: whether a loss may still take the penalty, now or after the dropout.
-        is_one_step: whether raw is a single time step, and TAR is in the penalty.
-        is_passed: whether a backward has passed a mark of the run.
+        coefficients: alpha and beta, on the device of raw.
+        masks: the masks of valid steps and of starts, by their names, where there is one.
+        time_axis: the axis of time of raw.
+        packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
+        version: how often raw had been changed in place.
+        penalty: the penalty and its terms; before that and after that, the stage.
+        time_steps: the number of time steps of raw, the longest of packed sequences.
     """
 
     attachment: Any
-    terms: ARTAR | None = None
-    is_held: bool = True
-    is_one_step: bool = False
-    is_passed: bool = False
+    coefficients: Sequence[Any]
+    masks: Mapping[str, Tensor]
+    time_axis: TimeAxis
+    packed: PackedSequence | None
+    version: int
+    penalty: Penalty | Stage = Stage.WAITS
+    time_steps: int = 0
 
     def end(self) -> Any:
         """Return the penalty and its terms, once."""
-        terms, self.terms, self.is_held = self.terms, None, False
-        return terms
-
-
-@dataclass
-class Calls:
-    """Count the calls of an attached module since a loss last took one of its penalties.
-
-    Attributes:
-        total: the calls in training mode.
-        without_gradients: the calls in training mode under `torch.no_grad()` or a transform of torch.func.
-        constant: the calls with gradients, in either mode, whose output needed none.
-        is_evaluated_in_training: whether the last output in evaluation mode with gradients enabled needed one.
-    """
-
-    total: int = 0
-    without_gradients: int = 0
-    constant: int = 0
-    is_evaluated_in_training: bool = False
+        penalty, self.penalty = self.penalty, Stage.TAKEN
+        return penalty
 
 
 @dataclass(eq=False)
@@ -106,54 +113,56 @@ class Alarm:
 
     Attributes:
         name: the type of the module.
-        runs: weak references to the runs since a penalty of the module last got a gradient, if their penalties need
-            one. A run is lost once it is freed, or a backward has passed its mark.
-        losses: how many losses that need a gradient came since the module was last called.
-        next_look: how many runs and losses there have to be to look for lost runs again; infinite after the warning.
+        backwards: how many backwards have passed a mark of the module after a call of it, since a penalty of the module
+            last got a gradient.
+        losses: how many losses that need a gradient came since then that depend on no run of the module, or since the
+            module was last called as it should be, without a penalty.
+        is_called: whether the module was called, with a penalty that needs a gradient, after the last such backward.
     """
 
     name: str
-    runs: list[ReferenceType[Run]] = field(default_factory=list)
+    backwards: int = 0
     losses: int = 0
-    next_look: float = LIMIT
+    is_called: bool = False
 
-    def count(self, run: Run) -> None:
-        """Count a run."""
-        if self.next_look < math.inf:
-            self.runs.append(ref(run))
+    def pass_through(self) -> None:
+        """Count a backward through the module, once for all calls before it."""
+        if self.is_called:
+            self.is_called = False
+            self.backwards += 1
             self.watch()
 
-    def forget(self, run: Run) -> None:
-        """Do not count a run, as its penalty needs no gradient after all."""
-        self.runs = [x for x in self.runs if x() is not run]
+    def miss(self) -> None:
+        """Count a loss that depends on no run of the module."""
+        self.losses += 1
+        self.watch()
+
+    def count(self) -> int:
+        """Return how many backwards and losses there are."""
+        return self.backwards + self.losses
 
     def watch(self) -> None:
-        """Warn if lost runs and losses have reached the limit, once until a penalty gets a gradient."""
-        count = len(self.runs) + self.losses
-        if count < self.next_look:
-            return
-        lost = count - len([run for x in self.runs if (run := x()) is not None and not run.is_passed])
-        self.next_look = count + LIMIT - lost if lost < LIMIT else math.inf
-        if lost >= LIMIT:
-            warnings.warn(LOST.format(name=self.name, count=lost), stacklevel=level_of_caller())
-
-    def is_due(self) -> bool:
-        """Return whether a penalty has to show by a hook that it gets a gradient."""
-        return len(self.runs) >= HOOKED or self.next_look > LIMIT
+        """Warn at the limit, once until a penalty gets a gradient."""
+        if self.count() == LIMIT:
+            self.backwards += LIMIT  # from here on the count is above the limit, whatever happens to the losses
+            warnings.warn(LOST.format(name=self.name, count=LIMIT), stacklevel=level_of_caller())
 
     def settle(self) -> None:
         """Count anew, as a penalty has got a gradient."""
-        self.runs, self.losses, self.next_look = [], 0, LIMIT
+        self.backwards = self.losses = 0
 
 
 @untraced  # a compiler must not trace a search of the graph
-def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) -> ARTAR | None:
-    """Take the penalties of the runs on which a loss depends, and return their sum, or `None` if there are none.
+def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) -> tuple[Penalty, int] | None:
+    """Take the penalties of the runs on which a loss depends.
 
     Args:
         attachments: the attachments of a regularizer.
         loss: the loss.
         warn: a function that gives a warning of the regularizer once.
+
+    Returns:
+        The sum of the penalties, and the number of time steps of the longest run; `None` if there are no penalties.
 
     Raises:
         RuntimeError: another regularizer has attached a module, or a run waits for its dropout, or a module ran many
@@ -167,51 +176,52 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
         if not x.is_attached():
             raise RuntimeError(TAKEN_OVER.format(**x.names))
         for run in x.held():
-            if run.terms is None:
+            if run.penalty is Stage.WAITS:
                 raise RuntimeError(GAP.format(**x.names))
             left.add(run)
-        if loss.requires_grad:
-            x.alarm.losses += 1
-            x.alarm.watch()
     for run in runs_of(loss) if left else ():
         if run in left:
             left.remove(run)
             found.append(run)
             if not left:
                 break
+    reached = {run.attachment for run in found}
+    if loss.requires_grad and len(reached) < len(attachments):
+        for x in attachments:
+            if x not in reached:
+                x.alarm.miss()
+        if not found:
+            _explain(attachments, warn, is_left=bool(left))
     if not found:
-        if loss.requires_grad:
-            _explain(attachments, loss, warn, is_left=bool(left))
         return None
-    if single := [run.attachment for run in found if run.is_one_step]:
+    if single := [run.attachment for run in found if run.time_steps == 1 and is_on(run.coefficients[1])]:
         ((x, count),) = Counter(single).most_common(1)
         if count > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))
-    terms, alarms = total([run.end() for run in found], loss.device), {run.attachment.alarm for run in found}
-    for run in found:
-        run.attachment.calls = Calls()
-    if terms.penalty.requires_grad and any(map(Alarm.is_due, alarms)):  # a hook takes 10 us
-        terms.penalty.register_hook(partial(_settle, alarms))
-    return terms
+    penalty = sum_of([run.end().on(loss.device) for run in found])
+    for x in attachments:  # what a module beside has done is of this step, too, and excuses nothing in the next one
+        x.last = Last.TAKEN if x in reached else Last.IDLE
+    alarms = [x.alarm for x in reached]
+    if penalty.value.requires_grad and any([x.count() >= HOOKED for x in alarms]):
+        penalty.value.register_hook(partial(_settle, alarms))
+    return penalty, max([run.time_steps for run in found])
 
 
-def _explain(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None], is_left: bool) -> None:
+def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: bool) -> None:
     """Return if a loss that depends on no run is right; otherwise warn or raise.
 
     Args:
         attachments: the attachments of a regularizer.
-        loss: the loss, which needs a gradient.
         warn: as for `take`.
         is_left: whether there is a run that a loss could take.
     """
-    modules, calls = ", ".join(dict.fromkeys(x.names["module"] for x in attachments)), [x.calls for x in attachments]
+    lasts = {x.last for x in attachments}
     if not any(x.source.module.training for x in attachments):
-        if any(x.is_evaluated_in_training for x in calls):
-            warn(IN_EVALUATION.format(modules=modules))
-    elif is_left or not any(x.constant for x in calls):
-        counts = {name: sum(getattr(x, name) for x in calls) for name in ("total", "without_gradients")}
-        taken = {run for run in runs_of(loss) if run.attachment in attachments and not run.is_held}
-        raise RuntimeError(NOTHING.format(modules=modules, taken=len(taken), **counts))
+        if Last.EVALUATED in lasts:
+            warn(IN_EVALUATION.format(modules=", ".join(dict.fromkeys(x.names["module"] for x in attachments))))
+    elif is_left or Last.CONSTANT not in lasts:
+        said = [f"the {x.names['module']} {(Last.RAN if x.held() else x.last).value}" for x in attachments]
+        raise RuntimeError(NOTHING.format(modules="; ".join(dict.fromkeys(said))))
 
 
 def _settle(alarms: Iterable[Alarm], gradient: Tensor | None) -> None:
@@ -221,9 +231,3 @@ def _settle(alarms: Iterable[Alarm], gradient: Tensor | None) -> None:
     """
     for alarm in alarms if gradient is not None else ():
         alarm.settle()
-
-
-def total(formed: Sequence[ARTAR], device: torch.device) -> ARTAR:
-    """Add up the penalties and terms of runs, which may be on several devices."""
-    on = [x if x.penalty.device == device else ARTAR(*[y.to(device) for y in x]) for x in formed]
-    return reduce(lambda x, y: ARTAR(*map(torch.add, x, y)), on)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,48 +69,15 @@ class Source:
         dropout: the module that computes dropped from raw; `None` if dropped is raw.
         output: a function that picks raw from the module's output; `None` if raw is that output, its first item, or its
             `last_hidden_state`.
-        batch_first: `False` for `(time, batch, hidden)`; `None` to read it from the module.
-        time_dim: the axis of time, instead of batch_first.
+        time_axis: the axis of time.
         masks: the functions of the arguments of the module's forward that say which time steps count.
-        time_axis: the axis of time; `with_time_axis` sets it.
     """
 
     module: nn.Module
-    dropout: nn.Module | None = None
-    output: Callable[[Any], Any] | None = None
-    batch_first: bool | None = None
-    time_dim: int | None = None
-    masks: Masks = field(default_factory=Masks)
-    time_axis: TimeAxis = field(default_factory=TimeAxis)
-
-    def with_time_axis(self) -> Source:
-        """Check the modules, and return the source with its axis of time.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
-        """
-        check_callable("output", self.output)
-        # torch.compile returns a module around the one whose hooks run
-        module: Any = getattr(self.module, "_orig_mod", self.module)
-        dropout: Any = getattr(self.dropout, "_orig_mod", self.dropout)
-        for argument, given, kinds in (("module", module, nn.Module), ("dropout", dropout, (nn.Module, type(None)))):
-            if not isinstance(given, kinds):
-                raise TypeError(f"{argument}: expected an nn.Module, got {type(given).__name__}")
-        name, own = type(module).__name__, getattr(module, "batch_first", None)
-        layout = self.batch_first
-        if layout is None and self.time_dim is None:
-            layout = batch_first_of(module)
-        elif isinstance(own, bool) and layout is (not own):
-            raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {layout}")
-        elif isinstance(module, nn.RNNBase) and self.time_dim is not None:
-            raise ValueError(f"time_dim: expected None, as the {name} has batch_first={own}, got {self.time_dim}")
-        time_axis = time_axis_of(layout, self.time_dim)
-        if isinstance(dropout, FusedRNNDropout) and type(dropout).forward is not FusedRNNDropout.forward:
-            words = "the forward of FusedRNNDropout, whose result the penalty is of; derive it from nn.Module instead"
-            raise TypeError(f"dropout: expected {words}, got the forward of {type(dropout).__name__}")
-        if isinstance(dropout, FusedRNNDropout) and (its := dropout.time_axis()) != time_axis:
-            raise ValueError(f"dropout: expected a FusedRNNDropout with {time_axis}, as the {name} has it, got {its}")
-        return replace(self, module=module, dropout=dropout, time_axis=time_axis)
+    dropout: nn.Module | None
+    output: Callable[[Any], Any] | None
+    time_axis: TimeAxis
+    masks: Masks
 
     def raw_of(self, result: Any) -> Tensor | PackedSequence:
         """Return raw from the output of the module.
@@ -133,8 +100,8 @@ class Source:
                 expected = f"attach: expected the {type(self.module).__name__} to return"
                 advice = "; return it first in a tuple or as last_hidden_state, or pick it by attach(..., output=...)"
             raise TypeError(f"{expected} a tensor or a PackedSequence, got {type(raw).__name__}{advice}")
-        is_told = self.output is not None or self.time_dim is not None or isinstance(self.module, nn.RNNBase)
-        if not is_told and isinstance(raw, Tensor) and raw.dim() == 2:
+        is_clear = self.output is not None or self.time_axis.time_dim is not None or isinstance(self.module, nn.RNNBase)
+        if not is_clear and isinstance(raw, Tensor) and raw.dim() == 2:
             name = type(self.module).__name__
             raise ValueError(
                 f"attach: expected (batch, time, hidden) or (time, batch, hidden) from the {name}, got "
@@ -149,6 +116,42 @@ class Source:
         """Return the axis of time of raw, which is the first if `raw_of` has accepted a tensor of two axes."""
         is_one = self.time_axis.time_dim is None and isinstance(raw, Tensor) and raw.dim() == 2
         return ONE_SEQUENCE if is_one else self.time_axis
+
+
+def source_of(module: Any, dropout: Any, output: Callable[[Any], Any] | None, given: TimeAxis, masks: Masks) -> Source:
+    """Check the arguments of `RNNRegularizer.attach`, and return the source that they describe.
+
+    Args:
+        module: as for `attach`.
+        dropout: as for `attach`.
+        output: as for `attach`.
+        given: the axis of time, as the caller has given it; both are `None` to read it from the module.
+        masks: the functions of masks.
+
+    Raises:
+        TypeError, ValueError: as `attach`.
+    """
+    check_callable("output", output)
+    # torch.compile returns a module around the one whose hooks run
+    module, dropout = (getattr(x, "_orig_mod", x) for x in (module, dropout))
+    for argument, x, kinds in (("module", module, nn.Module), ("dropout", dropout, (nn.Module, type(None)))):
+        if not isinstance(x, kinds):
+            raise TypeError(f"{argument}: expected an nn.Module, got {type(x).__name__}")
+    name, own, (batch_first, time_dim) = type(module).__name__, getattr(module, "batch_first", None), given
+    if batch_first is None and time_dim is None:
+        batch_first = batch_first_of(module)
+    elif isinstance(own, bool) and batch_first is (not own):
+        raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
+    elif isinstance(module, nn.RNNBase) and time_dim is not None:
+        raise ValueError(f"time_dim: expected None, as the {name} has batch_first={own}, got {time_dim}")
+    time_axis = time_axis_of(batch_first, time_dim)
+    if isinstance(dropout, FusedRNNDropout):
+        if type(dropout).forward is not FusedRNNDropout.forward:
+            words = "the forward of FusedRNNDropout, whose result the penalty is of; derive it from nn.Module instead"
+            raise TypeError(f"dropout: expected {words}, got the forward of {type(dropout).__name__}")
+        if (its := dropout.time_axis()) != time_axis:
+            raise ValueError(f"dropout: expected a FusedRNNDropout with {time_axis}, as the {name} has it, got {its}")
+    return Source(module, dropout, output, time_axis, masks)
 
 
 def batch_first_of(module: nn.Module) -> bool:

@@ -6,9 +6,9 @@ options and lists are checked once for each new kind of call; values are checked
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from math import inf
 from numbers import Integral, Real
 from operator import index
 from typing import Any
@@ -21,7 +21,7 @@ from fastreg.call.problem import ARTAR, Coefficient, One, TimeAxis, axes_of, is_
 from fastreg.call.torch_state import has_values, plain
 from fastreg.kernels.streams import is_captured
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # compiled code compares those up to its own
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # The arguments that say which time steps count: their dtypes, the dtypes in words, the remedy for another dtype.
 MARKS = (torch.bool, *INTEGERS), "a bool or integer tensor", "; use .bool()"
@@ -89,7 +89,7 @@ def check_coefficient(name: str, value: Any) -> None:
         return
     else:
         value = _real(name, value)
-    _expect(0 <= value < math.inf, name, "a finite number of at least 0, got {}", value)
+    _expect(0 <= value < inf, name, "a finite number of at least 0, got {}", value)
 
 
 def _check_symbolic(name: str, value: Any) -> None:
@@ -97,14 +97,15 @@ def _check_symbolic(name: str, value: Any) -> None:
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # this imports sympy
 
     number: Any = value
-    if not isinstance(value, (bool, int, float, str)) and hasattr(value, "item"):
-        number = value.item()  # a compiler treats a NumPy scalar as an array
-    elif not isinstance(value, float):
-        _check_real(name, value)
-    fits = guard_or_true(number >= 0) and guard_or_true(number < math.inf)
+    if not isinstance(value, float):
+        if not isinstance(value, (bool, int, str)) and hasattr(value, "item"):
+            number = value.item()  # a compiler treats a NumPy scalar as an array
+        else:
+            _check_real(name, value)
+    fits = guard_or_true(number >= 0) and guard_or_true(number < inf)
     _expect(fits, name, "a finite number of at least 0, got {}", number)
     torch._check(number * 1.0 >= 0)  # torch 2.11 would drop a check of the value itself
-    torch._check(number < math.inf)
+    torch._check(number < inf)
 
 
 def check_unchanged(before: Sequence[int], now: Sequence[int]) -> None:
@@ -121,15 +122,21 @@ def check_probability(p: object) -> None:
 
 
 def time_axis_of(batch_first: object, time_dim: object) -> TimeAxis:
-    """Check that at most one of the two is given, and their types; return the axis of time, which is 1 by default."""
+    """Check `batch_first` and `time_dim`, and return the axis of time as the one of them that says it."""
+    axis = axis_of(batch_first, time_dim)
+    return TimeAxis(batch_first is not False) if time_dim is None else TimeAxis(None, axis)
+
+
+def axis_of(batch_first: object, time_dim: object) -> int:
+    """Check that at most one of the two is given, and their types; return the number of the axis of time."""
     if time_dim is None:
         check_flags(batch_first=batch_first is None or batch_first)
-        return TimeAxis(batch_first is not False)
+        return 0 if batch_first is False else -2
     _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
     is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
     _expect(is_axis, "time_dim", "an int, the axis of time, got {}", type(time_dim), error=TypeError)
     # In compiled code int() returns no constant.
-    return TimeAxis(None, index(time_dim))  # pyright: ignore[reportArgumentType]
+    return index(time_dim)  # pyright: ignore[reportArgumentType]
 
 
 def check_count(name: str, value: Any) -> int:
@@ -151,7 +158,7 @@ def _real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return inf if value > 0 else -inf
 
 
 # ---- lists of layers and packed sequences, before there are calls of one layer
@@ -162,10 +169,11 @@ def _given(raw: Any, dropped: Any, layer: int | None = None) -> dict[str, Any]:
     return {name: x for name, x in zip(names_of(layer), (raw, dropped), strict=True) if x is not None}
 
 
-def check_given(name: str, value: object, is_read: bool, coefficient: str) -> None:
+def check_given(raw: object, dropped: object, reads_raw: bool, reads_dropped: bool, layer: int | None) -> None:
     """Check that activations are given if the term of a coefficient reads them."""
-    if is_read and value is None:
-        raise TypeError(f"{name}: expected {ACTIVATIONS}, got NoneType (it may be None only if {coefficient} is 0)")
+    words, (name_of_raw, name_of_dropped) = "{}, got NoneType (it may be None only if {} is 0)", names_of(layer)
+    _expect(raw is not None or not reads_raw, name_of_raw, words, ACTIVATIONS, "beta", error=TypeError)
+    _expect(dropped is not None or not reads_dropped, name_of_dropped, words, ACTIVATIONS, "alpha", error=TypeError)
 
 
 def check_layers(raw: Any, dropped: Any) -> list[tuple[One | None, One | None]]:
@@ -264,7 +272,7 @@ def check_pair(raw: object, dropped: object, time_dim: int | None, layer: int | 
     for given in pair.items():
         _expect(isinstance(given[1], Tensor), given[0], "{}, got {}", ACTIVATIONS, type(given[1]), error=TypeError)
         _check_dense(*given)
-    one, x = next(iter(pair.items()))
+    (one, x), *_ = pair.items()
     _check_axes(one, x, time_dim)
     dtypes = "float16, bfloat16, float32 or float64, got {}"
     for name, tensor in pair.items():
@@ -292,11 +300,11 @@ def check_steps(lengths: object, valid: object, starts: object) -> None:
             _check_tensor_of(name, given, *STEPS[name])
 
 
-def check_steps_of(x: Tensor, time_dim: int, steps: Mapping[str, Tensor | None]) -> None:
+def check_steps_of(x: Tensor, time_dim: int, steps: Sequence[Tensor | None]) -> None:
     """Check that the shapes and devices of lengths, valid and starts fit a layer."""
     check_no_parts(x)
     batch, _ = sizes_of(x, time_dim)
-    for name, given in steps.items():
+    for name, given in zip(STEPS, steps, strict=True):
         if given is None:
             continue
         if name == "lengths":
@@ -353,7 +361,7 @@ def check_not_captured(name: str, device: torch.device) -> None:
 
 
 def check_mask(mask: Tensor, raw: Tensor, row: Sequence[int]) -> None:
-    """Check a dropout mask for `raw`: it has the shape of one row for all time steps, or raw's shape."""
+    """Check a dropout mask for `raw`: one row for all time steps, or raw's shape, as an elementwise dropout has it."""
     fits = mask.shape == raw.shape or list(mask.shape) == row  # `in` would not compare symbolic sizes
     words = "shape {} or raw's shape {}, got {}"
     _expect(fits, "mask", words, torch.Size(row), raw.shape, mask.shape)

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
-from fastreg.call.operation import Inputs, Pair, Plan, compute, problem_of
+from fastreg.call.operation import compute
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, Problem, WithTerms
+from fastreg.call.plan import Inputs, Pair, Plan, Results
+from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, Penalty, WithTerms
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.backend import Backend, Backward
-from fastreg.kernels.prediction import Ahead, Gradients
+from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Operands, Tensors, Values, allocator, layout_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 BACKWARDS = 16  # backwards that a plan keeps: for layouts of dropped's gradient, with and without the penalty's
 
@@ -114,7 +115,8 @@ def fused_dropout_ar_tar(
     if training is not True:
         check_flags(training=training)
     steps, options = given_steps(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
-    return drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    dropped, penalty = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    return dropped, penalty.split() if return_terms else penalty.value
 
 
 class Drop(NamedTuple):
@@ -130,7 +132,7 @@ class Drop(NamedTuple):
 
 def drop_and_penalize(
     raw: Tensor, coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options, drop: Drop
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Penalty]:
     """Apply a dropout mask to raw, and compute the penalty of one layer.
 
     Args:
@@ -141,7 +143,7 @@ def drop_and_penalize(
         drop: the arguments of the dropout.
 
     Returns:
-        dropped, or raw itself if nothing is dropped; and the penalty, or an `ARTAR` if the caller wants the terms.
+        dropped, or raw itself if nothing is dropped; and the penalty.
 
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
@@ -174,19 +176,20 @@ class DropoutPlan(Plan):
         backwards: the launches of backwards, one for each kind of upstream gradients.
     """
 
-    def __init__(self, problem: Problem, backend: Backend | None) -> None:
-        super().__init__(problem, backend)
-        self.row = row_of(problem)
+    def __init__(self, *facts: Any) -> None:
+        super().__init__(*facts)
+        self.row = [*self.shape]
+        self.row[self.time_dim] = 1
         self.backwards: dict[object, Backward] = {}
 
-    @staticmethod
-    def checked(inputs: Inputs, options: Options, layer: int | None) -> Problem | None:
-        """Check raw and the mask."""
+    @classmethod
+    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
+        """Check raw and the mask, and return the plan of their calls."""
         raw, mask, *coefficients = inputs
-        problem: Any = problem_of(raw, None, coefficients, options, layer)  # raw is never `None`
+        plan: Any = cls.of(raw, None, coefficients, options, layer)  # raw is never `None`
         if isinstance(mask, Tensor):
-            check_mask(mask, raw, row_of(problem))  # pyright: ignore[reportArgumentType]
-        return problem
+            check_mask(mask, raw, plan.row)  # pyright: ignore[reportArgumentType]
+        return plan
 
     def tensors_of(self, first: Any, second: Any) -> Pair:
         """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`."""
@@ -194,13 +197,13 @@ class DropoutPlan(Plan):
             return first, second
         return first, first.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
 
-    def formula(self, values: Values, tensors: Any) -> tuple[Sequence[Tensor], ARTAR]:
+    def formula(self, values: Values, tensors: Any) -> Results:
         """Compute dropped, and the penalty and its terms, in plain PyTorch."""
         raw, mask = tensors
         dropped = raw * mask
         if dropped.dtype != mask.dtype:  # in a backward, which rounds dropped as the forward did, and no gradient
             dropped = dropped + (dropped.to(mask.dtype) - dropped).detach()
-        return [dropped], ar_tar(raw, dropped, values, self.spec)
+        return [dropped], ar_tar(raw, dropped, values, self.spec, self.time_dim)
 
     def prepare(self, backend: Backend, tensors: Any, layouts: Any) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
@@ -210,16 +213,16 @@ class DropoutPlan(Plan):
         self.allocate, of = allocator(written, raw), self.fold.operand
         self.raw, self.mask, self.written = of(raw), of(mask), of(written)
         view = self.fold.view(Operands(raw=self.raw, mask=self.mask, dropped=self.written))
-        self.forward, self.backward_of = backend.forward(view, self.spec, self.problem.device), backend.backward
+        self.forward, self.backward_of = backend.forward(view, self.spec, self.device), backend.backward
 
     def launch(self, values: Values, tensors: Any) -> tuple[tuple[Tensor, ...], None]:
-        """Launch the forward; return dropped and the penalty, with the terms if they are wanted; and no gradients."""
+        """Launch the forward; return dropped the penalty, and the terms if they are wanted; predict no gradients."""
         raw, mask = tensors
         dropped = self.allocate(raw)
         penalty, terms, _ = self.forward(Tensors(raw=raw, mask=mask, dropped=dropped), values)
         return (dropped, penalty) if terms is None else (dropped, penalty, terms), None
 
-    def differentiate(self, upstream: Gradients, saved: Any, values: Values, ahead: Ahead | None) -> Gradients:
+    def differentiate(self, upstream: Gradients, saved: Any, values: Values, predicted: Predicted | None) -> Gradients:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
         (of_dropped, of_penalty), (raw, mask) = upstream, saved
         key = None if of_dropped is None else (of_dropped.stride(), of_dropped.data_ptr() % 16 == 0), of_penalty is None
@@ -230,16 +233,9 @@ class DropoutPlan(Plan):
             spec = self.spec if of_penalty is not None else self.spec._replace(by_ar=False, by_tar=False)
             upstream_dropped = None if of_dropped is None else self.fold.operand(layout_of(of_dropped))
             operands = Operands(raw=self.raw, mask=self.mask, upstream_dropped=upstream_dropped, grad_raw=self.written)
-            launch = self.backward_of(self.fold.view(operands), spec, self.problem.device, None)
+            launch = self.backward_of(self.fold.view(operands), spec, self.device, None)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
         gradient = self.allocate(raw)
         launch(of_penalty, Tensors(raw=raw, mask=mask, upstream_dropped=of_dropped, grad_raw=gradient), values, None)
         return gradient, None
-
-
-def row_of(problem: Problem) -> list[int]:
-    """Return the shape of a mask with one row for all time steps."""
-    row = list(problem.shape)
-    row[problem.spec.time_dim] = 1
-    return row

@@ -7,17 +7,13 @@ is zero, a nonzero number, or a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from fastreg.call.plan import Plan, facts_of
 from fastreg.call.private import hooks_on_saved, is_deterministic
 from fastreg.call.problem import Options
-
-if TYPE_CHECKING:
-    from fastreg.call.operation import Plan
 
 Key = tuple[object, ...]
 PLANS: dict[Key, Plan] = {}  # the plans of calls, by their keys
@@ -46,26 +42,3 @@ def keep(key: Key, plan: Plan) -> None:
         PLANS.clear()
     one_of: dict[object, object] = {}  # equal facts share memory
     PLANS[tuple([one_of.setdefault((type(x), x), x) for x in key])] = plan
-
-
-def facts_of(values: Iterable[object]) -> list[object] | None:
-    """Return, in one list, all facts of some values that a check or a plan may depend on.
-
-    A tensor has six facts. A float has one: whether it differs from 0.
-
-    Returns:
-        The facts; `None` if they do not determine a plan, or if a tensor has no memory, such as a wrapper of vmap.
-    """
-    facts: list[object] = []
-    try:
-        for x in values:
-            # The values of a negated view have the other sign in memory. Zeros, meta and empty tensors have no address.
-            if type(x) is Tensor and (address := x.data_ptr()) and not x.is_neg():
-                facts += x.shape, x.stride(), x.dtype, x.device, address % 16 == 0, x.requires_grad
-            elif x is None or type(x) is float:
-                facts.append(x if x is None else x != 0)
-            else:
-                return None
-    except RuntimeError:  # PyTorch's: a nested tensor has no strides, and a sparse one has no address
-        return None
-    return facts

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call import arguments
-from fastreg.call.steps import GivenSteps, StepArguments
+from fastreg.call.steps import GivenSteps
 from fastreg.call.torch_state import has_values, observed, plain
 
 
@@ -49,8 +49,7 @@ def by_sequence(
     given = [None if y is None else y.data for y in (raw, dropped)]
     layers = {id(y): y for y in given if y is not None}
     selected = {i: _selected(y, order, inverse).unsqueeze(0) for i, y in layers.items()}
-    steps = GivenSteps(StepArguments(lengths=orders.lengths, starts=orders.starts))
-    return [selected.get(id(y)) for y in given], steps
+    return [selected.get(id(y)) for y in given], GivenSteps(orders.lengths, None, orders.starts)
 
 
 def _selected(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

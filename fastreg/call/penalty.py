@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from fastreg.call.arguments import check_given, check_layers, check_like_first, check_packed, time_axis_of
-from fastreg.call.operation import Inputs, Pair, Plan, checked_coefficient, compute, problem_of
+from fastreg.call.arguments import axis_of, check_given, check_layers, check_like_first, check_packed
+from fastreg.call.operation import checked_coefficient, compute
 from fastreg.call.packed import by_sequence
+from fastreg.call.plan import Inputs, Pair, Plan, Results
 from fastreg.call.private import hooks_on_saved
 from fastreg.call.problem import (
     ARTAR,
@@ -21,23 +20,23 @@ from fastreg.call.problem import (
     NoTerms,
     One,
     Options,
-    Problem,
+    Penalty,
     TimeAxis,
     WithTerms,
     compute_dtype,
     is_list,
     is_on,
     layers_of,
-    names_of,
+    sum_of,
 )
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.kernels.backend import Backend, Backward
-from fastreg.kernels.prediction import Ahead, Gradients
+from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Layout, Operands, Tensors, Values, allocator, nothing
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
@@ -102,7 +101,7 @@ def fused_ar_tar(
             shape and dtype are as for valid, and it may be given beside lengths or valid. The change into such a step
             does not count. The step itself counts in AR and in the change that follows. A rollout of `(time, batch)`
             takes `batch_first=False, starts=dones.bool()` if its flags mark the first step of an episode; "Starts of
-            segments" in docs/behaviour.md says whose flags do. It cannot be given with a `PackedSequence`.
+            segments" in docs/functions.md says whose flags do. It cannot be given with a `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.
@@ -134,7 +133,8 @@ def fused_ar_tar(
         >>> penalty = fused_ar_tar(states, states, 2.0, 1.0, batch_first=False, starts=dones)
     """
     options = Options(batch_first, time_dim, reduction, return_terms)
-    return penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options)
+    penalty = penalize((raw, dropped), (alpha, beta), given_steps(lengths, valid, starts), options, None)
+    return penalty.split() if return_terms else penalty.value
 
 
 def penalize(
@@ -143,7 +143,7 @@ def penalize(
     steps: GivenSteps | None,
     options: Options,
     layer: int | None = None,
-) -> Any:
+) -> Penalty:
     """Compute the penalty of activations, with its terms if they are wanted.
 
     The penalty of a list of layers is a sum, and packed rows are selected in the order of their sequences.
@@ -161,40 +161,38 @@ def penalize(
     raw, dropped = activations
     if isinstance(raw, (tuple, list)) or isinstance(dropped, (tuple, list)):
         coefficients = alpha, beta = [*map(checked_coefficient, ("alpha", "beta"), coefficients)]
-        raw, dropped = PenaltyPlan.read(raw, dropped, alpha, beta, options)
+        raw, dropped = PenaltyPlan.without_unread(raw, dropped, alpha, beta, options.return_terms)
         if is_list(raw) or is_list(dropped):
             return _sum_of_layers((raw, dropped), coefficients, steps, options)
         if not raw is dropped is None:
-            time_axis_of(options.batch_first, options.time_dim)
+            axis_of(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
             activations, steps = by_sequence(raw, dropped)
             options = options.but(time_axis=TimeAxis())
     results = compute(PenaltyPlan, activations, coefficients, steps, options, layer)
-    return _zero(activations, options.measured) if results is None else results[1]
+    return _zero(activations, options.return_terms) if results is None else results[1]
 
 
 def _sum_of_layers(
     activations: Sequence[Any], coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options
-) -> Any:
+) -> Penalty:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
-    axis = time_axis_of(options.batch_first, options.time_dim).number()
+    axis = axis_of(options.batch_first, options.time_dim)
     options = options.but(dtype=compute_dtype(_tensors_of(activations)))
-    penalties: list[Any] = []
+    penalties: list[Penalty] = []
     for i, pair in enumerate(layers):
         if i > 0:
             check_like_first(i, pair, layers[0], axis)
         penalties.append(penalize(pair, coefficients, steps, options, i))
-    if options.measured:
-        return ARTAR(*[reduce(add, terms) for terms in zip(*penalties, strict=True)])
-    return reduce(add, penalties)
+    return sum_of(penalties)
 
 
-def _zero(activations: Sequence[Any], measured: bool) -> Tensor | ARTAR:
+def _zero(activations: Sequence[Any], return_terms: bool) -> Penalty:
     """Return a penalty of 0 on the device of the activations, if any are given, for a call with both terms off."""
     tensors = _tensors_of(activations)  # which nothing reads, so their dtype does not matter
-    zero = torch.zeros((), dtype=torch.float32, device=tensors[0].device if tensors else None)
-    return ARTAR(zero, zero.clone(), zero.clone()) if measured else zero
+    zeros = torch.zeros(3, dtype=torch.float32, device=tensors[0].device if tensors else None)
+    return Penalty(zeros[0], zeros[1:] if return_terms else None)
 
 
 def _tensors_of(activations: Sequence[Any]) -> Sequence[Tensor]:
@@ -205,30 +203,30 @@ def _tensors_of(activations: Sequence[Any]) -> Sequence[Tensor]:
 class PenaltyPlan(Plan):
     """Compute the penalty of one layer, and its gradients.
 
-    The tensors of a call are raw and dropped. Each is `None` if no term reads it; dropped is also `None` if AR is the
-    mean square of raw.
+    The tensors of a call are raw and dropped. Each is `None` if no term reads it; dropped is also `None` if it is raw
+    itself.
 
     Attributes:
         grad_raw, grad_dropped: functions that allocate the gradients.
-        is_ahead: whether forwards write gradients ahead, as long as backwards come.
+        predicts: whether forwards predict gradients, as long as backwards come.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 
     backward: Backward
 
-    @staticmethod
-    def checked(inputs: Inputs, options: Options, layer: int | None) -> Problem | None:
-        """Check raw and dropped."""
+    @classmethod
+    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
+        """Check raw and dropped, and return the plan of their calls."""
         raw, dropped, alpha, beta = inputs
-        name_of_raw, name_of_dropped = names_of(layer)
-        check_given(name_of_raw, raw, is_on(beta), "beta")
-        check_given(name_of_dropped, dropped, is_on(alpha), "alpha")
-        return problem_of(raw, dropped, (alpha, beta), options, layer)
+        check_given(raw, dropped, is_on(beta), is_on(alpha), layer)
+        return cls.of(raw, dropped, (alpha, beta), options, layer)
 
     @staticmethod
-    def read(first: Any, second: Any, alpha: Coefficient, beta: Coefficient, options: Options) -> Sequence[Any]:
+    def without_unread(
+        first: Any, second: Any, alpha: Coefficient, beta: Coefficient, return_terms: bool
+    ) -> Sequence[Any]:
         """Return raw and dropped, with `None` for a tensor that no term reads."""
-        if options.measured or options.ar_of_raw:
+        if return_terms:
             return first, second
         return first if is_on(beta) else None, second if is_on(alpha) else None
 
@@ -236,13 +234,13 @@ class PenaltyPlan(Plan):
         """Return raw and dropped."""
         return first, None if self.spec.ar_of_raw else second
 
-    def formula(self, values: Values, tensors: Pair) -> tuple[Sequence[Tensor], ARTAR]:
+    def formula(self, values: Values, tensors: Pair) -> Results:
         """Compute the penalty and its terms in plain PyTorch."""
         raw, dropped = tensors
-        return [], ar_tar(raw, dropped, values, self.spec)
+        return [], ar_tar(raw, dropped, values, self.spec, self.time_dim)
 
     def prepare(self, backend: Backend, tensors: Pair, layouts: Sequence[Layout | None]) -> None:
-        """Prepare the launches. A term that is only measured has no gradient."""
+        """Prepare the launches. A term that is not in the penalty has no gradient."""
         (raw, dropped), spec, fold = layouts, self.spec, self.fold
         by_raw, by_dropped = spec.by_tar or (spec.by_ar and spec.ar_of_raw), spec.by_ar and not spec.ar_of_raw
         asked = zip(tensors, (by_raw, by_dropped), strict=True)
@@ -255,28 +253,29 @@ class PenaltyPlan(Plan):
         operands = Operands(raw=of(raw), dropped=of(dropped), grad_raw=of(grad_raw), grad_dropped=of(grad_dropped))
         view = fold.view(operands)
         # Where hooks pack saved tensors away, memory matters more than time.
-        self.is_ahead = self.problem.predicts and True in self.needs and hooks_on_saved(False) is None
-        device = self.problem.device
-        self.forward = backend.forward(view if self.is_ahead else view.without_gradients(), spec, device)
+        self.predicts = self.predicts and True in self.needs and hooks_on_saved(False) is None
+        self.forward = backend.forward(view if self.predicts else view.without_gradients(), spec, self.device)
         if True in self.needs:
-            self.backward = backend.backward(view, spec, device, self.forward.prediction)
+            self.backward = backend.backward(view, spec, self.device, self.forward.prediction)
 
-    def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Ahead | None]:
-        """Launch the forward; return the penalty, with the terms if they are wanted; and gradients."""
+    def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Predicted | None]:
+        """Launch the forward; return the penalty, with the terms if they are wanted; and predicted gradients."""
         (raw, dropped), forward = tensors, self.forward
-        is_ahead = self.is_ahead and forward.prediction.comes()
-        grad_raw, grad_dropped = (self.grad_raw(raw), self.grad_dropped(dropped)) if is_ahead else (None, None)
+        predicts = self.predicts and forward.prediction.comes()
+        grad_raw, grad_dropped = (self.grad_raw(raw), self.grad_dropped(dropped)) if predicts else (None, None)
         given = Tensors(raw=raw, dropped=dropped, grad_raw=grad_raw, grad_dropped=grad_dropped)
-        penalty, terms, written_for = forward(given, values)
-        ahead = Ahead(forward.prediction, written_for, (grad_raw, grad_dropped)) if is_ahead else None
-        return (penalty,) if terms is None else (penalty, terms), ahead
+        penalty, terms, expected = forward(given, values)
+        predicted = Predicted(forward.prediction, expected, (grad_raw, grad_dropped)) if predicts else None
+        return (penalty,) if terms is None else (penalty, terms), predicted
 
-    def differentiate(self, upstream: Gradients, saved: Pair, values: Values, ahead: Ahead | None) -> Gradients:
-        """Launch the backward over the gradients of the forward, or over new memory; return the gradients."""
+    def differentiate(self, upstream: Gradients, saved: Pair, values: Values, predicted: Predicted | None) -> Gradients:
+        """Launch the backward over predicted gradients, or over new memory; return the gradients."""
         raw, dropped = saved
-        written_for, gradients = ahead.take() if ahead else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
+        expected, gradients = (
+            predicted.take() if predicted else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
+        )
         self.forward.prediction.lost = 0
         grad_raw, grad_dropped = gradients
         given = Tensors(raw=raw, dropped=dropped, grad_raw=grad_raw, grad_dropped=grad_dropped)
-        self.backward(upstream[0], given, values, written_for)
+        self.backward(upstream[0], given, values, expected)
         return gradients

@@ -31,8 +31,9 @@ count_modes: Callable[[], int] = _found("_C._len_torch_dispatch_stack", 0)
 is_recorded: Callable[[], bool] = _found("_C._is_tracing", False)
 are_functions_transformed: Callable[[], bool] = _found("_C._are_functorch_transforms_active", False)
 hooks_on_saved: Callable[[bool], Any] = _found("_C._autograd._top_saved_tensors_default_hooks")
-CURRENT = "_C._current_graph_task_id"
-current: Callable[[], int] = _found(CURRENT, -1)  # this thread's backward; -1 for none
+current: Callable[[], int] = _found("_C._current_graph_task_id", -1)  # this thread's backward; -1 for none
+is_view: Callable[[Tensor], bool] = _found("Tensor._is_view", True)
+_found("autograd.Function._backward_cls")
 # Without this function a compiler may run at any time, so `untraced` always hides functions from it.
 compiler_of_frames: Callable[[], Any] = _found("_C._dynamo.eval_frame.get_eval_frame_callback", "unknown")
 _found("autograd.forward_ad._current_level")
@@ -42,11 +43,17 @@ is_deterministic = getattr(torch._C, "_get_deterministic_algorithms", torch.are_
 disable_compiler: Callable[[Any], Any] = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 
-def check_backwards_show() -> None:
-    """Check that PyTorch tells whether a backward is running, in which activation checkpointing runs forwards again."""
-    if f"torch.{CURRENT}" in MISSING:
-        lacks = f"this PyTorch, {torch.__version__}, lacks torch.{CURRENT}"
-        raise RuntimeError(f"attach: a penalty might count twice, as {lacks}; update fastreg, or call fused_ar_tar")
+def check_attachable() -> None:
+    """Check that PyTorch has the private functions that hooks on modules call, for which there is no substitute."""
+    needed = "_C._current_graph_task_id", "Tensor._is_view", "autograd.Function._backward_cls"
+    if lacking := ", ".join(f"torch.{path}" for path in needed if f"torch.{path}" in MISSING):
+        why = f"as this PyTorch, {torch.__version__}, lacks {lacking}"
+        raise RuntimeError(f"attach: penalties might be wrong, {why}; update fastreg, or call fused_ar_tar")
+
+
+def class_of(node: type[Function]) -> type | None:
+    """Return the class of a node's calls in the autograd graph."""
+    return getattr(node, "_backward_cls", None)
 
 
 def is_exporting() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeGuard
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.kernels.view import Coefficient as Coefficient
-from fastreg.kernels.view import Layout, Spec
+from fastreg.kernels.view import Layout
 
 One: TypeAlias = Tensor | PackedSequence  # the activations of a layer
 
@@ -39,6 +41,35 @@ class ARTAR(NamedTuple):
         raise TypeError("ARTAR: expected its .penalty in a sum, loss + terms.penalty, got the three terms")
 
 
+class Penalty(NamedTuple):
+    """Hold the penalty of a call, and its terms in one tensor, because splitting it takes longer than an addition.
+
+    Attributes:
+        value: the penalty, differentiable, ().
+        terms: AR and TAR without their coefficients, detached, (2,); `None` if the caller does not want them.
+    """
+
+    value: Tensor
+    terms: Tensor | None
+
+    def split(self) -> ARTAR:
+        """Return the penalty and its terms as three tensors; the caller must have wanted the terms."""
+        terms: Any = self.terms
+        return ARTAR(self.value, *terms.unbind())
+
+    def on(self, device: torch.device) -> Penalty:
+        """Return the penalty on a device."""
+        if self.value.device == device:
+            return self
+        return Penalty(self.value.to(device), None if self.terms is None else self.terms.to(device))
+
+
+def sum_of(penalties: Sequence[Penalty]) -> Penalty:
+    """Add up penalties, which are on one device, and either all have terms or none has."""
+    values, terms = zip(*penalties, strict=True)
+    return Penalty(reduce(add, values), None if terms[0] is None else reduce(add, terms))
+
+
 class TimeAxis(NamedTuple):
     """Say which axis is time, either by `batch_first` or by `time_dim`; the other one is `None`."""
 
@@ -54,7 +85,10 @@ class TimeAxis(NamedTuple):
 
 
 class Choices(TypedDict, total=False):
-    """Name the options of both operations for type checkers."""
+    """Name the options of both operations for type checkers, which then know whether a call returns its terms.
+
+    In the overloads of both operations, options that are written out would take more lines than these dictionaries.
+    """
 
     batch_first: bool | None
     time_dim: int | None
@@ -79,15 +113,14 @@ class WithTerms(Choices):
 class Options(NamedTuple):
     """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    With `ar_of_raw` AR is the mean square of raw. With `predicts` the forward may write gradients, which take memory
-    until the backward. If `dtype` is `None`, the dtype of the penalty follows from its tensors.
+    With `predicts` the forward may predict gradients, which take memory until the backward. If `dtype` is `None`, the
+    dtype of the penalty follows from its tensors.
     """
 
     batch_first: bool | None = None
     time_dim: int | None = None
     reduction: str = "mean"
-    measured: bool = False
-    ar_of_raw: bool = False
+    return_terms: bool = False
     predicts: bool = True
     dtype: torch.dtype | None = None
 
@@ -98,8 +131,7 @@ class Options(NamedTuple):
             batch_first=batch_first,
             time_dim=time_dim,
             reduction=self.reduction,
-            measured=self.measured,
-            ar_of_raw=self.ar_of_raw,
+            return_terms=self.return_terms,
             predicts=self.predicts,
             dtype=self.dtype if dtype is None else dtype,
         )
@@ -109,25 +141,6 @@ def names_of(layer: int | None) -> tuple[str, str]:
     """Return the names of raw and dropped in messages, with the number of their layer if they are in a list."""
     at = "" if layer is None else f"[{layer}]"
     return f"raw{at}", f"dropped{at}"
-
-
-class Problem(NamedTuple):
-    """Hold the facts of a call whose arguments were checked.
-
-    spec           what is computed
-    shape          the shape of its activations
-    sizes          the numbers of sequences and of time steps
-    is_time_first  whether time comes before the batch in activations, valid and starts
-    device         the device of its activations
-    predicts       whether a forward may write gradients ahead
-    """
-
-    spec: Spec
-    shape: torch.Size
-    sizes: tuple[int, int]
-    is_time_first: bool
-    device: torch.device
-    predicts: bool
 
 
 def is_on(coefficient: Coefficient) -> bool:

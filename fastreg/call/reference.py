@@ -14,28 +14,29 @@ import torch
 from torch import Tensor
 
 from fastreg.call.private import is_exporting
-from fastreg.call.problem import ARTAR, axes_of
+from fastreg.call.problem import Penalty, axes_of
 from fastreg.call.torch_state import has_float64
-from fastreg.kernels.view import Coefficient, Spec, Steps, Values
+from fastreg.kernels.view import Coefficient, EncodedSteps, Spec, Values
 
-STEP, CHANGE = 1, 2  # the bits of `Steps`: the step counts, the change into it counts
+STEP, CHANGE = 1, 2  # the bits of `EncodedSteps`: the step counts, the change into it counts
 
 
-def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec) -> ARTAR:
-    """Compute the penalty of one layer, differentiable, and its terms, detached.
+def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spec, time_dim: int = -2) -> Penalty:
+    """Compute the penalty of one layer, differentiable, and its terms, detached, if the caller wants them.
 
     Args:
         raw: activations; `None` if no term reads it.
-        dropped: activations of the same shape; `None` if no term reads it, or if AR is the mean square of raw.
+        dropped: activations of the same shape; `None` if no term reads it, or if it is raw itself.
         values: coefficients, and the steps that count.
         spec: what is computed.
+        time_dim: the axis of time, negative from the end.
 
     Returns:
-        `ARTAR(penalty, ar, tar)`, in the dtype of the penalty.
+        The penalty and its terms, in one dtype.
     """
     raw, dropped = (None if x is None else x.to(spec.dtype) for x in (raw, dropped))
     given: Any = dropped if raw is None else raw
-    elements, changes = _divisors(given, values, spec)
+    elements, changes = _divisors(given, values, spec, time_dim)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
     zero = penalty = torch.zeros((), dtype=spec.dtype, device=given.device)
@@ -45,25 +46,25 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
         (raw, spec.by_tar, values.beta, changes, _counted_changes),
     ):
         mean = zero
-        if x is not None and (is_in or spec.measured):
-            total = zero + form(x, values.steps.bits, spec.time_dim).square().sum()
+        if x is not None and (is_in or spec.return_terms):
+            total = zero + form(x, values.bits, time_dim).square().sum()
             if is_in:
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
         means.append(mean.detach())
-    return ARTAR(penalty, *means)
+    return Penalty(penalty, torch.stack(means) if spec.return_terms else None)
 
 
-def _divisors(x: Tensor, values: Values, spec: Spec) -> tuple[int | Tensor, int | Tensor]:
+def _divisors(x: Tensor, values: Values, spec: Spec, time_dim: int) -> tuple[int | Tensor, int | Tensor]:
     """Return the divisors of AR and TAR: the numbers of elements and of changes, or 1 and 1 for `"sum"`.
 
     A divisor is never 0, so that the mean of no elements is 0 and not NaN. If not all steps count, both are tensors.
     """
     if spec.reduction == "sum":
         return 1, 1
-    elements, (bits, counts) = x.numel(), values.steps
+    elements, bits, counts = x.numel(), values.bits, values.counts
     if bits is None or counts is None:
-        time = _at_least_1(x.shape[spec.time_dim])
+        time = _at_least_1(x.shape[time_dim])
         return _at_least_1(elements), _at_least_1(elements // time * (time - 1))
     of_steps, of_changes = _at_least_1(counts * (elements // _at_least_1(bits.numel()))).unbind()
     return of_steps, of_changes
@@ -82,6 +83,8 @@ def _weighted(total: Tensor, coefficient: Coefficient, count: int | Tensor) -> T
     The factor is computed in float64, as for numbers, and rounded once. So a coefficient in a tensor gives the same
     result as its `item()`. The factor comes first, because a coefficient times an upstream gradient may overflow.
     """
+    if not isinstance(coefficient, Tensor) and not isinstance(count, Tensor):
+        return total * (coefficient * (1 / count))
     wide = torch.float64 if has_float64(total.device) else total.dtype
     weight, of = (x.to(total.device, wide) if isinstance(x, Tensor) else x for x in (coefficient, count))
     factor = weight * (1 / of)  # a number over a tensor would be rounded in another way than a tensor over it
@@ -89,7 +92,9 @@ def _weighted(total: Tensor, coefficient: Coefficient, count: int | Tensor) -> T
     return torch.where(coefficient == 0, 0, weighted) if isinstance(coefficient, Tensor) else weighted
 
 
-def encoded(shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> Steps:
+def encoded(
+    shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None
+) -> EncodedSteps:
     """Return the steps that count, as the `encoder` of a backend does."""
     device = next(x.device for x in (lengths, valid, starts) if x is not None)
     step = torch.arange(shape[1], device=device)
@@ -99,7 +104,7 @@ def encoded(shape: tuple[int, int], lengths: Tensor | None, valid: Tensor | None
     into = inside & inside.roll(1, 1) & (step > 0)  # without slices: a compiler would treat a size of 1 as another case
     if starts is not None:
         into = into & ~starts
-    return Steps(inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()]))
+    return EncodedSteps(inside.to(torch.uint8).add(into, alpha=2), torch.stack([inside.sum(), into.sum()]))
 
 
 def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
@@ -115,11 +120,16 @@ def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
     else:  # only x itself, which may be a DTensor, and these do not mix with other tensors
         first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
-    return _counted(change, bits, time_dim, CHANGE)
+    return _where(change, bits, time_dim, CHANGE)
 
 
-def _counted(x: Tensor, bits: Tensor | None, time_dim: int, bit: int = STEP) -> Tensor:
-    """Replace the steps that do not count by 0; with `CHANGE`, the steps into which the change does not count."""
+def _counted(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
+    """Replace the steps that do not count by 0."""
+    return x if bits is None else _where(x, bits, time_dim, STEP)
+
+
+def _where(x: Tensor, bits: Tensor | None, time_dim: int, bit: int) -> Tensor:
+    """Replace the steps without a bit by 0; if `bits` is `None`, all have it."""
     if bits is None:
         return x
     inside, axes = (bits & bit) != 0, axes_of(x, time_dim)

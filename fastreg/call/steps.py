@@ -2,88 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.call import arguments
+from fastreg.call.plan import Plan
+from fastreg.call.problem import axes_of, sizes_of
 from fastreg.call.reference import encoded
 from fastreg.call.torch_state import has_values, observed, plain
-from fastreg.kernels.view import ALL_STEPS, Steps
-
-if TYPE_CHECKING:
-    from fastreg.call.operation import Plan
-    from fastreg.call.problem import Problem
-
-
-class StepArguments(NamedTuple):
-    """Hold lengths, valid and starts, as for `fused_ar_tar`; each may be `None`."""
-
-    lengths: Tensor | None = None
-    valid: Tensor | None = None
-    starts: Tensor | None = None
+from fastreg.kernels.view import EncodedSteps
 
 
 def given_steps(lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> GivenSteps | None:
     """Return the steps that a call counts, or `None` if it counts all."""
     if lengths is valid is starts is None:
         return None
-    return GivenSteps(StepArguments(plain(lengths), plain(valid), plain(starts)))
+    return GivenSteps(plain(lengths), plain(valid), plain(starts))
 
 
 class GivenSteps:
     """Encode which time steps a call counts, once for all of its layers.
 
     Args:
-        given: the arguments of the call that say so.
+        lengths, valid, starts: as for `fused_ar_tar`; each may be `None`.
 
     Attributes:
-        encoded_for: the numbers of sequences and of steps, and the device, for which the steps were encoded.
+        given: lengths, valid and starts.
+        encoded_for: the device for which the steps were encoded; all layers have the same sequences and time steps.
         steps: the encoded steps.
     """
 
-    def __init__(self, given: StepArguments) -> None:
-        self.given = given
-        self.encoded_for: tuple[tuple[int, int], torch.device] | None = None
-        self.steps = ALL_STEPS
+    encoded_for: torch.device | None = None
+    steps: EncodedSteps
 
-    def encoded(self, x: Tensor, plan: Plan) -> Steps:
+    def __init__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> None:
+        self.given = lengths, valid, starts
+
+    def encoded(self, x: Tensor, plan: Plan) -> EncodedSteps:
         """Check the arguments for a layer, and return its steps.
 
         Values are checked only on the CPU. On other devices a check would have to wait for the device.
 
         Args:
             x: raw or dropped.
-            plan: the plan of the layer, which has an encoder if such arguments have been checked.
+            plan: the plan of the layer, which knows how to encode such arguments if some have been checked.
         """
-        problem = plan.problem
-        layer = problem.sizes, problem.device
-        named = [*zip(arguments.STEPS, self.given, strict=True)]  # Dynamo of PyTorch 2.8 cannot trace `_asdict`
-        if plan.encoder is None:
+        if plan.encode is None:
             arguments.check_steps(*self.given)
-            arguments.check_steps_of(x, problem.spec.time_dim, dict(named))
-            plan.encoder = partial(encoded, problem.sizes) if plan.backend is None else plan.backend.encoder(*layer)
-        if self.encoded_for != layer:
-            given = [None if y is None else _brought(name, y, problem) for name, y in named]
-            counted = plan.encoder(*given)
-            self.steps = counted if problem.spec.reduction == "mean" else Steps(bits=counted.bits)
-            self.encoded_for = layer
+            arguments.check_steps_of(x, plan.time_dim, self.given)
+            plan.encode = encoding_of(x, plan)
+        if self.encoded_for != plan.device:
+            self.steps = plan.encode(self.given)
+            self.encoded_for = plan.device
         return self.steps
 
 
-def _brought(name: str, x: Tensor, problem: Problem) -> Tensor:
-    """Check the values of an argument; return it on the device of the problem; do not wait for the copy.
+def encoding_of(x: Tensor, plan: Plan) -> Callable[[Sequence[Tensor | None]], EncodedSteps]:
+    """Return a function that checks the values of lengths, valid and starts, and encodes them."""
+    sizes, device, is_divided = sizes_of(x, plan.time_dim), plan.device, plan.spec.reduction == "mean"
+    is_time_first = axes_of(x, plan.time_dim) == (0, 1)
+    encoder = partial(encoded, sizes) if plan.backend is None else plan.backend.encoder(sizes, device)
+
+    def encode(given: Sequence[Tensor | None]) -> EncodedSteps:
+        lengths, *marks = given
+        if is_time_first:
+            marks = [None if x is None else x.transpose(0, 1) for x in marks]
+        named = zip(arguments.STEPS, (lengths, *marks), strict=True)
+        bits, counts = encoder(*[None if x is None else _brought(name, x, sizes, device) for name, x in named])
+        return EncodedSteps(bits, counts if is_divided else None)
+
+    return encode
+
+
+def _brought(name: str, x: Tensor, sizes: tuple[int, int], device: torch.device) -> Tensor:
+    """Check the values of an argument; return it on a device; do not wait for the copy.
 
     Valid and starts become contiguous bool of `(sequences, time)`, as kernels read them.
 
     The caller may refill pinned memory before the device has read it, so it is copied first. The copy is pinned, too.
     PyTorch does not free it before the device has read it, and the host does not wait.
     """
-    sizes, device = problem.sizes, problem.device
-    if problem.is_time_first and name != "lengths":
-        x = x.transpose(0, 1)
     if x.device == device and x.dtype == torch.bool and x.shape == sizes:
         return x.contiguous()
     if device.type == "cpu" != x.device.type:

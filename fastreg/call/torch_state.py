@@ -39,12 +39,16 @@ def level_of_caller() -> int:
     return level
 
 
-def untraced(function: Function) -> Function:
+def untraced(function: Function, within_compiler: Callable[..., object] | None = None) -> Function:
     """Run a function, and everything it calls, outside Dynamo.
 
     Dynamo would compile each function that it calls as a separate frame. Such a frame would find that it is being
     compiled, and take the formula. Unlike `torch.compiler.disable`, this decorator takes no time without a compiler,
     and does not import the compiler, which would take seconds.
+
+    Args:
+        function: the function.
+        within_compiler: a function to call in its place where a compiler runs; `None` for the same one.
     """
 
     @functools.wraps(function)
@@ -52,7 +56,7 @@ def untraced(function: Function) -> Function:
         if torch.compiler.is_dynamo_compiling():
             break_graph(WHY_OUTSIDE)
         if torch.compiler.is_dynamo_compiling() or compiler_of_frames() is not None:
-            return _outside(run, function, args)
+            return _outside(run, within_compiler or function, args)
         return function(*args)
 
     return run  # pyright: ignore[reportReturnType]
@@ -67,12 +71,13 @@ def _outside(run: Any, function: Callable[..., object], args: Sequence[object]) 
 
 def observed() -> bool:
     """Return whether PyTorch is tracing or transforming the call, and therefore has to see the formula."""
+    if torch.compiler.is_dynamo_compiling():  # a compiler fuses the formula with its neighbours
+        return True
     if MISSING:  # it may be tracing or transforming
         _warn_of_missing()
         return True
     return (
-        torch.compiler.is_dynamo_compiling()  # a compiler fuses the formula with its neighbours
-        or count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
+        count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
         or is_recorded()  # torch.jit.trace records operators
         or are_functions_transformed()  # vmap and grad transform operators
         or level_of_duals() >= 0  # forward mode differentiates operators

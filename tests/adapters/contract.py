@@ -132,7 +132,6 @@ class Contract:
     adapter: str  # its name
     logs_means = True  # of the terms of all batches, or the terms of the last batch
     cleans_up = True  # after an error in a step
-    can_round = True  # train in mixed precision on a CPU
 
     def net(self, *written: str, **options: Any) -> Any:
         return lm.seeded(partial(self.kind, *written, **options))
@@ -169,8 +168,6 @@ class Contract:
         lm.assert_same_weights(model, formula)
 
     def test_mixed_precision_trains_the_weights_of_the_formula(self) -> None:
-        if not self.can_round:
-            pytest.skip("its mixed precision needs a GPU")
         model, formula, exact = self.net(), self.net("rnn"), self.net("rnn")
         self.fit(exact)  # first, as the state of Accelerate keeps mixed precision beside Transformers 4
         self.fit(model, PATHS, rounded=True)

@@ -32,7 +32,7 @@ from torch.optim import SGD  # noqa: E402
 
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
-from tests.adapters.contract import BATCH, COEFFICIENTS, loss_of  # noqa: E402
+from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_holds_no_activations_after  # noqa: E402
 from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
@@ -81,6 +81,19 @@ def fail(*_: Any, **__: Any) -> None:
     raise ArithmeticError
 
 
+class Autocast(Callback):
+    """Runs forwards in bfloat16."""
+
+    _order = 1000
+
+    def on_batch_begin(self, **_: Any) -> None:
+        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast.__enter__()
+
+    def on_loss_begin(self, **_: Any) -> None:
+        self.autocast.__exit__(None, None, None)
+
+
 class TestContract(LearnerContract):
     """One process runs it for one release."""
 
@@ -88,17 +101,26 @@ class TestContract(LearnerContract):
     fuse = staticmethod(fuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("callbacks"))
-    can_round = False
 
     def learner_of(
         self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
     ) -> Any:
-        if accumulated > 1:
-            pytest.skip("its optimizer steps after each batch")
         loader = DataLoader([(x[0] if len(x) == 1 else x, target) for x, target in rows], size)
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
+
+    def fit(
+        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
+    ) -> dict[str, Any]:
+        if accumulated > 1 and OLD:
+            pytest.skip("its optimizer steps after each batch")
+
+        def skip(num_batch: int, **_: Any) -> Any:
+            return {"skip_step": True, "skip_zero": True} if (num_batch + 1) % accumulated else None
+
+        more = [at("on_backward_end", skip)] * (accumulated > 1) + [Autocast()] * rounded
+        return super().fit(model, options, fits=fits, cbs=[*cbs, *more])
 
     def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
         seen = []
@@ -108,9 +130,16 @@ class TestContract(LearnerContract):
     def at_batches(self, do: Callable[[], None]) -> Any:
         return at("on_batch_begin", lambda train, **_: do() if train else None, 1000)
 
+    def rolled(self) -> Any:
+        def roll(last_input: Any, last_target: Any, **_: Any) -> Any:
+            last_input, last_target = last_input.roll(1, 0), last_target.roll(1, 0)
+            return (last_input, last_target) if OLD else {"last_input": last_input, "last_target": last_target}
+
+        return at("on_batch_begin", roll, 0)
+
     def cut_off(self, learn: Any) -> None:
         with pytest.raises(ArithmeticError):
-            trained(learn, at("on_train_end", fail))
+            trained(learn, at("on_backward_end", fail, 1000), at("on_train_end", fail), lr=0.5)
 
     def exported(self, learn: Any) -> Any:
         if OLD:
@@ -129,6 +158,29 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
         learn.callbacks.insert(position, MixedPrecision(learn, 64.0, **({} if OLD else {"dynamic": False})))
         weights.append(trained(learn))
     assert gap(*weights) < 1e-5
+
+
+def test_a_validation_within_a_step_leaves_its_lr() -> None:
+    def look(**_: Any) -> None:
+        before = lrs_of(learn)
+        learn.validate()
+        learn.model.train()
+        seen.append((before, lrs_of(learn)))
+
+    seen, learn = list[Any](), fuse(learner())
+    learn.rnn_trainer.bptt, learn.rnn_trainer.adjust = 99, True
+    trained(learn, at("on_backward_end", look, 1000))
+    assert seen
+    assert all(before == after and before[0] < 5e-3 for before, after in seen)
+    assert lrs_of(learn)[0] == 5e-3
+
+
+def test_models_without_reset_are_not_reset_and_others_are_once_an_epoch() -> None:
+    learn = TestContract().learner_of(Net())
+    fuse(learn, **PATHS).fit(1)
+    learn.model.reset = mock.Mock()
+    learn.fit(2)
+    assert learn.model.reset.call_count == 2
 
 
 @pytest.mark.parametrize("adjust", [False, True])
@@ -154,7 +206,7 @@ def test_a_validation_leaves_no_hooks_and_a_fit_around_it_goes_on() -> None:
         learn.model.train()
 
     weights = []
-    for one in (learner(), fuse(learner(), dropout=True)):
+    for one in (learner(), fuse(learner())):
         learn = one
         learn.validate()
         assert hooks_of(learn.model) == 0

@@ -13,10 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastreg import FusedRNNDropout, fused_ar_tar
+from fastreg import fused_ar_tar
 from fastreg.adapter import Adapter
-from tests.adapters.contract import BATCHES, IDS, MASKS, TURNED, Contract, Net
-from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, gap, hooks_of, seeded, tokens
+from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net
+from tests.language_model import (
+    BATCH,
+    TIME,
+    VOCABULARY,
+    Model,
+    assert_other_weights,
+    assert_same_weights,
+    gap,
+    hooks_of,
+    seeded,
+    tokens,
+)
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
@@ -34,8 +45,6 @@ REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (None, {"output": len}, TypeError, r"rnn and dropout: expected .* got \[None\]"),
     (lambda now, _: vars(now).update(alpha=None, beta=None), {"rnn": "0"}, TypeError, "beside rnn, got none"),
     (subclass, {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
-    (lambda _, head: subclass(head.output_dp), {"dropout": True}, ValueError, "the RNNDropout of a .* with Mine$"),
-    (lambda _, head: delattr(head, "output_dp"), {"dropout": True}, ValueError, "got True for a .* with NoneType$"),
 ]
 
 
@@ -55,7 +64,27 @@ class Captures(Net):
         return (decoded, raw.transpose(0, 1), dropped.transpose(0, 1)) if self.time_first else (decoded, raw, dropped)
 
 
+class Chunks(Model):
+    """Runs its RNN over chunks, the last of which has one time step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Chunks, self).forward(part) for part in x.split(3, dim=1)], dim=1)
+
+
+class Frames(Model):
+    """Runs its RNN over frames of two samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.dropout(self.rnn(x.unflatten(1, (TIME, 2)).repeat(1, 1, 3))[0]))
+
+
 ROWS = [((ids,), -ids) for ids in IDS]  # the inputs, and the target
+# the model, its inputs, and the options of `fuse`; seven time steps count
+LENGTHS: list[tuple[Any, Any, dict[str, Any]]] = [
+    (Chunks, ROWS, PATHS),
+    (Net, ROWS, {"rnn": "turned", "batch_first": False}),  # the model turns the batch
+    (Frames, [((torch.rand(2 * TIME),), -ids) for ids in IDS], PATHS),
+]
 
 
 def assert_holds_no_activations_after(do: Callable[[], object], learn: Any) -> None:
@@ -83,7 +112,10 @@ class LearnerContract(Contract):
     lrs_of_steps: Callable[..., list[float]]  # trains a learner, and returns its rates in steps, and afterwards
     trained: Callable[..., Tensor]  # trains a learner for an epoch with more callbacks, and returns the weights
     at_batches: Callable[..., Any]  # makes a callback that calls a function before each training batch
-    cut_off: Callable[..., None]  # lets something end a fit that leaves hooks behind
+    cut_off: Callable[..., None]  # lets something end a fit within an optimizer step, so that the callback is not told
+    rolled: Callable[
+        ..., Any
+    ]  # makes a callback that rolls the inputs of each batch, after the regularizer has seen them
     exported: Callable[..., Any]  # exports a learner, and loads it
     callbacks: Callable[..., list[Any]]
 
@@ -109,14 +141,18 @@ class LearnerContract(Contract):
             learn.fit(1, 0.5, None, cbs)
         return {} if options is None else {x: getattr(self.regularizer(learn), x) for x in ("ar", "tar")}
 
-    @pytest.mark.parametrize("dropout", [False, True])
+    @pytest.fixture(params=[{}])
+    def options(self, request: pytest.FixtureRequest) -> dict[str, Any]:
+        """Return options of `fuse`."""
+        return request.param
+
     @pytest.mark.parametrize("coefficients", SCHEDULES)
-    def test_a_schedule_trains_the_stock_weights(self, coefficients: tuple[float, float], dropout: bool) -> None:
+    def test_a_schedule_trains_the_stock_weights(self, coefficients: tuple[float, float], options: Any) -> None:
         def schedule() -> None:
             terms.append((now.ar, now.tar))
             now.alpha, now.beta = coefficients
 
-        learn, terms = self.fuse(self.learner(), dropout=dropout), []
+        learn, terms = self.fuse(self.learner(), **options), []
         now, stock = self.regularizer(learn), self.stock_weights(*coefficients)
         assert gap(self.trained(learn, self.at_batches(schedule)), stock) < 1e-5
         assert all(gap(stock, self.stock_weights(*x)) > 1e-4 for x in SCHEDULES if x != coefficients)
@@ -125,18 +161,12 @@ class LearnerContract(Contract):
         assert all(ar > 0 and tar > 0 for ar, tar in others)  # without the last batch, which has one step in fastai 2
         assert now.ar > 0
 
-    def test_fuse_swaps_in_place_and_the_dropout_once_for_all_fits(self) -> None:
+    def test_fuse_swaps_in_place_and_its_last_arguments_count(self, options: Any) -> None:
         learn = self.learner()
-        learn.model.eval()
-        own = learn.model[1].output_dp
-        assert self.fuse(learn, dropout=True, valid=lambda x: x < 0) is learn
-        fused = learn.model[1].output_dp
-        assert isinstance(fused, FusedRNNDropout)
-        assert (fused.p, fused.alpha, fused.beta, fused.training) == (own.p, 0, 0, False)
-        now = self.regularizer(self.fuse(learn, dropout=True, valid=lambda x: x >= 0))  # the last arguments count
+        assert self.fuse(learn, **options, valid=lambda x: x < 0) is learn
+        now = self.regularizer(self.fuse(learn, **options, valid=lambda x: x >= 0))
         assert (isinstance(now, Adapter), now.alpha, now.beta) == (True, ALPHA, BETA)
         assert gap(self.trained(learn), self.stock_weights()) < 1e-5
-        assert learn.model[1].output_dp is fused
 
     @pytest.mark.parametrize("captured", [False, True])
     @pytest.mark.parametrize("time_first", [False, True])
@@ -152,35 +182,55 @@ class LearnerContract(Contract):
         assert scaled == [0.25] * BATCHES
         assert after == 0.5
 
-    @pytest.mark.parametrize("dropout", [False, True])
+    @pytest.mark.parametrize(("kind", "rows", "options"), LENGTHS)
+    def test_the_lr_follows_the_length_of_indices_and_otherwise_raw(self, kind: Any, rows: Any, options: Any) -> None:
+        learn = self.fuse(self.learner_of(kind(), rows=rows), **options)
+        now = self.regularizer(learn)
+        now.bptt, now.adjust = 2 * TIME, True
+        assert self.lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
+
+    def test_a_fit_after_one_that_was_cut_off_has_its_own_lr(self) -> None:
+        learn = self.fuse(self.learner_of(Net()), **PATHS)
+        now = self.regularizer(learn)
+        now.bptt, now.adjust = 2 * TIME, True
+        self.cut_off(learn)
+        assert self.lrs_of_steps(learn, 2.0) == [1.0] * BATCHES + [2.0]
+
+    def test_masks_are_of_the_inputs_that_the_model_gets(self) -> None:
+        model, formula, without = seeded(Captures), self.net("rnn", masks=MASKS), self.net("rnn", masks=MASKS)
+        self.fit(model, MASKS, cbs=[self.rolled()])
+        self.fit(formula, cbs=[self.rolled()])
+        self.fit(without)
+        assert_same_weights(model, formula)
+        assert_other_weights(without, formula)
+
     @pytest.mark.parametrize("what", ["fit", "validate"])
-    def test_no_activations_are_held(self, what: str, dropout: bool) -> None:
-        learn = self.fuse(self.learner(), dropout=dropout)
+    def test_no_activations_are_held(self, what: str, options: Any) -> None:
+        learn = self.fuse(self.learner(), **options)
         assert_holds_no_activations_after(partial(learn.fit, 1) if what == "fit" else learn.validate, learn)
 
     @pytest.mark.parametrize("then", ["the next fit", "fuse", "another model"])
-    def test_a_fit_after_one_that_was_cut_off_trains_the_stock_weights(self, then: str) -> None:
-        learn, other = self.fuse(self.learner(), dropout=True), self.learner()
+    def test_a_fit_after_one_that_was_cut_off_trains_the_stock_weights(self, then: str, options: Any) -> None:
+        learn, other = self.fuse(self.learner(), **options), self.learner()
         for one in (learn, other):
             self.cut_off(one)
-        assert hooks_of(learn.model) > 0
         if then == "fuse":
-            self.fuse(learn, dropout=True)
+            self.fuse(learn, **options)
             assert hooks_of(learn.model) == 0
         learn.model.load_state_dict(other.model.state_dict())
         for one in (learn, other):
             one.model.zero_grad()
             if then == "another model":
-                new = self.learner() if one is other else self.fuse(self.learner(), dropout=True)
+                new = self.learner() if one is other else self.fuse(self.learner(), **options)
                 one.model, one.opt = new.model, None
                 one.layer_groups = getattr(new, "layer_groups", None)  # fastai 1 makes the optimizer of these layers
         assert gap(self.trained(learn), self.trained(other)) < 1e-5
 
-    def test_exports_regularize_again_after_fuse(self) -> None:
-        learn = self.fuse(self.learner(), dropout=True)
+    def test_exports_regularize_again_after_fuse(self, options: Any) -> None:
+        learn = self.fuse(self.learner(), **options)
         self.trained(learn)
         again = self.exported(learn)
-        now = self.regularizer(self.fuse(again, dropout=True))
+        now = self.regularizer(self.fuse(again, **options))
         assert (isinstance(now, Adapter), now.alpha, now.beta) == (True, ALPHA, BETA)
         assert isinstance(self.regularizer(learn), Adapter)
         assert hooks_of(again.model) == 0
@@ -214,7 +264,7 @@ class LearnerContract(Contract):
             valid = (ids != 1)[:, 5 - steps :]
             if layout:
                 ids, raw, valid = ids.T, raw.transpose(0, 1), valid.T
-            now.batch = [ids]
+            now.batch = learn.xb = [ids]  # version 2 asks the learner
             now.capture((torch.zeros(2, steps, 9), raw, raw))
             want = fused_ar_tar(raw, raw, ALPHA, BETA, valid=valid, **layout)
             torch.testing.assert_close(now.regularizer.on_backward_begin(torch.zeros(())), want)

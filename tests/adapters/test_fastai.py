@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.measure.timing import threads
+from fastreg import FusedRNNDropout
 from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, loss_of
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract
 from tests.conftest import skip_without, without
@@ -30,6 +31,9 @@ with warnings.catch_warnings():
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
 SMALL = {"emb_sz": 24, "n_hid": 32, "n_layers": 2}
+
+
+class Mine(fa.RNNDropout): ...
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +97,19 @@ def interrupt(_learn: Any) -> None:
     raise KeyboardInterrupt
 
 
+class Autocast(fa.Callback):
+    """Runs forwards and losses in bfloat16, as `MixedPrecision` does on a GPU."""
+
+    order = fa.MixedPrecision.order
+
+    def before_batch(self) -> None:
+        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast.__enter__()
+
+    def after_loss(self) -> None:
+        self.autocast.__exit__(None, None, None)
+
+
 class TestContract(LearnerContract):
     """fastai's loop calls no `after_fit` after an error, so that hooks stay after a fit that was cut off."""
 
@@ -100,7 +117,14 @@ class TestContract(LearnerContract):
     fuse = staticmethod(fuse)
     learner, trained = staticmethod(learner), staticmethod(trained)
     callbacks = staticmethod(attrgetter("cbs"))
-    cleans_up = can_round = False
+    cleans_up = False
+
+    @pytest.fixture(params=[{}, {"dropout": True}])
+    def options(self, request: pytest.FixtureRequest) -> dict[str, Any]:
+        return request.param
+
+    def fit(self, *args: Any, rounded: bool = False, cbs: Any = (), **options: Any) -> dict[str, Any]:
+        return super().fit(*args, cbs=[*cbs, *[Autocast()] * rounded], **options)
 
     def learner_of(
         self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
@@ -125,11 +149,12 @@ class TestContract(LearnerContract):
     def at_batches(self, do: Callable[[], object]) -> Any:
         return on("before_batch", lambda _: do())
 
+    def rolled(self) -> Any:
+        return on("before_batch", lambda learn: vars(learn).update(xb=(learn.x.roll(1, 0),), yb=(learn.y.roll(1, 0),)))
+
     def cut_off(self, learn: Any) -> None:
-        learn.rnn_regularizer.bptt = 20
         with pytest.raises(KeyboardInterrupt):
             trained(learn, on("before_step", interrupt), lr=0.5)
-        learn.rnn_regularizer.bptt = None
 
     def exported(self, learn: Any) -> Any:
         learn.export("learner.pkl")
@@ -211,6 +236,56 @@ def test_fuse_keeps_where_the_callback_runs() -> None:
     learn = learner()
     learn.rnn_regularizer.run_train = False
     assert gap(trained(fuse(learn)), TestContract.stock_weights(0.0, 0.0)) < 1e-5
+
+
+CANCELS = [fa.CancelStepException, fa.CancelBatchException, fa.CancelTrainException, fa.CancelEpochException]
+
+
+@pytest.mark.parametrize("cancels", CANCELS)
+def test_each_step_has_its_own_lr_whatever_is_cancelled_and_nothing_else_sees_it(cancels: Any) -> None:
+    def look(learn: Any) -> None:
+        seen.append(learn.opt.hypers[0]["lr"])
+        if len(seen) == 2:
+            raise cancels
+
+    def check(learn: Any) -> None:
+        others.append(learn.opt.hypers[0]["lr"])
+        learn.opt.set_hypers(lr=0.5)  # as a scheduler does
+
+    seen, others, learn = list[float](), list[float](), with_paths()
+    learn.rnn_regularizer.bptt = 32
+    looks = [on(event, check, order=2) for event in ("before_batch", "after_epoch")]
+    trained(learn, on("before_step", look), fa.ShortEpochCallback(0.3), *looks, epochs=3, lr=0.5)
+    assert len(seen) >= 3
+    assert {*seen} == {0.25}
+    assert {*others} == {0.5}
+
+
+def test_fuse_swaps_the_dropout_once_for_all_fits() -> None:
+    learn = learner()
+    learn.model.eval()
+    own = learn.model[1].output_dp
+    fused = fuse(learn, dropout=True).model[1].output_dp
+    assert (type(own), own.p, False) == (fa.RNNDropout, fused.p, fused.training)
+    assert (type(fused).__base__, fused.alpha, fused.beta) == (FusedRNNDropout, 0, 0)
+    trained(fuse(learn, dropout=True))
+    assert learn.model[1].output_dp is fused
+
+
+NO_DROPOUT = [
+    (lambda head: setattr(head.output_dp, "__class__", Mine), "the RNNDropout of a .* with Mine$"),
+    (lambda head: delattr(head, "output_dp"), "got True for a .* with NoneType$"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), NO_DROPOUT)
+def test_fuse_swaps_nothing_if_the_model_lacks_the_dropout(change: Any, message: str) -> None:
+    learn = learner()
+    change(learn.model[1])
+    parts = [*learn.cbs, *learn.model.modules()]
+    with pytest.raises(ValueError, match=message):
+        fuse(learn, dropout=True)
+    assert all(a is b for a, b in zip([*learn.cbs, *learn.model.modules()], parts, strict=True))
 
 
 # the callbacks of two learners; the first one is trained

@@ -189,6 +189,41 @@ def test_the_search_for_a_learning_rate_has_the_penalty(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1])
 
 
+class FineTune(pl.callbacks.LearningRateFinder):
+    """Searches for a learning rate within the second epoch of a fit, as Lightning's documentation shows."""
+
+    def __init__(self) -> None:
+        super().__init__(num_training_steps=3, update_attr=False)
+
+    def on_fit_start(self, *_: Any) -> None: ...
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, module)
+
+
+def test_a_search_within_a_fit_has_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
+    search, options = FineTune(), {"max_epochs": 3, "default_root_dir": tmp_path}
+    terms, logged, _ = fit_both(callback(), others=[search], **options)
+    assert search.optimal_lr.results["loss"]
+    assert_means(logged, terms[-6:])
+
+
+@pytest.mark.parametrize("fails", [(torch.optim, "SGD"), (torch.nn.Linear, "forward")])  # before the loop, and in it
+@pytest.mark.parametrize("removed", [False, True])
+def test_after_a_fit_that_raises_a_trainer_has_the_penalty_of_its_callbacks(fails: Any, removed: bool) -> None:
+    module, formula = lm.seeded(Module), lm.seeded(Module, *["rnn"] * (not removed))
+    trainer = trainer_of(callback())
+    with mock.patch.object(*fails, side_effect=ArithmeticError), pytest.raises(ArithmeticError):
+        trainer.fit(module, loader())
+    trainer.callbacks = [x for x in trainer.callbacks if not (removed and isinstance(x, ActivationRegularization))]
+    module.load_state_dict(formula.state_dict())
+    torch.manual_seed(0)
+    trainer.fit(module, loader())
+    fit(formula)
+    assert_same_weights(module, formula)
+
+
 def test_the_wrapper_of_another_callback_is_wrapped_and_put_back() -> None:
     module, formula, own = lm.seeded(Module), lm.seeded(Module, "rnn"), callback(alpha=2 * ALPHA, beta=2 * BETA)
     for one, callbacks in ((module, [own]), (formula, [])):

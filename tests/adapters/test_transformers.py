@@ -104,6 +104,12 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
         {"data": MASKED},
         {"rnn": "turned", "dropout": None, "batch_first": False},
     ),
+    "the attention mask of a module whose axis of time is the third from the end": (
+        Masked(),
+        Masked("turned", masks={"valid": turned(valid)}),
+        {"data": MASKED},
+        {"rnn": "turned", "dropout": None, "time_dim": -3},
+    ),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
     "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
     "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
@@ -223,6 +229,19 @@ def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
         fit(Masked(), data=longer)
     with pytest.raises(ValueError, match=r"^valid: .* \(3, 20\)$"):
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
+
+
+def test_an_argument_of_the_base_class_may_have_nearly_the_name_of_one_of_the_adapter() -> None:
+    class Own(transformers.Trainer):
+        def __init__(self, *args: Any, outputs: str = "", **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.given = outputs
+
+    assert trainer_of(Net(), both(RegularizedTrainer, Own), outputs="here").given == "here"
+    with pytest.raises(TypeError, match=r"Both: expected dropout, got an argument with the name 'drop_out'$"):
+        trainer_of(Net(), both(RegularizedTrainer, Own), drop_out="dropout")
+    with pytest.raises(TypeError, match=r"expected output, got an argument with the name 'outputs'$"):
+        trainer_of(Net(), outputs="here")
 
 
 def test_a_trainer_that_is_made_wrongly_says_why() -> None:

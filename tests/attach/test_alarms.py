@@ -80,7 +80,6 @@ class Model(Attached):
 # Steps that lose each penalty of the LSTM
 LOSING: dict[str, Callable[[Model], None]] = {
     "forgotten": Model.forgotten,
-    "forgotten without the dropout": lambda m: m.rnn(inputs())[0].sum().backward(),
     "forgotten and attached anew": Model.forgotten_and_attached_anew,
     "forgotten, and the losses kept": Model.forgotten_and_the_losses_kept,
     "forgotten in a GAN that freezes its generator": Model.forgotten_in_a_gan_that_freezes_its_generator,
@@ -110,7 +109,7 @@ def test_a_lost_penalty_is_warned_of_once(step: str, rights: int, alpha: float, 
     found = alarms(lambda: LOSING[step](m)).items()  # a FusedRNNDropout behind a copy warns, too
     ((at, message),) = [(at, x) for at, x in found if x.startswith("attach: no penalty got a gradient in 1")]
     assert LIMIT - 10 <= at <= LIMIT + 12
-    assert "runs of the attached LSTM" in message
+    assert "backwards through the attached LSTM" in message
     assert "loss = regularizer.on_backward_begin(loss)" in message
 
 
@@ -135,7 +134,7 @@ def test_a_penalty_that_is_lost_beside_another_module_is_warned_of_once(step: st
     m = Model(nn.LSTM, PLAIN)
     ((at, message),) = alarms(lambda: BESIDE[step](m)).items()
     assert LIMIT - 10 <= at <= LIMIT + 12
-    assert "of the attached LSTM, or losses without a call of it" in message
+    assert "through the attached LSTM, or losses without it" in message
     assert "train() on it, or remove() the handle" in message
 
 
@@ -168,6 +167,17 @@ class Right(Model):
     def checkpointed_windows_in_one_backward(self) -> None:
         losses = [cp(lambda x: self(x).loss, inputs()) for _ in range(130)]
         self.regularized(torch.stack(losses).sum())
+
+    def acting_forwards(self) -> None:
+        for _ in range(130):
+            self.loss()
+        self.right()
+
+    def derivatives_of_each_output(self) -> None:
+        out = self(inputs()).dropped.flatten()
+        for x in (out * out.detach()).tile(2)[:130]:
+            torch.autograd.grad(x, [*self.rnn.parameters()], retain_graph=True)
+        self.right()
 
     def losses_without_a_gradient(self) -> None:
         assert self.reg.on_backward_begin(torch.zeros(())) == 0
@@ -224,7 +234,9 @@ class Right(Model):
 
 
 LONG = ["windows_in_one_backward", "checkpointed_windows_in_one_backward", "penalties_in_one_backward"]
-OFTEN = dict.fromkeys([*LONG, "evaluations", "gradual_unfreezing"], 2) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
+OFTEN = dict.fromkeys(
+    [*LONG, "evaluations", "gradual_unfreezing", "acting_forwards", "derivatives_of_each_output"], 2
+) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
 
 
 @each_dropout

@@ -58,7 +58,7 @@ def test_the_layout_of_a_module_is_taken_and_shown(said: str, dropout: Any, devi
     module, reg, x = make().to(device), lm.regularizer(), torch.randn(shape, device=device)
     layout: Any = {"batch_first": getattr(module, "batch_first", None)} | options
     layout = {name: layout.get(name) for name in ("batch_first", "time_dim")} if dropout is FUSED else {}
-    after = nn.Identity() if dropout is None else dropout(0.4, **layout)
+    after = nn.Identity() if dropout is None else lm.dropout_of(dropout, **layout)
     handle = reg.attach(module, dropout and after, **options)
     said = said if dropout is None else said.replace(":", f" -> {dropout.__name__}:", 1)
     label, own = said.partition(":")[0], "RNNRegularizer(alpha=2.0, beta=1.0, layers=None)"
@@ -199,7 +199,7 @@ def test_outputs_that_share_memory_are_not_changed_in_place(what: int, dropout: 
     model = Attached(lm.Returning(lambda hidden: (raw := 2 * hidden, raw[:, -1])), dropout)
     result = model.rnn(lm.inputs())
     with pytest.raises(RuntimeError, match=AT_ONCE if dropout is None or what > 0 else IN_PLACE):
-        (result[what].mul_(2), model.dropout(result[0]))
+        (result[what].mul_(2), model.reg.on_backward_begin(model.dropout(result[0]).sum()).backward())
 
 
 @lm.each_dropout
@@ -328,7 +328,7 @@ def test_wrong_steps_are_refused(case: str) -> None:
 def test_a_block_that_returns_its_input_counts_like_any_other(dropouts: Any, given: str) -> None:
     """Stochastic depth skips a block at random; the block before it is attached, too."""
     model, block = Attached(nn.LSTM, dropouts[0]), nn.Identity()
-    after = dropouts[1] and dropouts[1](0.4)
+    after = dropouts[1] and lm.dropout_of(dropouts[1])
     model.reg.attach(block, after, batch_first=True)
     first = model(lm.inputs())
     raw = block(getattr(first, given))
@@ -459,7 +459,7 @@ def test_a_compiled_module_is_attached_through_the_module_inside(dropout: Any) -
 def test_a_saved_model_loads_without_fastreg(dropout: Any, tmp_path: Path) -> None:
     """A hook on the loaded model, in a new process, whose ids of hooks start anew, gets an id that is free."""
     rnn, reg, seen = nn.LSTM(4, 5, batch_first=True), lm.regularizer(), []
-    reg.attach(rnn, dropout and dropout(0.3))
+    reg.attach(rnn, dropout and lm.dropout_of(dropout))
     rnn(torch.zeros(2, 3, 4))
     before = RemovableHandle.next_id
     for model in (nn.Sequential(rnn), rnn):
@@ -495,13 +495,28 @@ GRU, TIME_FIRST = nn.GRU(1, 1, batch_first=True), nn.LSTM(1, 1)
 REJECTED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "module": ("lstm", {}, TypeError, "module: expected an nn.Module, got str"),
     "dropout": (GRU, {"dropout": 0.5}, TypeError, "dropout: expected an nn.Module, got float"),
-    "derived": (GRU, {"dropout": Derived()}, TypeError, "dropout: expected the forward of FusedRNNDropout.* Derived"),
+    "derived": (
+        GRU,
+        {"dropout": Derived(0.4, 0, 0)},
+        TypeError,
+        "dropout: expected the forward of FusedRNNDropout.* Derived",
+    ),
     "no layout": (LINEAR, {}, ValueError, "batch_first: expected True .* as the Linear does not have it, got None"),
     "layout inside": (nn.Sequential(TIME_FIRST), {}, ValueError, "expected True .* like the LSTM inside it, got None"),
     "other axis": (TIME_FIRST, {"time_dim": 1}, ValueError, "time_dim: expected None, as the LSTM .*=False, got 1"),
     "other layout": (TIME_FIRST, {"batch_first": True}, ValueError, "batch_first: .* False, as the LSTM has it, or"),
-    "fused": (TIME_FIRST, {"dropout": FUSED()}, ValueError, "with batch_first=False, as the LSTM .* got batch_first=T"),
-    "fused axis": (LINEAR, {"dropout": FUSED(time_dim=1)} | AXIS, ValueError, "with time_dim=2.*, got time_dim=1"),
+    "fused": (
+        TIME_FIRST,
+        {"dropout": FUSED(0.4, 0, 0)},
+        ValueError,
+        "with batch_first=False, as the LSTM .* got batch_first=T",
+    ),
+    "fused axis": (
+        LINEAR,
+        {"dropout": FUSED(0.4, 0, 0, time_dim=1)} | AXIS,
+        ValueError,
+        "with time_dim=2.*, got time_dim=1",
+    ),
 }
 
 

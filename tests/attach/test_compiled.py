@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fastreg import fused_ar_tar
 from tests import language_model as lm
 from tests.conftest import more
-from tests.language_model import ALPHA, FUSED, PLAIN, Attached
+from tests.language_model import ALPHA, BETA, FUSED, PLAIN, STARTS, VALID, Attached
 from tests.random_training import Play
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
@@ -55,6 +56,17 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
         reg.on_backward_begin(lm.criterion(run(lm.tokens()), lm.tokens())).backward()
         compilations.append(counter.frame_count)
     assert 0 < compilations[0] <= compilations[1] == compilations[2]
+
+
+@pytest.mark.parametrize("coefficients", [None, (0.5, 3.0)])
+def test_masks_and_coefficients_count_in_compiled_code(coefficients: Any) -> None:
+    model, own = Attached(nn.GRU, FUSED, valid=lambda *_: VALID, starts=lambda *_: STARTS), ~VALID
+    model.begin = lambda x, _: (raw := model.rnn(x)[0], model.dropout(raw, None, own, coefficients=coefficients), None)
+    for run in (model, torch.compile(model, backend="eager")):
+        raw, dropped, _, loss = run(lm.inputs())
+        want = fused_ar_tar(raw, dropped, *(coefficients or (ALPHA, BETA)), valid=own, starts=STARTS)
+        lm.check_gradients(model, model.reg.on_backward_begin(loss), loss + want)
+        assert model.dropout.take() is None
 
 
 # The seeds have all dropouts and masks, shared or not; from 100 on nets are compiled.

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastreg
 from fastreg import ARTAR, RNNRegularizer, fused_ar_tar
+from fastreg.attach.regularizer import reset_of
 from tests import language_model as lm
 from tests.language_model import ALPHA, BATCH, BETA, HIDDEN, STARTS, TIME, VALID
 
@@ -80,6 +81,40 @@ def test_captures_take_layouts_and_steps_as_the_call_does(
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_captures_move_coefficients_and_layers_to_the_device(layers: Any) -> None:
+    """The meta device stands for a GPU."""
+    reg = RNNRegularizer(torch.tensor(ALPHA), torch.tensor(BETA), layers=layers)
+    raw = [torch.randn(BATCH, TIME, HIDDEN, device=name, requires_grad=True) for name in ("cpu", "meta")]
+    reg.on_loss_begin((raw[0], raw, raw), valid=VALID)
+    total = reg.on_backward_begin(torch.zeros((), device="meta"))
+    assert total.device.type == "meta"
+    (gradient,) = torch.autograd.grad(total, raw[1])
+    assert gradient.shape == raw[1].shape
+
+
+def test_time_steps_are_those_of_the_longest_run_of_the_last_step() -> None:
+    model, reg = lm.Attached(nn.LSTM, nn.Dropout), lm.regularizer()
+    assert model.reg.time_steps == reg.time_steps == 0
+    with torch.no_grad():
+        model.reg.on_backward_begin(model(lm.inputs()).loss)  # takes no penalty
+    assert model.reg.time_steps == 0
+    for lengths in ([4], [2, 5, 3], [1]):
+        losses = [model(lm.inputs()[:, :length]).loss for length in lengths]
+        model(lm.inputs())  # belongs to no loss
+        model.reg.on_backward_begin(torch.stack(losses).sum())
+        assert model.reg.time_steps == max(lengths)
+    packed = pack_padded_sequence(lm.inputs().requires_grad_(), torch.tensor([6, 4, 2]), batch_first=True)
+    for raw, axis, steps in (
+        (packed, {}, 6),
+        (packed.data, {"time_dim": 0}, 12),
+        ([lm.inputs().requires_grad_()], {}, TIME),
+    ):
+        reg.on_loss_begin((0, raw, raw), **axis)
+        lm.penalty_of(reg)
+        assert reg.time_steps == steps
+
+
 # Decoded of any number of classes, with an axis for them or flattened; of one sequence; of as many as time steps.
 CLEAR = [(BATCH, TIME, size) for size in [(BATCH * TIME, 11), (BATCH * TIME,), (BATCH, TIME, 11), (BATCH, TIME, TIME)]]
 CLEAR += [(1, TIME, (TIME, 2)), (TIME, TIME, (TIME, 2)), (TIME, TIME, (TIME, 2, TIME))]
@@ -120,12 +155,18 @@ def test_copies_hold_no_capture(by_hooks: bool, duplicate: Callable[[Any], Any])
     torch.testing.assert_close(lm.penalty_of(reg, decoded), lm.formula(raw, dropped, 1))
 
 
-def test_on_epoch_begin_resets() -> None:
-    resets = list[None]()
+def test_on_epoch_begin_resets_a_model_that_can_be_reset() -> None:
+    resets, reg = list[None](), lm.regularizer()
     model = SimpleNamespace(reset=lambda: resets.append(None))
+    for one in (model, SimpleNamespace(module=model)):  # as DistributedDataParallel hides a model
+        assert reset_of(one) is model.reset
+        reg.on_epoch_begin(one)
+    assert len(resets) == 2
     others = [nn.Linear(1, 1), *(SimpleNamespace(reset=x) for x in (nn.Linear(1, 1), lambda env: resets.append(env)))]
-    for one in (model, SimpleNamespace(module=model), *others):  # as DistributedDataParallel hides a model
-        lm.regularizer().on_epoch_begin(one)
+    for one in others:
+        assert reset_of(one) is None
+        with pytest.raises(TypeError, match=rf"reset\(\) .* got {type(one).__name__}; .* or call clear\(\)"):
+            reg.on_epoch_begin(one)
     assert len(resets) == 2
 
 

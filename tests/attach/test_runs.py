@@ -55,6 +55,23 @@ class Model(Attached):
         self.eval()(x)
         return frozen(self)(x).loss
 
+    def in_evaluation_beside_another(self, x: Tensor) -> Tensor:
+        loss = self.eval()(x).loss
+        self.reg.attach(lm.gru())
+        return loss
+
+    def frozen_beside_a_run(self, x: Tensor) -> Tensor:
+        self.reg.attach(other := lm.gru())
+        self.kept = other(x)
+        return frozen(self)(x).loss
+
+    def copied_after_steps_beside_a_frozen_one(self, x: Tensor) -> Tensor:
+        self.reg.attach(other := lm.gru().requires_grad_(False))
+        for _ in range(3):
+            other(x)
+            self.reg.on_backward_begin(self(x).loss).backward()
+        return deepcopy(self)(x).loss
+
     def trained_before_frozen(self, x: Tensor) -> Tensor:
         self.reg.attach(other := lm.gru().requires_grad_(False))
         kept, _ = other(x)
@@ -71,32 +88,33 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "frozen": lambda m, x: frozen(m)(x).loss,
         "frozen, in evaluation beside another": Model.frozen_in_evaluation_beside_another,
         "frozen, the second loss": lambda m, x: frozen(m).second_loss(x),
-        "the loss of a frozen encoder after that of a trained one": Model.trained_before_frozen,
         "no gradients": lambda m, x: no_grad(m)(x).loss,
         "no gradients beside a run": lambda m, x: no_grad(m.after_a_run())(x).loss,
         "a loss that needs no gradient": lambda m, x: m.head(x).sum().detach(),
     },
-    "1 calls in training mode, 0 of them without gradients, and 0 runs": {
+    "ran, but this loss does not depend on its output": {
         "dropped is detached": lambda m, x: m.head(m(x).dropped.detach()).sum(),
+        "a loss of a frozen module, and a run is left": lambda m, x: frozen(m.after_a_run())(x).loss,
     },
-    "1 calls in training mode, 0 of them without gradients, and 1 runs": {
+    "gave its penalty to a loss, or it was cleared": {
         "cleared": Model.cleared,
-    },
-    "1 calls in training mode, 0 of them without gradients, and [01] runs": {  # raw has a mark if there is no dropout
         "cleared before its dropout": Model.cleared_before_its_dropout,
+        "the second loss": Model.second_loss,
+        "the loss of a frozen encoder after that of a trained one": Model.trained_before_frozen,
+        "a copy is called after steps beside a frozen module": Model.copied_after_steps_beside_a_frozen_one,
     },
-    "1 calls in training mode, 1 of them without gradients, and 0 runs": {
+    "ran without gradients": {
         "raw has no gradient": lambda m, x: m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum(),
         "a reentrant checkpoint": reentrant,
         "a transform of torch.func": lambda m, x: m.head(x).sum() * torch.func.grad(lambda y: m(y).loss)(x).sum(),
     },
-    "2 calls in training mode, 0 of them without gradients, and 0 runs": {
-        "a loss of a frozen module, and a run is left": lambda m, x: frozen(m.after_a_run())(x).loss,
+    "returned an output that needs no gradient; the GRU ran, but this loss does not": {
+        "frozen beside a run that is left": Model.frozen_beside_a_run,
     },
-    "0 calls in training mode, 0 of them without gradients, and 1 runs": {
-        "the second loss": Model.second_loss,
+    "ran in evaluation mode; the GRU was not called": {
+        "in evaluation beside another": Model.in_evaluation_beside_another,
     },
-    "0 calls in training mode, 0 of them without gradients, and 0 runs": {
+    "was not called": {
         "nothing is called": lambda m, x: m.head(x).sum(),
         "forward is called": lambda m, x: m.head(m.rnn.forward(x)[0]).sum(),
         "a copy is called after a validation": lambda m, x: deepcopy(m.after_a_validation())(x).loss,
@@ -118,7 +136,7 @@ def test_a_loss_without_a_penalty_is_returned_itself(case: str, name: str, dropo
     loss, before = STEPS[case][name](m, x), m.reg.ar
     assert m.reg.on_backward_begin(loss) is loss
     assert m.reg.take(loss) is None
-    assert m.reg.ar is before  # an evaluation changes no term
+    assert m.reg.ar == before  # an evaluation changes no term
     m.rnn.requires_grad_(True)
     m.check(m.train()(x))
 
@@ -129,12 +147,12 @@ def test_a_loss_that_misses_its_runs_is_the_one_error(case: str, name: str, drop
     m, x = Model(nn.LSTM, dropout), lm.inputs()
     loss = STEPS[case][name](m, x)
     with pytest.raises(
-        RuntimeError, match=f"nothing was captured: .* attached LSTM .*{case} of this loss are taken"
+        RuntimeError, match=f"nothing was captured: .* Since the last penalty the LSTM {case}"
     ) as caught:
         m.reg.on_backward_begin(loss)
     assert [remedy for remedy in REMEDIES if remedy not in str(caught.value)] == []
     m.rnn.requires_grad_(True)
-    m.check(m(x))  # the next step is right
+    m.check(m.train()(x))  # the next step is right
 
 
 @each_dropout

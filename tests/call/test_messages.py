@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from contextlib import nullcontext
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,7 +119,6 @@ OF_DROPOUT: list[Any] = [
     ("mask: .* requires no gradient", ValueError, {"mask": X.clone().requires_grad_()}),
 ]
 OF_MODULE: list[Any] = [
-    ("ar_of: .* 'dropped' or 'raw'", ValueError, {"ar_of": "out"}),
     ("alpha: ", ValueError, {"alpha": -1.0}),
     ("beta: ", ValueError, {"beta": -1.0}),
     ("batch_first and time_dim: ", ValueError, {"batch_first": True, "time_dim": 1}),
@@ -136,7 +134,7 @@ OF_VIEW: list[Any] = [
 BAD: dict[Any, tuple[list[Any], dict[str, Any]]] = {  # and the arguments that are right
     fused_ar_tar: (OF_BOTH + OF_PENALTY, {"raw": X, "alpha": 2.0, "beta": 1.0}),
     fused_dropout_ar_tar: (OF_BOTH + OF_DROPOUT, {"raw": X, "p": 0.5, "alpha": 2.0, "beta": 1.0}),
-    FusedRNNDropout: (OF_MODULE, {}),
+    FusedRNNDropout: (OF_MODULE, {"p": 0.5, "alpha": 2.0, "beta": 1.0}),
     with_penalty: (OF_VIEW, {"x": X, "penalty": X.sum()}),  # also without a gradient, which would give x itself
 }
 
@@ -214,10 +212,9 @@ def test_a_triton_that_is_installed_is_used() -> None:
     assert backends.TRITON is not None or find_spec("triton") is None
 
 
-# Mistakes of newcomers: a dropout without coefficients, and a penalty that nobody takes
+# Mistakes of newcomers: a penalty that nobody takes
 
-NO_PENALTY = r"there is no penalty, .* FusedRNNDropout\(p, alpha=2\.0, .*attach\(rnn, .*\(p, 0, 0\)"
-UNTAKEN = r"the penalty of the last forward in training is discarded, .* add the penalty of take\(\)"
+UNTAKEN = r"^FusedRNNDropout: the penalty of the last forward in training is discarded, .* add the penalty of take\(\)"
 ONES_AND_ZEROS = [(1.0, 0.0), (0.0, 1.0), (tensor(1.0), 0.0)]
 
 
@@ -226,33 +223,27 @@ def own() -> Tensor:
     return nn.Linear(HIDDEN, HIDDEN)(lm.inputs())
 
 
-@pytest.mark.parametrize(
-    ("coefficients", "message"), [((), NO_PENALTY), *[(one, UNTAKEN) for one in ONES_AND_ZEROS]], ids=str
-)
-def test_a_step_after_a_penalty_that_was_not_taken_warns_once_and_so_does_a_copy(
-    coefficients: Any, message: str
-) -> None:
-    dropout = FusedRNNDropout(0.3, *coefficients)
+@pytest.mark.parametrize("by", ["the module", "the forward"])
+@pytest.mark.parametrize("coefficients", ONES_AND_ZEROS, ids=str)
+def test_a_step_after_a_penalty_that_was_not_taken_warns_once_and_so_does_a_copy(coefficients: Any, by: str) -> None:
+    dropout = FusedRNNDropout(0.3, *(coefficients if by == "the module" else (0, 0)))
+    options = {"coefficients": coefficients} if by == "the forward" else {}
     for duplicate, trains in ((copy.copy, True), (copy.deepcopy, False), (lm.pickled, True)):
-        dropout(own())  # before the module is attached, maybe
-        with pytest.warns(UserWarning, match=f"^FusedRNNDropout: {message}") as caught:
+        dropout(own(), **options)  # before the module is attached, maybe
+        with pytest.warns(UserWarning, match=UNTAKEN) as caught:
             dropout.train(trains)(own())
         assert [warning.filename for warning in caught] == [__file__]
         for _ in range(2):
-            dropout.train()(own())
-        dropout, last = duplicate(dropout), dropout  # without the penalty of the last forward
-        with nullcontext() if coefficients else pytest.raises(RuntimeError, match=f"^FusedRNNDropout: {NO_PENALTY}"):
-            last.take()
+            dropout.train()(own(), **options)
+        dropout = duplicate(dropout)  # without the penalty of the last forward
 
 
-def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_attached_is_no_mistake() -> None:
-    for coefficients in ({"alpha": 0, "beta": 0.0}, {"alpha": 0}, {"beta": 0}):
-        dropout = FusedRNNDropout(0.3, **coefficients)
-        for _ in range(3):
+def test_a_dropout_whose_coefficients_are_0_or_that_samples_or_is_evaluated_or_attached_is_no_mistake() -> None:
+    rnn = lm.gru()
+    for dropout in (FusedRNNDropout(0.3, 0, 0), FusedRNNDropout(0.3, ALPHA, BETA)):
+        for _ in range(3 if dropout.alpha == 0 else 1):
             dropout(own())
         dropout.take()
-    rnn = lm.gru()
-    for dropout in (FusedRNNDropout(0.3, ALPHA, BETA), FusedRNNDropout(0.3)):
         for _ in range(2):
             with torch.no_grad():
                 lm.run(rnn, dropout)
@@ -265,15 +256,15 @@ def test_a_dropout_that_has_a_coefficient_of_0_or_samples_or_is_evaluated_or_att
                 lm.run(rnn, dropout)
 
 
-def test_a_schedule_may_set_a_coefficient_and_none_beside_a_number_is_0() -> None:
-    dropout, raw = FusedRNNDropout(0.3, beta=BETA), own()
-    assert (dropout.alpha, dropout.beta) == (0.0, BETA)
-    assert str(dropout) == f"FusedRNNDropout(p=0.3, alpha=0.0, beta={BETA})"
-    assert str(FusedRNNDropout(0.3)) == "FusedRNNDropout(p=0.3)"
-    dropout = FusedRNNDropout(0.3)
-    dropout.alpha = ALPHA
-    dropped, taken = dropout(raw), dropout.take()
-    torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, ALPHA, 0.0))
+def test_a_schedule_may_set_a_coefficient_also_to_0() -> None:
+    dropout, raw = FusedRNNDropout(0.3, 0, 0), own()
+    assert str(dropout) == "FusedRNNDropout(p=0.3, alpha=0.0, beta=0.0)"
+    for alpha in (ALPHA, 0.0):
+        dropout.alpha = alpha
+        dropped, taken = dropout(raw), dropout.take()
+        torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, alpha, 0.0))
+        assert taken is not None
+        assert taken.ar > 0
 
 
 # Mistakes of newcomers: activations that are given to a regularizer
@@ -297,7 +288,7 @@ def test_a_capture_that_the_next_one_discards_warns_once_and_so_does_a_copy() ->
         reg = duplicate(reg)
         capture(reg, own())
     reg = RNNRegularizer(0, 0)
-    for end in (reg.clear, lambda: reg.on_epoch_begin(nn.Linear(1, 1)), lambda: lm.penalty_of(reg)) * 2:
+    for end in (reg.clear, lambda: reg.on_epoch_begin(lm.Triple()), lambda: lm.penalty_of(reg)) * 2:
         capture(reg, own())
         end()  # which takes or drops it, and so is no mistake
 

@@ -53,7 +53,7 @@ def test_any_upstream_gradient_after_any_other_is_exact(kind: str, dtype: torch.
 
 def test_an_interrupt_while_gradients_are_handed_over_is_silent() -> None:
     """To pytest, an ignored error of a destructor is a failure."""
-    half = prediction.Ahead.__new__(prediction.Ahead)
+    half = prediction.Predicted.__new__(prediction.Predicted)
     del half
     gc.collect()
 

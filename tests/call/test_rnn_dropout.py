@@ -23,8 +23,7 @@ OTHER = torch.arange(TIME).expand(BATCH, -1) != 3
 def check_own(dropout: Any, raw: Tensor) -> None:
     """Check that a dropout uses its own coefficients, 3 and 5, and counts all steps."""
     dropped, taken = dropout(raw), dropout.take()
-    squared = raw if dropout.ar_of == "raw" else dropped
-    torch.testing.assert_close(taken.penalty, lm.formula(raw, squared, 1, 3.0, 5.0))
+    torch.testing.assert_close(taken.penalty, lm.formula(raw, dropped, 1, 3.0, 5.0))
     assert dropout.take() is None
 
 
@@ -32,35 +31,52 @@ def check_own(dropout: Any, raw: Tensor) -> None:
 
 
 @pytest.mark.parametrize("of", [float, torch.tensor], ids=["numbers", "tensors"])
-@pytest.mark.parametrize(("p", "ar_of"), [(0.3, "dropped"), (0.3, "raw"), (0.0, "dropped")])
-def test_an_attached_dropout_takes_masks_and_coefficients_of_the_regularizer(p: float, ar_of: Any, of: Any) -> None:
-    (rnn, dropout), reg = (lm.gru(), FusedRNNDropout(p, 3.0, 5.0, ar_of=ar_of)), lm.regularizer()
+@pytest.mark.parametrize("p", [0.3, 0.0])
+def test_an_attached_dropout_takes_masks_and_coefficients_of_the_regularizer(p: float, of: Any) -> None:
+    (rnn, dropout), reg = (lm.gru(), FusedRNNDropout(p, 3.0, 5.0)), lm.regularizer()
     with reg.attach(rnn, dropout, valid=lambda _: VALID, starts=lambda _: STARTS):
         for alpha, beta in ((0.0, 3.0), (3.0, 0.0), (0.0, 0.0), (0.5, 0.25)):
             reg.alpha, reg.beta = of(alpha), of(beta)
             raw, dropped = lm.run(rnn, dropout)
             assert dropout.take() is None
-            squared = raw if ar_of == "raw" else dropped
-            want = fused_ar_tar(raw, squared, alpha, beta, valid=VALID, starts=STARTS, return_terms=True)
+            want = fused_ar_tar(raw, dropped, alpha, beta, valid=VALID, starts=STARTS, return_terms=True)
             loss = dropped.sin().sum()
             lm.check_gradients(rnn, reg.on_backward_begin(loss), loss + want.penalty)
             torch.testing.assert_close((reg.ar, reg.tar), want[1:])
-        assert str(dropout) == str(FusedRNNDropout(p, 3.0, 5.0, ar_of=ar_of))
+        assert str(dropout) == str(FusedRNNDropout(p, 3.0, 5.0))
         check_own(dropout, lm.inputs())  # of another module's output
         assert dropout.state_dict() == {}
     check_own(dropout, rnn(lm.inputs())[0])
 
 
-@pytest.mark.parametrize("name", ["valid", "starts"])
+@pytest.mark.parametrize("name", ["valid", "starts", "coefficients"])
 @pytest.mark.parametrize("by_position", [False, True])
-def test_a_mask_that_the_dropout_is_called_with_takes_precedence(by_position: bool, name: str) -> None:
-    dropout, own = FusedRNNDropout(0.4), {"p": None, "valid": None, "starts": None, name: OTHER}
-    rnn, reg = lm.gru(), lm.regularizer()
+def test_an_argument_of_the_call_takes_precedence(by_position: bool, name: str) -> None:
+    dropout, rnn, reg = FusedRNNDropout(0.4, 0, 0), lm.gru(), lm.regularizer()
     reg.attach(rnn, dropout, valid=lambda _: VALID, starts=lambda _: STARTS)
     raw, _ = rnn(lm.inputs())
-    dropped = dropout(raw, *own.values()) if by_position else dropout(raw, **{name: OTHER})
-    masks: Any = {"valid": VALID, "starts": STARTS} | {name: OTHER}
-    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **masks))
+    own: Any = {"p": 0.4, "valid": None, "starts": None, name: (0.5, 3.0) if name == "coefficients" else OTHER}
+    by_name = {name: own.pop(name)} if not by_position or name == "coefficients" else {}
+    dropped = dropout(raw, *own.values(), **by_name) if by_position else dropout(raw, **by_name)
+    masks: Any = {"valid": VALID, "starts": STARTS}
+    masks |= {name: OTHER} if name in masks else {}
+    coefficients = (0.5, 3.0) if name == "coefficients" else (ALPHA, BETA)
+    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, *coefficients, **masks))
+    assert dropout.take() is None
+
+
+@pytest.mark.parametrize("around", [nullcontext, torch.no_grad])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_attached_dropout_takes_one_sequence_with_or_without_a_gradient(around: Any, frozen: bool) -> None:
+    (rnn, dropout), reg = (lm.gru().requires_grad_(not frozen), FusedRNNDropout(0.4, 0, 0)), lm.regularizer()
+    reg.attach(rnn, dropout)
+    with around():
+        raw, dropped = lm.run(rnn, dropout, lm.inputs()[0])
+    is_dropped = dropped == 0
+    assert is_dropped.any()
+    assert (is_dropped == is_dropped[0]).all()  # at all time steps
+    if raw.requires_grad:
+        lm.check_gradients(rnn, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 0))
 
 
 # By itself
@@ -83,6 +99,22 @@ def test_the_arguments_of_one_call_take_precedence(layout: dict[str, Any], axis:
     dropout(raw, 0.25)
     assert dropout.eval()(raw, 0.25, **masks) is raw
     assert dropout.take() is None
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.parametrize("compiles", [False, True])
+def test_coefficients_and_an_axis_of_one_forward(compiles: bool) -> None:
+    dropout, raw = FusedRNNDropout(0.4, 0, 0), lm.inputs().requires_grad_()
+    run = torch.compile(dropout, backend="eager") if compiles else dropout
+    dropped, taken = run(raw, coefficients=(3.0, 5.0), time_dim=0), dropout.take()
+    torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 0, 3.0, 5.0))
+    assert taken is not None
+    assert taken.penalty.requires_grad
+    run(raw)
+    of_its_own: Any = dropout.collect()
+    assert of_its_own.value == 0
+    assert dropout.collect() is None
 
 
 def test_a_module_is_loaded_from_a_file_that_may_contain_its_class_and_weights_only() -> None:
@@ -112,7 +144,7 @@ def test_a_checkpoint_recomputes_no_penalty_and_a_reentrant_one_warns_once() -> 
         assert dropout.take() is None
 
 
-@pytest.mark.parametrize("coefficients", [(), (0.5, 0.0), (0.0, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize("coefficients", [(0.5, 0.0), (0.0, 0.5), (0.0, 0.0)])
 def test_a_replica_of_data_parallel_is_an_error_unless_its_coefficients_are_0(coefficients: Any) -> None:
     replica: Any = FusedRNNDropout(0.3, *coefficients)._replicate_for_data_parallel()
     error = pytest.raises(RuntimeError, match=r"FusedRNNDropout: DataParallel .* Use DistributedDataParallel")

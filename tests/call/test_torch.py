@@ -111,6 +111,17 @@ class TestCompile:
         assert found <= wanted
         assert found[torch.ops.aten.sub.Tensor] == wanted[torch.ops.aten.sub.Tensor] > 0  # also the graph is not empty
 
+    @pytest.mark.main
+    def test_it_has_fewer_than_300_guards(self) -> None:
+        """Each call of compiled code checks all guards, which takes longer than the formula's code on small tensors."""
+
+        def call(raw: Tensor, dropped: Tensor) -> Tensor:
+            return fused_ar_tar(raw, dropped, 2.0, 1.0)
+
+        torch.compile(call, fullgraph=True, backend="eager")(*leaves())
+        (entry,) = torch._dynamo.eval_frame._debug_get_cache_entry_list(call.__code__)
+        assert 100 < str(entry.guard_manager).count("+- ") < 300
+
     @pytest.mark.parametrize("step", [in_autocast, by_a_regularizer, in_a_checkpoint, under_vmap])
     def test_a_step_compiles_to_one_graph(self, step: Call) -> None:
         tolerance = {"rtol": 2e-2, "atol": 2e-2} if step is in_autocast else {}

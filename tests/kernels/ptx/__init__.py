@@ -1,6 +1,7 @@
 """Run the kernels as compiled for an H100 on CPU tensors, instruction by instruction: `pytest -p tests.kernels.ptx`.
 
-README.md lists the faults that raise a `PTXError`.
+No GPU has run these kernels yet, so nothing else runs the code that Triton compiles for one. README.md lists the
+faults that raise a `PTXError`.
 """
 
 from __future__ import annotations
