@@ -165,7 +165,8 @@ inline INLINE Partials formula(const Pointers &rows, int64_t lanes, const Factor
         if (!(flags & WRITES)) return;
         if (flags & FROM) change_from = read<A, T>(at.following, lane) - value;
         if (flags & GRAD_TAR) gradient = (change_into - change_from) * tar_factor;
-        if (flags & GRAD_AR && !masked_ar) gradient = flags & GRAD_TAR ? gradient + value * ar_factor : value * ar_factor;
+        if (flags & GRAD_AR && !masked_ar)
+            gradient = flags & GRAD_TAR ? gradient + value * ar_factor : value * ar_factor;
         if (flags & UPSTREAM) through = read<A, T>(at.upstream_dropped, lane);
         if (masked_ar) through += rounded<A, T>(value * mask) * ar_factor;
         // If nothing passes the mask, nothing is multiplied by it: 0 * inf would be NaN.

@@ -185,8 +185,8 @@ class DropoutPlan(Plan):
     @classmethod
     def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
         """Check raw and the mask, and return the plan of their calls."""
-        raw, mask, *coefficients = inputs
-        plan: Any = cls.of(raw, None, coefficients, options, layer)  # raw is never `None`
+        raw, mask, alpha, beta = inputs
+        plan: Any = cls.of((raw, None, alpha, beta), options, layer)  # raw is never `None`
         if isinstance(mask, Tensor):
             check_mask(mask, raw, plan.row)  # pyright: ignore[reportArgumentType]
         return plan

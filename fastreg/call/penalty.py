@@ -219,7 +219,7 @@ class PenaltyPlan(Plan):
         """Check raw and dropped, and return the plan of their calls."""
         raw, dropped, alpha, beta = inputs
         check_given(raw, dropped, is_on(beta), is_on(alpha), layer)
-        return cls.of(raw, dropped, (alpha, beta), options, layer)
+        return cls.of(inputs, options, layer)
 
     @staticmethod
     def without_unread(

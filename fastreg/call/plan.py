@@ -88,15 +88,17 @@ class Plan:
         self.mover: Fold | None = None
 
     @classmethod
-    def of(
-        cls, raw: object, dropped: object, coefficients: Sequence[Coefficient], options: Options, layer: int | None
-    ) -> Self | None:
-        """Check all arguments of the first call with a key, and return the plan of all calls with this key.
+    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
+        """Check the arguments of the first call with a key, and return their plan, as `of` does."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
+        """Check the arguments that all operations have, and return the plan of all calls with their key.
 
         Args:
-            raw: raw; `None` if no term reads it.
-            dropped: dropped; `None` if the operation does not take it, or if no term reads it.
-            coefficients: alpha and beta.
+            inputs: raw and dropped, each `None` if no term reads it, or if the operation does not take it; alpha and
+                beta.
             options: the other arguments of the call.
             layer: the number of the layer in a list, for messages.
 
@@ -107,12 +109,12 @@ class Plan:
             TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
         """
         arguments.check_options(options.reduction, return_terms=options.return_terms)
-        axis = arguments.axis_of(options.batch_first, options.time_dim)
+        axis, (raw, dropped, alpha, beta) = arguments.axis_of(options.batch_first, options.time_dim), inputs
         if raw is None and dropped is None:
             return None
         pair = arguments.check_pair(raw, dropped, options.time_dim, layer)
-        arguments.check_devices(coefficients, pair)
-        (x, *_), (alpha, beta) = pair.values(), coefficients
+        arguments.check_devices((alpha, beta), pair)
+        x, *_ = pair.values()
         spec = Spec(
             by_ar=is_on(alpha),
             by_tar=is_on(beta),
@@ -122,11 +124,6 @@ class Plan:
             reduction=options.reduction,
         )
         return cls(spec, x, axis % x.dim() - x.dim(), options.predicts)
-
-    @classmethod
-    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
-        """Check the arguments of the first call with a key, and return their plan, as `of` does."""
-        raise NotImplementedError
 
     @staticmethod
     def without_unread(
