@@ -13,7 +13,6 @@ NAME = re.compile(r"^### `(fastreg[\w.]*)\.(\w+)`\n(.*?)(?=^##|\Z)", re.MULTILIN
 PARTS = re.compile(r"^(Args|Attributes|Returns|Raises|Warns|Examples):\n", re.MULTILINE)  # of a docstring
 WIDTH = 120
 TITLES = {"Args": "Arguments", "Raises": "Errors", "Warns": "Warnings"}
-HIDDEN = "loan:"  # a parameter that only the hooks of `attach` pass
 Definition = ast.ClassDef | ast.FunctionDef
 
 
@@ -43,7 +42,6 @@ def signature(function: ast.FunctionDef, indent: str) -> str:
     plain = [*args.posonlyargs, *args.args]
     defaults = [*[None] * (len(plain) - len(args.defaults)), *args.defaults]
     parts = [parameter(node, default) for node, default in zip(plain, defaults, strict=True)]
-    parts = [part for part in parts if not part.startswith(HIDDEN)]
     parts += [f"*{parameter(args.vararg, None)}"] if args.vararg else ["*"] * bool(args.kwonlyargs)
     parts += [parameter(node, default) for node, default in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
     parts += [f"**{parameter(args.kwarg, None)}"] if args.kwarg else []
@@ -80,7 +78,7 @@ def stub(node: Definition, members: list[str]) -> str:
 def listed(text: str) -> str:
     """Render the items of a part of a docstring, `name: text`, as a list."""
     items = [re.sub(r"\n +", "\n  ", item.strip()) for item in re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]]
-    return "\n".join([re.sub(r"^([\w.*, ]+):", r"- `\1`:", item) for item in items if not item.startswith(HIDDEN)])
+    return "\n".join([re.sub(r"^([\w.*, ]+):", r"- `\1`:", item) for item in items])
 
 
 def description(node: Definition) -> str:

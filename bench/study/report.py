@@ -179,11 +179,11 @@ def summary(study: Study) -> str:
 def headline(study: Study) -> str:
     """Render the part in the README."""
     ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in COMPARED.values())
+    words, seeds = study.runs[0].settings["words"], len(study.plain)
     return (
-        f"A small AWD-LSTM, trained to convergence on {study.runs[0].settings['words']:,} words of the King James text "
-        f"({len(study.plain)} seeds), has a test perplexity of "
-        f"{average([run.test for run in study.plain], '.2f')}. AR changes it by {ar}, TAR by {tar}, and both by {both} "
-        "([study](bench/results/study.md)).\n"
+        f"On {words:,} words of the King James text, the test perplexity of a small AWD-LSTM is "
+        f"{average([run.test for run in study.plain], '.2f')}; AR changes it by {ar}, TAR by {tar}, and both by {both} "
+        f"([study](bench/results/study.md), {seeds} seeds).\n"
     )
 
 
@@ -213,7 +213,7 @@ def sizes(study: Study) -> str:
 
 
 def findings(study: Study) -> str:
-    """Render the part in docs/coefficients.md."""
+    """Compare the losses with each other, and with the penalties."""
     return f"{gaps(study)}\n{sizes(study)}"
 
 
@@ -278,7 +278,7 @@ def plot(study: Study) -> Figure:
     return figure
 
 
-PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline), (ROOT / "docs" / "coefficients.md", BEGIN, findings)]
+PARTS: list[Part] = [(ROOT / "README.md", BEGIN, headline)]
 
 
 def pages(file: Path) -> dict[Path, str]:

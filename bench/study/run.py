@@ -2,7 +2,7 @@
 
 `python -m bench.study.run` adds each finished training as a line to bench/results/study.jsonl. Trainings that the file
 has are not repeated, so an interrupted study continues. Then it renders the page and the plot beside that file, and the
-parts in README.md and docs/coefficients.md. The whole study takes less than two hours on two cores.
+part in README.md. The whole study takes less than two hours on two cores.
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import fastreg
 from fastreg import fused_ar_tar
 from tests.adapters.test_fastai1 import environment_with
 from tests.conftest import ROOT, more, python, skip_without
-from tests.language_model import BATCH, HIDDEN, TIME
+from tests.language_model import BATCH, HIDDEN, TIME, Model
 
 pytestmark = pytest.mark.main
 
@@ -60,12 +61,18 @@ def run(snippet: str, page: Path) -> dict[str, Any]:
 
 
 def setup_of(framework: str) -> dict[str, Any]:
-    """Return the names that the docstrings of an adapter use, as the page of frameworks defines them."""
+    """Return the names that the docstrings of an adapter use, as the page of frameworks defines them.
+
+    `plain` is a learner whose model returns only its output.
+    """
     page = ROOT / "docs" / "frameworks.md"
-    names, *others = [run(code, page) for code in snippets(page) if framework_of(code) == framework]
-    for other in others:
-        if "RNNRegularizer" in other:  # a learner of a plain model
-            names["plain"] = other["learn"].remove_cb(other["RNNRegularizer"])
+    (code,) = [code for code in snippets(page) if framework_of(code) == framework]
+    names = run(code, page)
+    if framework == "fastai":
+        learner = import_module("fastai.text.all")
+        model = Model()
+        model.lstm = model.rnn
+        names["plain"] = learner.Learner(names["dls"], model, loss_func=learner.CrossEntropyLossFlat())
     return names
 
 
@@ -137,27 +144,54 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
     python("-c", program, folder=tmp_path, **environment)
 
 
-def test_the_readme_replaces_the_formula_by_its_equal() -> None:
-    first, *_ = snippets(README)
+def test_the_ways_of_the_readme_add_the_formula() -> None:
+    """The third way is a trainer, whose own tests compare weights."""
+    (code,) = snippets(README)
+    imports, call, hooks, _ = re.split(r"^# \d\. .*\n", code, flags=re.MULTILINE)
+    assert "penalty = alpha * mean(dropped ** 2) + beta * mean((raw[t+1] - raw[t]) ** 2)\n" in README_TEXT
+    for way in call, hooks:
+        kept = list[Tensor]()
+        names = run(imports, README)
+        names["dropout"].register_forward_hook(lambda module, args, output, kept=kept: kept.extend([*args, output]))
+        exec(way, names)
+        raw, dropped = kept
+        penalty = 2.0 * dropped.square().mean() + raw.diff(dim=1).square().mean()
+        assert penalty > 0.01
+        torch.testing.assert_close(names["loss"], dropped.abs().mean() + penalty)
+        assert names["lstm"].weight_hh_l0.grad is not None
+
+
+def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not() -> None:
     torch.manual_seed(0)
-    names = run(first, README)
-    (formula,) = re.findall(r"^# instead of (.*)$", first, re.MULTILINE)
-    penalty = eval(formula, names)
-    assert penalty > 0.01
-    torch.testing.assert_close(names["loss"], names["dropped"].abs().mean() + penalty)
-    assert names["lstm"].weight_hh_l0.grad is not None
-
-
-def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    page = ROOT / "docs" / "getting-started.md"
-    (code,) = [code for code in snippets(page) if "padded to" in code]
-    run(code, page)
-    output = capsys.readouterr().out
-    found = re.findall(r"padded to +(\d+): TAR by .mean\(\) ([\d.]+), by fastreg ([\d.]+)", output)
+    lengths = torch.randint(5, 50, (16,))
+    states = [
+        torch.randn(int(length), 64).cumsum(0).mul(0.1).tanh() for length in lengths
+    ]  # in place of an RNN's outputs
+    shortest, found = pad_sequence(states, batch_first=True), list[tuple[str, ...]]()
+    for time in (50, 100, 200):
+        raw = F.pad(shortest, (0, 0, 0, time - shortest.shape[1]))
+        terms = fused_ar_tar(raw, raw, 2.0, 1.0, lengths=lengths, return_terms=True)
+        found.append((f"{time}", f"{raw.diff(dim=1).square().mean():.4f}", f"{terms.tar:.4f}"))
     (table,) = re.findall(r"^\| TAR of one batch.*?\n\n", README_TEXT, re.MULTILINE | re.DOTALL)
     head, _, usual, fused = [re.findall(r"\| ([\d.]+)(?= )", line) for line in table.splitlines() if line]
     assert [head, usual, fused] == [list(column) for column in zip(*found, strict=True)]
     assert len({*usual}) == len(usual) > len({*fused}) == 1
+
+
+def test_the_page_of_coefficients_agrees_with_the_study() -> None:
+    page = " ".join((ROOT / "docs" / "coefficients.md").read_text().split())
+    study = (ROOT / "bench" / "results" / "study.md").read_text()
+    ((low, high),) = re.findall(r"the penalty was (\d+) to (\d+)% of the loss of the training text", page)
+    (shares,) = re.findall(
+        r"the loss of the training text at the best epochs, the penalty is (.*)\.$", study, re.MULTILINE
+    )
+    percents = [round(float(share)) for share in re.findall(r"([\d.]+)%", shares)]
+    assert [int(low), int(high)] == [min(percents), max(percents)]
+    assert "TAR lowered the training loss and the validation loss" in page
+    losses = re.findall(r"loss of the (?:training|validation) text from ([\d.]+) to ([\d.]+)", study)
+    assert [float(before) > float(after) for before, after in losses] == [True, True]
+    assert "The gap between them did not change significantly" in page
+    assert re.search(r"the gap between them from .*? \(not significant\)\. TAR", study)
 
 
 @more
@@ -174,14 +208,14 @@ def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
     assert of_code["render"](api) == api, "run `python docs/api.py`"
     for name in fastreg.__all__:
         value, section = getattr(fastreg, name), api.split(f"### `fastreg.{name}`\n")[1].split("\n### ")[0]
-        parameters = {*inspect.signature(value).parameters} - {"loan"}  # which only hooks pass
+        parameters = inspect.signature(value).parameters
         assert all(re.search(rf"^.*\b{parameter}: .+$", section, re.MULTILINE) for parameter in parameters), name
         assert " ".join(inspect.getdoc(value).partition("\n\n")[0].split()) in section
 
 
 def test_the_page_of_messages_quotes_the_code() -> None:
     """The page has dots for values."""
-    page, files = (ROOT / "docs" / "messages.md").read_text(), [*(ROOT / "fastreg").rglob("*.py")]
+    page, files = (ROOT / "docs" / "errors-and-warnings.md").read_text(), [*(ROOT / "fastreg").rglob("*.py")]
     code = "\n".join(ast.unparse(ast.parse(file.read_text())) for file in files)  # which joins the parts of a string
     code = re.sub(r"{.*?}", "…", code)
     quotes = re.findall(r"^\|[^|]+\| `([^`\n]+)`", page, re.MULTILINE)
@@ -259,8 +293,8 @@ def either(wanted: bool) -> None:
 
 @pytest.mark.skipif(find_spec("pyright") is None, reason="pyright is not installed: make lint installs it")
 def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
-    pages = README, ROOT / "docs" / "calls.md", ROOT / "docs" / "masks.md"
-    code = [snippet for page in pages for snippet in snippets(page) if framework_of(snippet) is None]
+    pages = README, ROOT / "docs" / "functions.md", ROOT / "docs" / "masks.md"
+    code = [snippet for page in pages for snippet in snippets(page) if framework_of(snippet) in (None, "lightning")]
     (tmp_path / "pages.py").write_text("\n".join([*code, CALLS]))
     (tmp_path / "fastreg").symlink_to(ROOT / "fastreg")
     python("-m", "pyright", "--pythonpath", sys.executable, "pages.py", folder=tmp_path)
