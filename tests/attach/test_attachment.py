@@ -311,6 +311,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {  # steps that r
     "a slice": (lambda m, x: m.dropout(m.rnn(x)[0][:, 1:]).sum(), GAP),
     "a hook on the RNN": (hooked, GAP),
     "by its dropout": (dropout_in_place, IN_PLACE),
+    "without gradients": (lambda m, x: m.dropout((raw := m.rnn(x)[0], no_grad(raw.mul_)(2))[0]).sum(), IN_PLACE),
 }
 
 
