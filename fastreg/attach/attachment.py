@@ -36,6 +36,9 @@ SHARED = (
     "would be lost. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment"
 )
 POSITIONAL = "p", "valid", "starts"  # the arguments of a `FusedRNNDropout` after raw
+CHANGED = (
+    "attach: the output of the {module} was changed in place before its dropout, or by it; use Dropout(inplace=False)"
+)
 TWICE = "attach: the {dropout} got one output of the {module} twice, and AR is of one dropped tensor; use fused_ar_tar"
 ALARMS = WeakKeyDictionary[nn.Module, Alarm]()  # of a module, which may be attached anew in each step
 NOTES = WeakTensorKeyDictionary()  # of a raw that has no node: a leaf, or one that needs no gradient
@@ -65,6 +68,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.last, self.shown = Last.IDLE, ""
         self.alarm = ALARMS.setdefault(source.module, Alarm(self.names["module"]))
         self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
+        self._raw: ReferenceType[Tensor] | None = None  # raw of the last run, also where its node is another one by now
         self._handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
         if isinstance(source.dropout, FusedRNNDropout):
             self._handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
@@ -156,7 +160,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         if source.dropout is None:
             self._form(run, rows, rows)
         else:
-            _notes_of(rows)[self, rows.output_nr] = run
+            _notes_of(rows)[self, rows.output_nr], self._raw = run, ref(rows)
         if again:  # a backward computes this run again, and needs no marks
             # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
             if rows.requires_grad and any(map(is_on, run.coefficients)) and not hooks_on_saved(False):
@@ -192,17 +196,24 @@ class Attachment(AbstractContextManager["Attachment"]):
 
         return mapped(result, marked)
 
-    def _found(self, args: Any, kwargs: Any) -> tuple[Tensor, Run, bool] | None:
+    def _found(self, args: Any, kwargs: Any) -> tuple[Tensor, Run | None, bool] | None:
         """Return raw among the arguments of the dropout, its run, and whether no dropout has had it before.
 
-        Raw is the tensor that the module has returned, unchanged since: its node leads to the run.
+        Raw is the tensor that the module has returned: its node leads to the run. A change in place gives it another
+        node, or without gradients another version.
+
+        Raises:
+            RuntimeError: raw was changed in place.
         """
         for x in (*args, *kwargs.values()):
             raw = data_of(x)
-            if isinstance(raw, Tensor) and (note := _notes_of(raw).get((self, raw.output_nr))) is not None:
-                run = note() if isinstance(note, ReferenceType) else note
-                if run is not None and run.version == version_of(raw):
-                    return raw, run, run is note
+            note = _notes_of(raw).get((self, raw.output_nr)) if isinstance(raw, Tensor) else None
+            if isinstance(note, ReferenceType):
+                return raw, note(), False
+            if note is not None and note.version == version_of(raw):
+                return raw, note, True
+            if note is not None or (self._raw is not None and raw is self._raw()):
+                raise RuntimeError(CHANGED.format(**self.names))
         return None
 
     def _before_dropout(self, args: Any, kwargs: Any, compiles: bool) -> Any:
@@ -215,7 +226,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             raw, time_axis = (*args, kwargs.get("raw"))[0], self.source.time_axis
             is_one = isinstance(raw, Tensor) and raw.dim() == 2 and not raw.requires_grad and time_axis.time_dim is None
             return (args, {"time_dim": 0, **kwargs}) if is_one else None  # there is no run that has the axis
-        if compiles and "coefficients" not in kwargs:
+        if found[1] is None or (compiles and "coefficients" not in kwargs):
             return None
         self.source.dropout.formed = None  # of another call, whose penalty nobody wants  # pyright: ignore
         return (*args[:1], *args[4:]), _arguments(found[1], args, kwargs)
@@ -228,6 +239,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         (raw, run, is_first), dropout, again = found, self.source.dropout, current() != -1
         if not is_first and not again:
             raise RuntimeError(TWICE.format(**self.names))
+        if run is None:
+            return None
         if is_first:
             if run.penalty is Stage.TAKEN:  # it was cleared
                 return None
