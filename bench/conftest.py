@@ -27,14 +27,7 @@ from bench.measure import before, figures, machine, timing
 from bench.measure.lines import Lines
 from bench.measure.timing import DEVICE, Rounds
 
-REFUSED = {
-    "--benchmark-timer": "the turns of a round have a clock of their own",
-    "--benchmark-cprofile": "pytest-benchmark would profile the replay of turns; profile a script that calls a way",
-    "--benchmark-min-time": "a turn is one call, or steps of 20 ms; --benchmark-max-time says how many turns there are",
-    "--benchmark-calibration-precision": "a turn is one call, or steps of 20 ms",
-    "--benchmark-warmup": "the first round is a warm-up in any case",
-    "--benchmark-disable-gc": "turns are without the garbage collector in any case",
-}
+REFUSED = "timer", "cprofile", "min-time", "calibration-precision", "warmup", "disable-gc"  # options without effect
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise a compiled way becomes eager without a word
 Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
@@ -97,16 +90,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lines", type=Path, help=text)
     limit = 90 if DEVICE == "cuda" else 600
     group.addoption("--limit", type=float, default=limit, help="end the process after so many seconds of one case")
-    text = (
-        "also measure the fastreg of another checkout, whose C++ kernels are built, as ways whose names end in `before`"
-    )
+    text = "also measure the fastreg of another checkout, with built kernels, as ways whose names end in `before`"
     group.addoption("--before", type=Path, metavar="CHECKOUT", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    for option, why in REFUSED.items():
-        if any(argument.partition("=")[0] == option for argument in config.invocation_params.args):
-            raise pytest.UsageError(f"{option} has no effect here: {why}")
+    given = {argument.partition("=")[0] for argument in config.invocation_params.args}
+    for option in given.intersection(f"--benchmark-{name}" for name in REFUSED):
+        raise pytest.UsageError(f"{option} has no effect here: turns have a clock, a length and a warm-up of their own")
     try:
         before.refuse_formula()
         if checkout := config.getoption("before"):
@@ -144,10 +135,7 @@ def facts() -> dict[str, Any]:
 
 
 class Replay:
-    """The clock of pytest-benchmark, which has no turns: it goes on by the seconds of a turn that was measured.
-
-    The JSON of a run has its name.
-    """
+    """The clock of pytest-benchmark, which has no turns: it goes on by the measured seconds. The JSON has its name."""
 
     now, __name__ = 0.0, "seconds of turns"
 
@@ -167,14 +155,10 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
     options: Any = request.config.option
 
     def run(prepare: Prepare, info: dict[str, Any], calls: int = 1, seconds: float = 1.0, own: bool = False) -> None:
-        """Measure a case.
+        """Measure a case of ways that `prepare` checks, and returns as functions with their other figures.
 
-        Args:
-            prepare: checks a way, and returns a function that calls it, and its other figures.
-            info: describes the case.
-            calls: so many make a turn.
-            seconds: multiplies `--benchmark-max-time`, the time of all turns of a way.
-            own: takes the CPU time of the process instead of wall time.
+        A turn is so many calls. The time of all turns of a way is `--benchmark-max-time` times `seconds`, as wall time,
+        or as the process's own CPU time. `info` describes the case.
         """
         benchmark.group, benchmark.name = case, str(way)
         if session.case.name != case:
@@ -268,10 +252,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def comparison(way: str, about: dict[str, Any]) -> str:
-    """Render the time that a way adds to a step, and ratios of its time to others.
+    """Render the time that a way adds to a step, and ratios of its time to others; figures are in seconds.
 
-    A way by another checkout is compared with its counterpart, and a call with fastreg, or with all ways if it is
-    fastreg's. The figures are in seconds.
+    A way by another checkout is compared with its counterpart, and a call with fastreg, or, if it is that, with all.
     """
     added, over, counterpart = about.get("added"), about["over"], way.removesuffix(before.BEFORE)
     texts = ["adds {:.3f} ± {:.3f} ms".format(*(1e3 * x for x in added))] if added else []

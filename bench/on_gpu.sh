@@ -3,7 +3,7 @@
 # neither), each inside ten minutes:
 #     bash bench/on_gpu.sh first [COMMIT]    nine minutes: the most important benchmarks, constants, races, profile and tests
 #     bash bench/on_gpu.sh test [COMMIT]     the tests on the real kernels, and compute-sanitizer
-#     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, and the report
+#     bash bench/on_gpu.sh bench [COMMIT]    all benchmarks, of trainers that are installed, too, and the report
 # Each way of a benchmark is compared with the formula in float64 before it is timed. COMMIT names the commit where git
 # cannot. $OUT, by default bench/results/first for `first` and .benchmarks for the others, gets a line for each row as it
 # comes, the logs, and the tables. bench/on_gpu.ipynb runs `first` in a notebook.

@@ -41,11 +41,40 @@ class Way(NamedTuple):
     start: Callable[[Net], Add]  # returns, for a model, the function that adds the penalty to its loss
     in_hand: bool = False  # whether that function takes the activations, which the step then keeps
     dropout: MakeDropout = partial(LockedDropout, nets.P)  # makes the dropouts whose outputs are regularized
+    checked: MakeDropout | None = None  # makes them for the check, where those draw other masks from a seed
 
 
 def by(penalty: Callable[..., Tensor]) -> Way:
     """Add the penalty of each layer: (raw, dropped, alpha, beta) -> penalty."""
     return Way(lambda net: lambda loss, layers: loss + sum(penalty(*layer, ALPHA, BETA) for layer in layers), True)
+
+
+DROPOUT = LockedDropout(nets.P)
+
+
+def dropout_and_formula(raw: Tensor) -> tuple[Tensor, Tensor]:
+    dropped = DROPOUT(raw)
+    return dropped, fastai(raw, dropped, ALPHA, BETA)
+
+
+class CompiledDropout(nn.Module):
+    """Variational dropout, compiled as one function with the formula, whose penalty it keeps for the loss."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.both = torch.compile(dropout_and_formula, dynamic=False, backend=backend)  # layers share the code
+
+    def forward(self, raw: Tensor) -> Tensor:
+        dropped, self.penalty = self.both(raw)
+        return dropped
+
+
+def by_compiled_dropout(net: Net) -> Add:
+    dropouts: list[Any] = [dropout for _, dropout in net.pairs]
+    return lambda loss, _: loss + sum(dropout.penalty for dropout in dropouts)
+
+
+INDUCTOR, CHECKED = (partial(CompiledDropout, backend) for backend in ("inductor", "aot_eager"))
 
 
 def ours(package: Any) -> dict[str, Way]:
@@ -82,6 +111,7 @@ WAYS: dict[str, Way] = {
     WITHOUT: Way(lambda net: lambda loss, _: loss),
     "eager": by(fastai),
     "compiled": by(torch.compile(fastai, dynamic=False)),
+    "compiled with dropout": Way(by_compiled_dropout, dropout=INDUCTOR, checked=CHECKED),
     **before.both(ours),
 }
 
@@ -112,16 +142,16 @@ class Training:
     """
 
     def __init__(
-        self, model: str, shape: tuple[int, ...], way: str, compiler: str | None = None, half: bool = False
+        self, model: str, shape: tuple[int, ...], way: Way, compiler: str | None = None, half: bool = False
     ) -> None:
         torch.manual_seed(0)
-        chosen, self.half = WAYS[way], half
-        self.net = net = MODELS[model].make(shape[2], chosen.dropout).to(DEVICE)
-        add = chosen.start(net)
+        self.half = half
+        self.net = net = MODELS[model].make(shape[2], way.dropout).to(DEVICE)
+        add = way.start(net)
 
         def loss_of(batch: Batch) -> Tensor:
             layers: Activations = []
-            return add(net(batch, lambda *layer: layers.append(layer) if chosen.in_hand else None), layers)
+            return add(net(batch, lambda *layer: layers.append(layer) if way.in_hand else None), layers)
 
         self.loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False, backend=compiler) if compiler else loss_of
         torch.manual_seed(0)
@@ -163,7 +193,8 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
 def expected(model: str, shape: tuple[int, ...], half: bool) -> tuple[Tensor, Tensor]:
     """Return the loss and gradients without the penalty, and the differences that the eager formula makes."""
     torch.compiler.reset()  # a new case
-    without, formula = (Training(model, shape, way, half=half).loss_and_gradients() for way in (WITHOUT, "eager"))
+    ways = WAYS[WITHOUT], WAYS["eager"]
+    without, formula = (Training(model, shape, way, half=half).loss_and_gradients() for way in ways)
     return without, formula - without
 
 
@@ -176,7 +207,7 @@ def check(got: Tensor, want: Tensor, error: float, noise: float = 0.0) -> None:
 @functools.lru_cache(maxsize=1)
 def calls_of(model: str, shape: tuple[int, ...]) -> int:
     """Return how many steps make a turn of at least 20 ms."""
-    step = Training(model, shape, WITHOUT).step()
+    step = Training(model, shape, WAYS[WITHOUT]).step()
     step()
     began = time.perf_counter()
     step()
@@ -187,19 +218,21 @@ def run(measure: Measure, model: str, shape: tuple[int, ...], whole: bool = Fals
     """Check each way, and measure steps by it."""
 
     def prepare(way: str) -> Any:
+        chosen = WAYS[way]
         if way != WITHOUT:
             without, want = expected(model, shape, half)
             # Inductor's code draws other dropout masks from a seed; the graph before it draws PyTorch's masks.
-            checked = Training(model, shape, way, "aot_eager" if whole else None, half)
-            got = checked.loss_and_gradients() - without
+            checked = chosen._replace(dropout=chosen.checked or chosen.dropout)
+            got = Training(model, shape, checked, "aot_eager" if whole else None, half).loss_and_gradients() - without
             check(got[:1], want[:1], HALF_ERROR if half else ERROR)
             noise = NOISE if half or DEVICE == "cuda" else CPU_NOISE
             check(got[1:], want[1:], ERROR, noise * without[1:].abs().max().item())
-        step = Training(model, shape, way, "inductor" if whole else None, half).step()
+        step = Training(model, shape, chosen, "inductor" if whole else None, half).step()
         peak = figures.peak_bytes(lambda _: (step(),), DEVICE)
         return step, {"peak_bytes": peak} if peak else {}
 
     about = {"pass": "compiled step" if whole else "step", "model": model + " in autocast" * half, "shape": shape}
+    about |= {"dropout": "variational"}
     with timing.threads(STEP_THREADS):
         measure(prepare, about, calls=calls_of(model, shape), seconds=MODELS[model].seconds, own=DEVICE == "cpu")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +23,51 @@ package: Any = None  # the other one, where `--before=CHECKOUT` was given
 def load(checkout: Path) -> None:
     """Import fastreg from another checkout beside this one's.
 
-    Both packages have the same name, so `sys.modules` has the other one by this name only during its import. After that
-    the names of its modules begin with `before`; by these names torch.compile finds the globals of their functions.
-
     Raises:
         ValueError: the folder is no checkout, or its C++ kernels are not built.
     """
     global package
     if not (checkout / "fastreg" / "__init__.py").exists():
         raise ValueError(f"--before: expected a checkout of fastreg, got {checkout}")
-    own = taken_out()
     sys.path.insert(0, str(checkout))
     try:
-        package = importlib.import_module("fastreg")
-        importlib.import_module("fastreg.call.backends")  # which has imported the kernels
+        with the_others():
+            package = importlib.import_module("fastreg")
+            importlib.import_module("fastreg.call.backends")  # which has imported the kernels
     finally:
         sys.path.remove(str(checkout))
-        others = taken_out()
-        sys.modules.update(own)
-    for name, module in others.items():
-        module.__name__ = f"before.{name}"
-        sys.modules[module.__name__] = module
     refuse_formula(package, checkout)
 
 
-def taken_out() -> dict[str, Any]:
-    """Take the modules of fastreg out of `sys.modules`, and return them."""
-    names = [name for name in sys.modules if name.partition(".")[0] == "fastreg"]
+@contextmanager
+def the_others() -> Iterator[None]:
+    """Import fastreg from the other checkout inside the block.
+
+    Both packages have the same name, so `sys.modules` has the other one by this name only there. After that the names
+    of its modules begin with `before`; by these names torch.compile finds the globals of their functions.
+    """
+    own = taken_out("fastreg")
+    sys.modules.update({name.removeprefix("before."): module for name, module in taken_out("before").items()})
+    try:
+        yield
+    finally:
+        others = taken_out("fastreg")
+        sys.modules.update(own)
+        for name, module in others.items():
+            module.__name__ = f"before.{name}"
+            sys.modules[module.__name__] = module
+
+
+def taken_out(first: str) -> dict[str, Any]:
+    """Take the modules whose names begin with a name out of `sys.modules`, and return them."""
+    names = [name for name in sys.modules if name.partition(".")[0] == first]
     return {name: sys.modules.pop(name) for name in names}
+
+
+def adapter(of: Any, framework: str) -> Any:
+    """Return the adapter of one of the packages for a framework, which is imported only here."""
+    with nullcontext() if of is fastreg else the_others():
+        return importlib.import_module(f"fastreg.{framework}")
 
 
 def refuse_formula(measured: Any = fastreg, checkout: Path = ROOT) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,11 +39,8 @@ def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
 
 
 def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
-    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error.
-
-    A backward has to be captured on the stream of its forward.
-    """
-    stream = torch.cuda.Stream()
+    """Record one call for each of `numbers` in a CUDA graph, and restore the current stream, even after an error."""
+    stream = torch.cuda.Stream()  # of forward and backward
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         call(numbers[0])
@@ -107,13 +106,34 @@ def peak_bytes(call: Call, device: str) -> int | None:
 
 def allocations(call: Callable[[], Any], device: str = "cpu") -> tuple[Any, list[int]]:
     """Return the result of a call, and the bytes that each allocation on a device adds in order, negative if freed."""
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=kinds, profile_memory=True) as profiled:
+    with profile(activities=activities(device), profile_memory=True) as profiled:
         result = call()
     profiler: Any = profiled.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     events = [event for event in events if event.device_type().name.lower() == device]
     return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def counts(run: Callable[[AbstractContextManager[Any]], object]) -> dict[str, int]:
+    """Count the operators that PyTorch's dispatcher runs between the entrance and the exit of a context given to `run`.
+
+    Operators that another one calls are not counted. On a GPU launches are: kernels, copies and fills.
+    """
+    profiled = profile(activities=activities(DEVICE))
+    run(profiled)
+    events: Any = profiled.events()
+    found = {"operators": sum(event.name.startswith("aten::") and not is_inside_operator(event) for event in events)}
+    launches = {"launches": sum(bool(re.match(r"cu(da)?(Launch|Memcpy|Memset)", event.name)) for event in events)}
+    return found | (launches if DEVICE == "cuda" else {})
+
+
+def is_inside_operator(event: Any) -> bool:
+    parent = event.cpu_parent
+    return parent is not None and (parent.name.startswith("aten::") or is_inside_operator(parent))
+
+
+def activities(device: str) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
 # Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
 # that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
 ALLOCATORS = KEPT, DEFAULT = "memory kept", "default allocator"

@@ -1,8 +1,8 @@
 """Tables of results in README and docs: `python -m bench.measure.report [FILE...]`.
 
 It merges the runs of one machine, as JSON or lines, into bench/results/DEVICE.json, and writes a page with all rows.
-Between markers it renders the summary in docs/performance.md, and the picture and sentences in README.md. No figure is
-typed: tests/project fails when a page disagrees with a result.
+Between markers it renders tables in docs/performance.md, and the picture and a table in README.md. tests/project fails
+when a page disagrees with a result, and when a sentence of the README does.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import argparse
 from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from bench.measure import picture, results, sentences
-from bench.measure.machine import ROOT, commit_name, file_name
-from bench.measure.results import BOTH, COMPILED, FORMULAS, OURS, RESULTS, STEP, Case, Figure, Result, geometric_mean
+from bench.measure import picture, results
+from bench.measure.machine import RESULTS, ROOT, commit_name, file_name
+from bench.measure.results import BOTH, COMPILED, FORMULAS, OURS, STEP, TRAINERS, Case, Figure, Result, geometric_mean
 
 BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 BEGIN_SUMMARY = "<!-- summary, from bench/results by python -m bench.measure.report -->\n"
 BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
 WITHOUT = "no penalty"
 STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
+STEPS |= {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
 CALLS = {  # the pass of calls -> its title
     BOTH: "Forward and backward",
     "forward": "Forward without backward",
@@ -31,6 +32,18 @@ CALLS = {  # the pass of calls -> its title
     "dropout": "Dropout with penalty",
 }
 TITLES = STEPS | CALLS
+# Where one uses fastreg: in steps with layers that are cheap, small or slow, in calls, and in calls behind a dropout.
+OF_STEPS = CHEAP, SMALL, SLOW = "cheap layers", "small LSTM", "slow layers"
+MEANS = "calls, mean", "dropout and call, mean"
+USES = {  # the pass of a case and the way -> what one uses
+    (BOTH, "fastreg"): "`fused_ar_tar`",
+    ("dropout", "fused_ar_tar"): "`fused_ar_tar`",
+    **{(STEP, way): OURS[way] for way in ("fused_ar_tar", "attach", "FusedRNNDropout")},
+    ("dropout", "fastreg"): "`FusedRNNDropout`",
+    **{(trainer, "adapter"): trainer for trainer in TRAINERS},
+    **{(trainer, "adapter with fused dropout"): f"{trainer}, fused dropout" for trainer in TRAINERS},
+}
+Uses = dict[str, dict[str, list[Figure]]]
 MOST_NAMES = 5  # that a sentence names of tests
 Part = tuple[Path, str, Callable[[Any], str]]  # a page, the marker before a part, and the renderer of the part
 
@@ -45,27 +58,12 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)) + "\n"
 
 
-class Ratio(NamedTuple):
-    """The time of a way that calls fastreg over the time of the faster formula, in one case."""
-
-    kind: str  # of case, and the way
-    label: str  # of the case
-    figure: Figure
-
-
-def ratios(result: Result) -> dict[str, list[Ratio]]:
-    """Return all ratios of a result by allocator, whose name is empty for a GPU."""
-    found: dict[str, list[Ratio]] = {}
+def ratios(result: Result) -> Iterator[tuple[str, str, str, Figure]]:
+    """Yield the kind, the case and the allocator of each ratio of a way that calls fastreg to the fastest formula."""
     for case, way in product(result.cases, OURS):
-        if figure := case.over_faster(way):
+        if figure := case.over_fastest(way):
             kind = TITLES[case.info["pass"]] + f", {OURS[way]}" * (way != "fastreg")
-            found.setdefault(case.info.get("allocator") or "", []).append(Ratio(kind, case.label, figure))
-    return found
-
-
-def lost(found: list[Ratio]) -> list[Ratio]:
-    """Return the ratios that are above 1."""
-    return [ratio for ratio in found if ratio.figure.differs_from(1) and ratio.figure.median > 1]
+            yield kind, case.label, case.info.get("allocator") or "", figure
 
 
 def latest(results: list[Result]) -> Result:
@@ -73,43 +71,77 @@ def latest(results: list[Result]) -> Result:
     return max(results, key=lambda result: (result.on_gpu, result.date))
 
 
+def uses(part: Result) -> Uses:
+    """Return ratios to the fastest formula by what one uses and where: a figure for each case, and a mean of calls."""
+    found: Uses = {use: {} for use in USES.values()}
+    for case, way in product(part.cases, OURS):
+        use = USES.get((case.info["pass"], way))
+        if use and (figure := case.over_fastest(way)):
+            found[use].setdefault(place_of(case), []).append(figure)
+    for places in found.values():
+        places.update({place: [geometric_mean(places[place])] for place in MEANS if place in places})
+    return {use: places for use, places in found.items() if places}
+
+
+def place_of(case: Case) -> str:
+    if "model" not in case.info:
+        return MEANS[case.info["pass"] == "dropout"]
+    if case.info["model"] == "8 elementwise layers":
+        return CHEAP
+    return SMALL if case.info["shape"][-1] < 100 else SLOW
+
+
+def span(figures: list[Figure]) -> str:
+    """Render the range of ratios, in which one that cannot be told from 1 is 1."""
+    medians = [figure.median if figure.differs_from(1) else 1.0 for figure in figures]
+    return "\N{EN DASH}".join(dict.fromkeys(f"{x:.2f}" for x in (min(medians), max(medians))))
+
+
+def uses_table(part: Result, columns: Iterable[str], render: Callable[[list[Figure]], str]) -> str:
+    """Render the ratios to the fastest formula, a row for each thing that one uses."""
+    found = uses(part)
+    places = [place for place in columns if any(place in row for row in found.values())]
+    cells = {use: [render(row[place]) if place in row else "" for place in places] for use, row in found.items()}
+    rows = [[use, *row] for use, row in cells.items() if any(row)]
+    return table([[with_allocator("over the fastest formula", part.cases), *places], *rows])
+
+
 def summary(results: list[Result]) -> str:
-    """Render the part in docs/performance.md: means over each kind of case, and links to all rows."""
-    result = latest(results)
+    """Render the part in docs/performance.md about what one uses."""
+    each = latest(results).parts()
+    return "\n".join(
+        uses_table(part, (*OF_STEPS, *MEANS), lambda figures: "; ".join(map(str, figures))) for part in each
+    )
+
+
+def with_allocator(text: str, cases: list[Case]) -> str:
+    """Append the allocator, which on a GPU is none."""
+    return ", ".join(filter(None, [text, cases[0].info.get("allocator")]))
+
+
+def sources(results: list[Result]) -> str:
+    """Render the part in docs/performance.md that names the machine, and links to all rows."""
     links = [f"[{x.machine['device']}](../bench/results/{page_of(x).name})" for x in results]
-    columns = ratios(result)
-    rows = [["over the faster formula: mean, most (cases)", *columns]]
-    for kind in dict.fromkeys(ratio.kind for found in columns.values() for ratio in found):
-        alike = [[ratio.figure for ratio in found if ratio.kind == kind] for found in columns.values()]
-        rows.append([kind, *(f"{geometric_mean(x)}, {max(x)} ({len(x)})" if x else "" for x in alike)])
     measured = "" if any(x.on_gpu for x in results) else "\n**No GPU has been measured yet.**\n"
-    return f"{where(result)}. All rows: {', '.join(links)}.\n\n{table(rows)}{measured}"
+    return f"{where(latest(results))}. All rows: {', '.join(links)}.\n{measured}"
 
 
 def losing(results: list[Result]) -> str:
-    """Render each case in which a way that calls fastreg takes longer than the faster formula."""
-    result = latest(results)
-    columns = [{ratio[:2]: ratio.figure for ratio in found} for found in ratios(result).values()]
-    above = [ratio[:2] for found in ratios(result).values() for ratio in lost(found)]
-    rows = [["over the faster formula", "", *ratios(result)]]
-    for key in sorted({*above}):
-        rows.append([*key, *(f"{figures.get(key, '')}" for figures in columns)])
-    count = f"{len(above)} of {sum(map(len, columns))}"
-    return f"On {result.machine['device']}, {count} ratios are above 1:\n\n{table(rows)}"
+    """Render each case in which a way that calls fastreg takes longer than the fastest formula."""
+    known = [*ratios(latest(results))]
+    above = sorted(row for row in known if row[-1].median > 1 and row[-1].differs_from(1))
+    shown = table([["", "", "", "over the fastest formula"], *([*row[:-1], f"{row[-1]}"] for row in above)])
+    return f"On {latest(results).machine['device']}, {len(above)} of {len(known)} ratios are above 1:\n\n{shown}"
 
 
 def speed_and_memory(results: list[Result]) -> str:
-    """Draw the picture of the README, and render the lines that go with it."""
+    """Draw the picture of the README, and render the table below it, and the machine."""
     result = latest(results)
     part = result.parts()[0]
-    allocators = {case.info["allocator"] or "" for case in part.cases}
-    about = [result.machine["device"], f"PyTorch {result.machine['torch']}", *filter(None, allocators)]
     if cases := part.of(STEP, picture.MODELS):
-        picture.draw(cases, ", ".join(about), clock(result))
+        picture.draw(cases, with_allocator("GPU" if result.on_gpu else "CPU", cases))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
-    gpu = "GPU: **not measured yet**."
-    said = [*sentences.of(result), *[gpu] * (not any(x.on_gpu for x in results))]
-    return "\n\n".join([shown, f"Steps were measured on {', '.join(about)}.", "\n".join(f"- {x}" for x in said)]) + "\n"
+    return f"{shown}\n\n{uses_table(part, OF_STEPS, span)}\nMeasured on {result.machine['device']}.\n"
 
 
 def all_rows(result: Result) -> str:
@@ -129,17 +161,16 @@ def tables(result: Result) -> Iterator[str]:
     yield from filter(None, [caveats(result)])
     for part, kind in product(result.parts(), STEPS):
         if cases := [case for case in part.of(kind) if WITHOUT in case.ways]:
-            yield f"## {', '.join(filter(None, [STEPS[kind], cases[0].info.get('allocator')]))}\n"
+            yield f"## {with_allocator(STEPS[kind], cases)}\n"
             yield f"Milliseconds, {clock(result)}:\n"
-            yield step_table(cases)
-            yield faster_table(cases)
-            yield peak_table(cases)
+            renderers = (trainer_table,) if kind in TRAINERS else (step_table, fastest_table, peak_table)
+            yield from (render(cases) for render in renderers)
     for kind, title in CALLS.items():
         if cases := result.of(kind):
             yield f"## {title}\n"
             yield call_table(cases, result.on_gpu)
             if len(ways_of(cases, OURS)) > 1:
-                yield from (faster_table(part.of(kind)) for part in result.parts() if part.of(kind))
+                yield from (fastest_table(part.of(kind)) for part in result.parts() if part.of(kind))
     if cases := result.of("sweep"):
         yield "## Other values of the kernels' constants\n"
         yield sweep_table(cases)
@@ -184,17 +215,23 @@ def step_table(cases: list[Case]) -> str:
     return table(rows)
 
 
-def faster_table(cases: list[Case]) -> str:
-    """Render the ratio of each way that calls fastreg to the faster formula."""
+def fastest_table(cases: list[Case]) -> str:
+    """Render the ratio of each way that calls fastreg to the fastest formula."""
     ways = ways_of(cases, OURS)
-    rows = [
-        [
-            ", ".join(filter(None, ["over the faster formula", cases[0].info.get("allocator")])),
-            *(OURS[way] for way in ways),
-        ]
-    ]
-    for case in cases:
-        rows.append([case.label, *(f"{case.over_faster(way) or ''}" for way in ways)])
+    rows = [[case.label, *(f"{case.over_fastest(way) or ''}" for way in ways)] for case in cases]
+    return table([[with_allocator("over the fastest formula", cases), *(OURS[way] for way in ways)], *rows])
+
+
+def trainer_table(cases: list[Case]) -> str:
+    """Render what each way makes of a trainer's step: ratios of times, and the operators and launches that it adds."""
+    counts = [what for what in ("operators", "launches") if what in cases[0].ways[WITHOUT]]
+    heads = "(batch, time, hidden)", "way", "ms", "over no penalty", "over the formula"
+    rows = [[*heads, *(f"adds {what}" for what in counts)]]
+    for case, (way, words) in product(cases, ({WITHOUT: WITHOUT} | FORMULAS | OURS).items()):
+        if found := case.ways.get(way):
+            over = [f"{case.over(way, other)}" if other in found["over"] else "" for other in (WITHOUT, "eager")]
+            added = [f"{found[what] - case.ways[WITHOUT][what]:+.1f}" for what in counts]
+            rows.append([case.label, words, number(1e3 * found["median"]), *over, *added])
     return table(rows)
 
 
@@ -241,8 +278,8 @@ def clock(result: Result) -> str:
 
 PARTS: list[Part] = [
     (ROOT / "README.md", BEGIN, speed_and_memory),
-    (ROOT / "docs" / "performance.md", BEGIN_SUMMARY, lambda results: table(sentences.summary(latest(results)))),
-    (ROOT / "docs" / "performance.md", BEGIN, summary),
+    (ROOT / "docs" / "performance.md", BEGIN_SUMMARY, summary),
+    (ROOT / "docs" / "performance.md", BEGIN, sources),
     (ROOT / "docs" / "performance.md", BEGIN_LOSING, losing),
 ]
 

@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.measure import lines
-from bench.measure.machine import ALLOCATORS, DEFAULT, ROOT
+from bench.measure.machine import ALLOCATORS, DEFAULT
 from bench.measure.timing import MOST_WAITING
 
-RESULTS = ROOT / "bench" / "results"
 BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
 BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
-FORMULAS = {"compiled": "compiled formula", "eager": "formula"}  # in this order in all tables
+TRAINERS = "Lightning", "Transformers", "fastai"  # passes, too, of steps that a trainer makes
+FORMULAS = {  # in this order in all tables
+    "compiled with dropout": "formula compiled with dropout",
+    "compiled": "compiled formula",
+    "eager": "formula",
+}
 OURS = {  # the ways that call fastreg, as tables name them
     "fastreg": "fastreg",
     "fused_ar_tar": "`fused_ar_tar`",
     "attach": "`attach`",
     "FusedRNNDropout": "`FusedRNNDropout`",
-    "compiled fastreg": "compiled fastreg",
+    "adapter": "adapter",
+    "adapter with fused dropout": "adapter, fused dropout",
 }
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
@@ -60,18 +65,18 @@ class Case:
 
     @property
     def label(self) -> str:
+        """Name the model, the shape, the dtype, the layout and the dropout."""
         shape = f"({', '.join(map(str, self.info['shape']))})"
-        if "model" in self.info:
-            return f"{self.info['model']}, {shape}"
-        layout = self.info.get("layout", "batch first")
-        return ", ".join([shape, self.info["dtype"], *[layout] * (layout != "batch first")])
+        model, dtype, layout, dropout = (self.info.get(fact) for fact in ("model", "dtype", "layout", "dropout"))
+        layout = None if layout == "batch first" else layout
+        return ", ".join(filter(None, [model, shape, dtype, layout, dropout and f"{dropout} dropout"]))
 
     def over(self, way: str, other: str) -> Figure:
         """Return the time of a way over the time of another one, by pairs of turns."""
         return Figure(*self.ways[way]["over"][other])
 
-    def over_faster(self, way: str) -> Figure | None:
-        """Return the time of a way over the time of the faster formula; `None` if one of them was not measured."""
+    def over_fastest(self, way: str) -> Figure | None:
+        """Return the time of a way over the time of the fastest formula; `None` if one of them was not measured."""
         formulas = [formula for formula in FORMULAS if formula in self.ways]
         if way not in self.ways or not formulas:
             return None

@@ -44,6 +44,27 @@ class Turn(NamedTuple):
     waiting: float  # how long threads that were ready to run waited for a core, because other programs had it
 
 
+class Watch:
+    """Measure a turn: `with Watch() as watch` around its calls, and then `watch.turn(calls)`."""
+
+    def __enter__(self) -> Watch:
+        synchronize()
+        self.began = seconds_waiting(), time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        synchronize()
+        now = seconds_waiting(), time.process_time(), time.perf_counter()
+        self.passed = [end - begin for end, begin in zip(now, self.began, strict=True)]
+
+    def turn(self, calls: int) -> Turn:
+        """Return the seconds of one of so many calls."""
+        waited, own, wall = self.passed
+        # A thread computes at any time of a turn on the CPU. On a GPU the host may wait.
+        waited = max(waited, wall - own) if DEVICE == "cpu" else waited
+        return Turn(*(seconds / calls for seconds in (wall, own, waited)))
+
+
 class Rounds(NamedTuple):
     """How long turns are and how many there are."""
 
@@ -55,26 +76,23 @@ class Rounds(NamedTuple):
 def take_turns(ways: Mapping[str, Call], rounds: Rounds, say: Callable[[str], object] = str) -> dict[str, list[Turn]]:
     """Measure all ways round by round, and return the turns of each.
 
-    In a round each way has one turn. So other load on the machine affects all ways alike, and no way finds the memory
-    in the cache that it has just freed itself. Each round begins with another way. The first round is not counted.
-    `say` gets the name of a way before its turn.
+    In a round each way has one turn, so that other load affects all alike, and no way finds the memory in the cache
+    that it has just freed. Each round begins with another way. The first one is not counted. `say` gets the name of a
+    way before its turn. A way that returns a `Turn` has measured its turn itself.
     """
 
     def turn(way: str) -> Turn:
-        call = ways[way]
+        call, result = ways[way], None
         say(way)
-        synchronize()
-        waited, own, wall = seconds_waiting(), time.process_time(), time.perf_counter()
-        for _ in range(rounds.calls):
-            call()
-        synchronize()
-        wall, own = time.perf_counter() - wall, time.process_time() - own
-        waited = seconds_waiting() - waited
-        # A thread computes at any time of a turn on the CPU. On a GPU the host may wait.
-        waited = max(waited, wall - own) if DEVICE == "cpu" else waited
-        return Turn(*(seconds / rounds.calls for seconds in (wall, own, waited)))
+        with Watch() as watch:
+            for _ in range(rounds.calls):
+                result = call()
+        return result if isinstance(result, Turn) else watch.turn(rounds.calls)
 
-    first = sum(turn(way).wall for way in ways) * rounds.calls
+    began = time.perf_counter()
+    for way in ways:
+        turn(way)
+    first = time.perf_counter() - began
     turns: dict[str, list[Turn]] = {way: [] for way in ways}
     order = list(ways)
     gc.collect()

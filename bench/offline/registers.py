@@ -60,11 +60,7 @@ def compiled(dtype: torch.dtype, hidden: int) -> Iterator[tuple[str, Any]]:
 
 
 def figures(binary: Any) -> list[str]:
-    """Describe the code of one kernel, as HEAD says.
-
-    The figures are registers, spilled bytes, loads of 16 bytes in the inner loop, its instructions for each byte that a
-    thread moves, the programs that fit on a multiprocessor, and their bytes in flight.
-    """
+    """Describe the code of one kernel, as HEAD says; instructions and loads are those of its inner loop."""
     text = usage_of(binary, "-sass")
     registers = int(re.findall(r"REG:(\d+)", text)[0])
     spilled = sum(int(x) for x in re.findall(r"(?:STACK|LOCAL):(\d+)", text))

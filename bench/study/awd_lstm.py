@@ -101,9 +101,7 @@ class AWDLSTM(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Predict the next words from `ids`, `(batch, time)`, which continue the batch of the last call.
 
-        Returns:
-            The logits of the next word, `(batch, time, words)`, and the last layer's output before and after
-            its dropout, both `(batch, time, embedding)`, for TAR and AR.
+        It returns their logits, `(batch, time, words)`, and the last layer's output before and after its dropout.
         """
         dropped = self.dropouts[0](self.encoder(ids))
         raw = dropped

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.study.corpus import build_corpus, read_text
-from bench.study.report import COMMITTED, EARLY, Run, Study, judged, load
+from bench.study.report import EARLY, Run
 from bench.study.run import WORDS, Job, train_model
 
 SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
@@ -50,21 +49,6 @@ def train_and_read(job: Job) -> tuple[Run, list[Any]]:
     return run, raw.tolist()  # a tensor would reach the other process by memory that this process owns
 
 
-def studied(job: Job) -> Study:
-    """Select the trainings of the study whose first epochs have the settings of a training."""
-    runs = (run for run in load(COMMITTED).runs if job.epochs <= run.settings["epochs"])
-    return Study(run for run in runs if job.settings() | {"epochs": run.settings["epochs"]} == run.settings)
-
-
-def report_outcome(runs: list[Run], study: Study) -> None:
-    """Print the test perplexity, and the study's result for this setting, if it has one."""
-    regularized, plain = runs
-    print(f"\ntest perplexity: {regularized.test:.2f} regularized, {plain.test:.2f} not regularized")
-    if values := study.differences(regularized.coefficients):
-        print("One seed and few epochs prove little. At the end of the trainings in bench/results/study.md")
-        print(f"the difference is {judged(values, '+.2f')}, as a mean over {len(values)} seeds.")
-
-
 def median_unit(raw: Tensor) -> int:
     """Select the unit whose mean squared change from word to word is the median of the units."""
     return int(raw.diff(dim=1).square().mean((0, 1)).median(0).indices)
@@ -75,40 +59,23 @@ def label(run: Run) -> str:
     return f"{'' if alpha or beta else 'not '}regularized (alpha={alpha:g}, beta={beta:g})"
 
 
-def plot_epochs(axes: Axes, runs: list[Run], study: Study, values_of: Callable[[Run], list[float]]) -> None:
-    """Plot a figure of each run by epoch, with the study's seeds in the background, up to their best epochs."""
-    for i, run in enumerate(runs):
-        for seed in study.of(run.coefficients):
-            values = values_of(seed)[: seed.best_epoch]
-            axes.plot(range(1, len(values) + 1), values, color=f"C{i}", alpha=0.3, linewidth=0.7)
-        values = values_of(run)
-        axes.plot(range(1, len(values) + 1), values, "o-", color=f"C{i}", markersize=5, label=label(run))
+def plot(runs: list[Run], raws: list[Tensor]) -> Figure:
+    """Plot figures of the regularized run and the other one by epoch, and a hidden unit by the words of a text.
 
-
-def plot(runs: list[Run], raws: list[Tensor], study: Study) -> Figure:
-    """Plot validation perplexity, loss, AR and TAR by epoch, and a hidden unit by the words of a text.
-
-    Args:
-        runs: the regularized training, and the one without regularization.
-        raws: the outputs `(batch, time, hidden)` of their models for one text.
-        study: longer trainings with the same setting.
+    `raws` are the outputs `(batch, time, hidden)` of their models for one text.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
     above, *others = PANELS
     rows: list[Any] = [[above] * len(others), others, ["unit"] * len(others)]
     panels = figure.subplot_mosaic(rows, height_ratios=(2, 1, 1.2))
     for name, values_of in PANELS.items():
-        plot_epochs(panels[name], runs, study, values_of)
+        for run in runs:
+            values = values_of(run)
+            panels[name].plot(range(1, len(values) + 1), values, "o-", markersize=5, label=label(run))
         panels[name].set(title=name, xlabel="epoch")
     first, below = panels[above], panels["unit"]
-    best = min(min(run.perplexities) for run in (*runs, *study.runs))
+    best = min(min(run.perplexities) for run in runs)
     first.set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
-    if values := study.differences(runs[0].coefficients):
-        first.set_title(
-            f"validation perplexity: the {len(runs[0].ar)} epochs of this demo (dots), and {len(values)} longer "
-            f"trainings of each kind\nup to their best epoch (faint); the test perplexity then differs by "
-            f"{judged(values, '+.2f')}"
-        )
     unit = median_unit(raws[1])
     for i, raw in enumerate(raws):
         below.plot(raw[0, :, unit], color=f"C{i}", marker=".")
@@ -140,9 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
     with ProcessPoolExecutor(len(jobs), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         runs, outputs = zip(*pool.map(train_and_read, jobs), strict=True)
-    runs, raws, study = list(runs), [torch.tensor(raw) for raw in outputs], studied(jobs[0])
-    report_outcome(runs, study)
-    plot(runs, raws, study).savefig(args.plot, format="png", dpi=150)
+    print(f"\ntest perplexity: {runs[0].test:.2f} regularized, {runs[1].test:.2f} not regularized")
+    print("One seed and few epochs prove little: bench/results/study.md compares longer trainings of eight seeds.")
+    plot(list(runs), [torch.tensor(raw) for raw in outputs]).savefig(args.plot, format="png", dpi=150)
     print(f"\nplot: {args.plot.resolve()}")
 
 

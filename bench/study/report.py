@@ -1,4 +1,4 @@
-"""The page with tables and a plot of bench.study.run, beside its JSON lines, and functions that both studies call.
+"""The page with tables and a plot of bench.study.run, beside its JSON lines.
 
 No figure is typed: tests/project/test_study.py fails when the page disagrees with the JSON lines.
 """
@@ -18,10 +18,12 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench.measure import machine
-from bench.measure.report import RESULTS, ROOT, Part, table, with_parts, write
+from bench.measure.machine import RESULTS, ROOT
+from bench.measure.report import Part, table, with_parts, write
 
 COMMITTED = RESULTS / "study.jsonl"
 PENALTIES = {"none": (0.0, 0.0), "AR": (2.0, 0.0), "TAR": (0.0, 1.0), "AR and TAR": (2.0, 1.0)}  # alpha and beta
+COMPARED = {name: pair for name, pair in PENALTIES.items() if any(pair)}  # with training without a penalty
 CLEAR = 2.4  # standard errors; if there is no difference, the mean of eight pairs exceeds them in 5% of the studies
 EARLY = 6  # epochs of a short training: the demo takes less than a minute on two cores
 BEGIN = "<!-- from bench/results/study.jsonl by python -m bench.study.run -->\n"
@@ -118,18 +120,8 @@ class Study:
         plain = {run.seed: value(run) for run in self.plain}
         return [value(run) - plain[run.seed] for run in self.of(coefficients) if run.seed in plain]
 
-    @property
-    def penalties(self) -> dict[str, tuple[float, float]]:
-        """Return the penalties that can be compared with training without a penalty."""
-        return {name: pair for name, pair in PENALTIES.items() if any(pair) and self.differences(pair)}
 
-
-def records(file: Path) -> list[Any]:
-    """Read the trainings of a file, one a line."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def append(run: Any, file: Path) -> None:
+def append(run: Run, file: Path) -> None:
     """Add a training to a file; an interrupted study goes on behind those that its file has."""
     with file.open("a") as lines:
         lines.write(json.dumps(asdict(run)) + "\n")
@@ -140,17 +132,10 @@ def machine_facts() -> dict[str, Any]:
     return machine.facts() | {"device": machine.processor_name(), "source": machine.source()}
 
 
-def origin(runs: list[Any]) -> str:
-    """Render the settings of all trainings and their machines."""
-    settings = ", ".join(f"{name} {value}" for name, value in runs[0].settings.items())
-    machines = {tuple(run.machine.items()): None for run in runs}
-    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
-    return f"Settings: {settings}.\n\nTrained on:\n\n{places}"
-
-
 def load(file: Path) -> Study:
-    """Read a study's JSON lines."""
-    return Study(Run(**record) for record in records(file))
+    """Read a study's JSON lines, a training each."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return Study(Run(**json.loads(line)) for line in lines)
 
 
 def standard_error(values: list[float]) -> float:
@@ -179,10 +164,8 @@ def judged(values: list[float], form: str) -> str:
 
 def summary(study: Study) -> str:
     """Render the test perplexities: a sentence and a table."""
-    if not study.plain:
-        return "No training without a penalty: nothing to compare with.\n"
     rows = [["penalty", "alpha", "beta", "difference in test perplexity", "lower in", "verdict"]]
-    for name, pair in study.penalties.items():
+    for name, pair in COMPARED.items():
         values = study.differences(pair)
         lower = f"{sum(x < 0 for x in values)} of {len(values)} seeds"
         rows.append([name, *(f"{x:g}" for x in pair), average(values, "+.2f"), lower, verdict(values)])
@@ -195,7 +178,7 @@ def summary(study: Study) -> str:
 
 def headline(study: Study) -> str:
     """Render the part in the README."""
-    ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in PENALTIES.values() if any(pair))
+    ar, tar, both = (judged(study.differences(pair), "+.2f") for pair in COMPARED.values())
     words, seeds = study.runs[0].settings["words"], len(study.plain)
     return (
         f"On {words:,} words of the King James text, the test perplexity of a small AWD-LSTM is "
@@ -224,8 +207,8 @@ def gaps(study: Study) -> str:
 
 def sizes(study: Study) -> str:
     """Compare the penalties with the loss, as a reader does who looks for coefficients."""
-    shares = [f"{mean(run.share for run in study.of(pair)):.1%} with {name}" for name, pair in study.penalties.items()]
-    listed = " and ".join(filter(None, [", ".join(shares[:-1]), shares[-1]]))
+    shares = [f"{mean(run.share for run in study.of(pair)):.1%} with {name}" for name, pair in COMPARED.items()]
+    listed = f"{', '.join(shares[:-1])} and {shares[-1]}"
     return f"Relative to the loss of the training text at the best epochs, the penalty is {listed}.\n"
 
 
@@ -238,9 +221,9 @@ def averages_table(study: Study) -> str:
     """Render the means over the seeds for each penalty."""
     rows = [["penalty", "seeds", *COLUMNS]]
     for name, pair in PENALTIES.items():
-        if runs := study.of(pair):
-            cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
-            rows.append([name, str(len(runs)), *cells])
+        runs = study.of(pair)
+        cells = [average([value(run) for run in runs], form) for value, form in COLUMNS.values()]
+        rows.append([name, str(len(runs)), *cells])
     return table(rows)
 
 
@@ -249,7 +232,10 @@ def method(study: Study) -> str:
     settings = study.runs[0].settings
     capped = sum(len(run.valid_loss) == settings["epochs"] for run in study.runs)
     how = METHOD.format(**settings, capped=capped or "None", count=len(study.runs), clear=CLEAR)
-    return f"{how}\n{origin(study.runs)}"
+    listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+    machines = {tuple(run.machine.items()): None for run in study.runs}
+    places = "".join(f"- {', '.join(f'{name} {value}' for name, value in machine)}\n" for machine in machines)
+    return f"{how}\nSettings: {listed}.\n\nTrained on:\n\n{places}"
 
 
 def page(study: Study, name: str) -> str:
@@ -258,7 +244,7 @@ def page(study: Study, name: str) -> str:
         "# Do AR and TAR help?\n",
         f"Rendered from {name}.jsonl by `python -m bench.study.run`, which trains what is missing there.\n",
         summary(study),
-        *([findings(study)] if study.penalties else []),
+        findings(study),
         method(study),
         averages_table(study),
         f"![Validation perplexity by epoch, and the differences in test perplexity]({name}.svg)\n",
@@ -275,11 +261,12 @@ def plot(study: Study) -> Figure:
             values, best = run.perplexities, run.best_epoch
             above.plot(range(1, best + 1), values[:best], color=f"C{i}", alpha=0.5, linewidth=0.7)
             above.plot(best, values[best - 1], "o", color=f"C{i}", markersize=5, label=None if j else name)
-        if name in study.penalties:
+        if name in COMPARED:
             values = study.differences(pair)
             below.plot([name] * len(values), values, "o", color=f"C{i}", alpha=0.5, markersize=5)
-            error = standard_error(values) if len(values) > 1 else 0.0
-            below.errorbar([name], [mean(values)], [error], fmt="_", color="black", capsize=6, markersize=20)
+            below.errorbar(
+                [name], [mean(values)], [standard_error(values)], fmt="_", color="black", capsize=6, markersize=20
+            )
     best = min(min(run.perplexities) for run in study.runs)
     above.set_ylim(0.95 * best, 1.6 * best)  # otherwise the first epochs flatten the rest
     above.set(xlabel="epoch; the dot is the best one", ylabel="validation perplexity")

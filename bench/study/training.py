@@ -24,11 +24,7 @@ DIVISOR, DIVISIONS = 4, 2
 
 
 class EarlyStopping:
-    """Keep the weights of the epoch with the lowest validation loss.
-
-    Whenever it has not fallen for PATIENCE epochs, the learning rate is divided by DIVISOR. After DIVISIONS divisions
-    the training ends instead.
-    """
+    """Keep the weights of the epoch with the lowest validation loss; METHOD in report.py describes the rule."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
         self.model, self.optimizer = model, optimizer
@@ -55,10 +51,7 @@ class EarlyStopping:
 
 
 class Training:
-    """A model in training on a corpus, with AR weighted by `alpha` and TAR by `beta`.
-
-    Weights and dropout follow from `seed`, by torch's global generator: train one model after the other.
-    """
+    """A model in training; `seed` sets torch's global generator, so train one model after the other."""
 
     def __init__(self, corpus: Corpus, alpha: float, beta: float, seed: int):
         torch.manual_seed(seed)
@@ -72,11 +65,7 @@ class Training:
         self.regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
 
     def epoch(self) -> Tensor:
-        """Train on the whole text once.
-
-        Returns:
-            The loss without the penalties, AR and TAR of each step: `(steps, 3)`, on the CPU.
-        """
+        """Train on the whole text once; return loss without penalties, AR and TAR of each step, `(steps, 3)`."""
         self.model.train()
         self.regularizer.on_epoch_begin(self.model)
         return torch.stack([self.step(*batch) for batch in batches(self.corpus.train, self.length)]).cpu()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.conftest import ROOT, gpu, more, python, skip_on_formula, skip_withou
 
 skip_without("matplotlib", "pytest_benchmark")
 
-from bench.measure import before, figures, lines, machine, nets, picture, report, results, sentences, timing  # noqa: E402
+from bench.measure import before, figures, lines, machine, nets, picture, report, results, timing  # noqa: E402
 from bench.measure.timing import Rounds  # noqa: E402
 
 pytestmark = pytest.mark.main
@@ -97,6 +98,7 @@ def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
     package = tmp_path / "fastreg"
     (package / "call").mkdir(parents=True)
     (package / "call" / "backends.py").write_text("FACTOR = 7\n")
+    (package / "fastai.py").write_text("from fastreg.call.backends import FACTOR\n")  # imported when it is asked for
     penalty = "from fastreg.call.backends import FACTOR\ndef fused_ar_tar(raw, *_): return FACTOR * raw.sum()\n"
     (package / "__init__.py").write_text(penalty)
     monkeypatch.setattr(before, "package", None)
@@ -105,6 +107,7 @@ def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
     ways = before.both(lambda package: {"way": package.fused_ar_tar})
     assert [*ways] == ["way", "way before"]
     assert ways["way"] is fused_ar_tar is sys.modules["fastreg"].fused_ar_tar
+    assert before.adapter(before.package, "fastai").FACTOR == 7
     compiled = torch.compile(lambda x: ways["way before"](x), backend="eager", fullgraph=True)
     assert ways["way before"](torch.ones(2)) == compiled(torch.ones(2)) == 14
     with pytest.raises(ValueError, match=r"^--before: expected a checkout of fastreg, got "):
@@ -117,8 +120,8 @@ def test_each_way_of_fastreg_in_each_benchmark_has_one_of_the_other_checkout() -
     ways: dict[str, set[str]] = {}
     for test, way in re.findall(r"::(\w+)\[(?:.*-)?(\w+)\]$", said, re.MULTILINE):
         ways.setdefault(test, set()).add(way)
-    ours = {"fastreg", "fused_ar_tar", "compiled_fastreg", "attach", "FusedRNNDropout"}
-    assert len(ways) == 9
+    ours = {way.replace(" ", "_") for way in results.OURS}
+    assert len(ways) == 10
     for test, found in ways.items():
         assert {way for way in found if way.endswith("_before")} == {f"{way}_before" for way in found & ours}, test
         assert found & ours or test == "test_sweep"
@@ -154,8 +157,8 @@ def test_each_way_of_a_step_adds_the_penalty_as_its_name_says() -> None:
         hooked = bool({**rnn._forward_hooks, **rnn._forward_pre_hooks})
         kinds[way] = "hooks" if hooked else type(dropout).__name__ if chosen.in_hand is False else "activations"
     in_hand = dict.fromkeys(["eager", "compiled", "fused_ar_tar"], "activations")
-    own = {"no penalty": "LockedDropout", "attach": "hooks", "FusedRNNDropout": "FusedRNNDropout"}
-    assert kinds == in_hand | own
+    own = {"no penalty": "LockedDropout", "compiled with dropout": "CompiledDropout", "attach": "hooks"}
+    assert kinds == in_hand | own | {"FusedRNNDropout": "FusedRNNDropout"}
 
 
 def test_what_a_way_adds_is_printed_in_milliseconds_and_its_ratio_to_its_counterpart() -> None:
@@ -208,7 +211,7 @@ def test_steps_are_checked() -> None:
     options = "-k", "LSTM-8x10x16", "--benchmark-disable", "--limit=300"
     output = python("-m", "pytest", "bench", *FAILING, *options, fails=True, **ENVIRONMENT).stdout
     assert "adds something else than the formula" in output
-    assert "1 failed, 6 passed" in output
+    assert "1 failed, 7 passed" in output
 
 
 @more
@@ -228,7 +231,7 @@ def test_options_without_effect_are_refused() -> None:
 
 
 def test_rows_of_a_busy_machine_are_missing() -> None:
-    found = results.read(next(results.RESULTS.glob("*.json")))
+    found = results.read(next(machine.RESULTS.glob("*.json")))
     busy, *others = (row for row in found["benchmarks"] if row["extra_info"].get("allocator") != machine.DEFAULT)
     busy["extra_info"]["waiting"] = 0.5
     merged = results.merged([found | {"benchmarks": [busy, *others]}])
@@ -239,89 +242,107 @@ def test_rows_of_a_busy_machine_are_missing() -> None:
 
 
 def test_each_table_shows_what_is_computed_by_hand() -> None:
-    """The faster formula of the step is the eager one, and the mean of 1/2 and 1/8 is 1/4."""
-    kept, bf16, default = {"dtype": "float32", "allocator": machine.KEPT}, {"dtype": "bfloat16"}, machine.DEFAULT
-    step, call, dropout = (
-        {"pass": kind, "shape": [2, 3, 4]} | kept for kind in (results.STEP, results.BOTH, "dropout")
-    )
-    step, by_default, sweep = step | {"model": "LSTM"}, dropout | {"allocator": default}, call | {"pass": "sweep"}
+    """The fastest formula of the step is the eager one, and the mean of 1/2 and 1/8 is 1/4."""
+    kept, bf16 = {"shape": [2, 3, 4], "allocator": machine.KEPT}, {"dtype": "bfloat16"}
+    call, sweep = (kept | {"pass": kind, "dtype": "float32"} for kind in (results.BOTH, "sweep"))
+    step = kept | {"pass": "step", "model": "LSTM", "dropout": "variational"}
+    trainer = step | {"pass": "Lightning", "dropout": "elementwise"}
+    by_default = call | {"pass": "dropout", "dropout": "variational", "allocator": machine.DEFAULT}
     made_up: list[tuple[str, str, dict[str, Any], float, dict[str, Any]]] = [  # case, way, facts, seconds, figures
         ("a", "no penalty", step, 0.010, {"peak_bytes": 100e6}),
         ("a", "compiled", step, 0.016, {"peak_bytes": 150e6, "added": [0.006, 0.001]}),
         ("a", "eager", step, 0.010, {"peak_bytes": 160e6, "added": [0.0, 0.0]}),
-        ("a", "attach", step, 0.012, {"over": {"compiled": [0.75, 0.0], "eager": [1.2, 0.02]}}),
+        ("a", "attach", step, 0.012, {"peak_bytes": 125e6, "added": [0.0017, 0.0001], "over": {"eager": [1.2, 0.02]}}),
         ("b", "compiled", call, 0.004, {}),
-        ("b", "eager", call, 0.050, {}),
-        ("b", "fastreg", call, 0.002, {"over": {"compiled": [0.5, 0.0], "eager": [0.04, 0.0]}}),
+        ("b", "fastreg", call, 0.002, {"over": {"compiled": [0.5, 0.0]}}),
         ("c", "compiled", call | bf16, 0.004, {}),
-        ("c", "eager", call | bf16, 0.050, {}),
-        ("c", "fastreg", call | bf16, 0.0005, {"over": {"compiled": [0.125, 0.0], "eager": [0.01, 0.0]}}),
-        ("d", "compiled", by_default, 0.001, {}),
-        ("d", "fastreg", by_default, 0.001, {"over": {"compiled": [1.0, 0.0], "fused_ar_tar": [0.43, 0.0]}}),
-        ("d", "fused_ar_tar", by_default, 0.0023, {"over": {"compiled": [2.3, 0.0]}}),
+        ("c", "fastreg", call | bf16, 0.0005, {"over": {"compiled": [0.125, 0.0]}}),
+        ("d", "compiled with dropout", by_default, 0.001, {}),
+        ("d", "fastreg", by_default, 0.001, {"over": {"compiled with dropout": [1, 0], "fused_ar_tar": [0.4, 0]}}),
+        ("d", "fused_ar_tar", by_default, 0.0023, {"over": {"compiled with dropout": [2.3, 0.0]}}),
         ("e", "8", sweep | {"programs": 1024}, 0.001, {"graph_rotated_seconds": 5e-6}),
+        ("f", "no penalty", trainer, 0.010, {"operators": 60}),
+        ("f", "eager", trainer, 0.011, {"operators": 92, "over": {"no penalty": [1.1, 0.01]}}),
+        ("f", "adapter", trainer, 0.0105, {"operators": 72.4, "over": {"eager": [0.95, 0.01]}}),
     ]
-    made_up[3][4].update(peak_bytes=125e6, added=[0.0017, 0.0001])
     rows = [
-        {"group": case, "name": way, "extra_info": about | found, "stats": {"median": seconds}}
+        {"group": case, "name": way, "extra_info": about | {"over": {}} | found, "stats": {"median": seconds}}
         for case, way, about, seconds, found in made_up
     ]
-    facts = {"device": "X", "torch": "2", "python_version": "3", "threads": 2}
-    commit = {"version": "1", "id": "f", "dirty": False, "source": "5"}
-    about = {"machine_info": facts, "commit_info": commit, "datetime": "", "missing": {}, "benchmarks": rows}
-    result = results.result_of(about)
+    result = results.result_of(results.read(next(machine.RESULTS.glob("*.json"))) | {"missing": {}, "benchmarks": rows})
     page = "\n".join(report.tables(result)).splitlines()
     for line in (
-        "| LSTM, (2, 3, 4) | 10 | +6.000±1.000 | +0.000±0.000 | +1.700±0.100 |",  # added milliseconds
-        "| LSTM, (2, 3, 4) | 1.20±0.02 |",
-        "| LSTM, (2, 3, 4) | 100 | +50% | +60% | +25% |",  # peak memory
-        "| (2, 3, 4), bfloat16 | 0.5 | 0.125±0.000 | 0.010±0.000 | memory kept |",
-        "| (2, 3, 4), float32 | - | 2.300±0.000 |",
+        "| LSTM, (2, 3, 4), variational dropout | 10 | +6.000±1.000 | +0.000±0.000 | +1.700±0.100 |",  # milliseconds
+        "| LSTM, (2, 3, 4), variational dropout | 1.20±0.02 |",
+        "| LSTM, (2, 3, 4), variational dropout | 100 | +50% | +60% | +25% |",  # peak memory
+        "| LSTM, (2, 3, 4), elementwise dropout | formula | 11 | 1.10±0.01 |  | +32.0 |",  # operators
+        "| LSTM, (2, 3, 4), elementwise dropout | adapter | 10.5 |  | 0.95±0.01 | +12.4 |",
+        "| (2, 3, 4), bfloat16 | 0.5 | 0.125±0.000 | memory kept |",
+        "| (2, 3, 4), float32, variational dropout | - | 2.300±0.000 |",
         "| (2, 3, 4), float32 | 1024 |  | 5 |  |",  # microseconds with other constants
     ):
         assert line in page, line
-    assert "| Forward and backward | 0.250±0.000, 0.500±0.000 (2) |  |" in report.summary([result])
-    assert "2 of 5 ratios are above 1" in report.losing([result])
-    assert "| Dropout with penalty, `fused_ar_tar` | (2, 3, 4), float32 |  | 2.300±0.000 |" in report.losing([result])
-    said = report.speed_and_memory([result])
-    assert "One call takes 0.25 of the compiled formula's time and 0.02 of the eager formula's." in said
-    assert " 2.300±0.000 times the formula's time (default allocator): use `FusedRNNDropout`." in said
-    assert ["step, LSTM, (2, 3, 4)", "", "1.20±0.02", ""] in sentences.summary(result)
-    assert ["call, mean, memory kept", "0.250±0.000", "", ""] in sentences.summary(result)
+    assert "2 of 6 ratios are above 1" in report.losing([result])
+    assert "| (2, 3, 4), float32, variational dropout | default allocator | 2.300±0.000 |" in report.losing([result])
+    kept, by_default = report.summary([result]).split("\n\n")
+    assert "| `fused_ar_tar` |  | 0.250±0.000 |\n| `attach` | 1.20±0.02 |  |\n| Lightning | 0.95±0.01 |  |" in kept
+    assert "| `fused_ar_tar` | 2.300±0.000 |\n| `FusedRNNDropout` | - |" in by_default
+    in_steps = report.speed_and_memory([result])  # without calls
+    assert "| small LSTM |\n| --- | --- |\n| `attach` | 1.20 |\n| Lightning | 0.95 |\n\nMeasured" in in_steps
     drawn = picture.shares(result.cases[0])
     assert (drawn["time"]["attach"], drawn["peak memory"]["attach"]) == (pytest.approx((17, 1)), pytest.approx((25, 0)))
 
 
-@pytest.mark.parametrize(
-    ("say", "figures", "words"),
-    [
-        (sentences.change, [(0.95, 0.02), (0.99, 0.02)], "0 to 5% shorter"),  # the second cannot be told from 1
-        (sentences.change, [(1.04, 0.01), (1.11, 0.01)], "4 to 11% longer"),
-        (sentences.change, [(0.87, 0.01), (0.87, 0.01)], "13% shorter"),
-        (sentences.change, [(0.96, 0.01), (1.02, 0.005)], "between 4% shorter and 2% longer"),
-        (sentences.change, [(0.97, 0.08)], "the same within the error"),
-        (lambda found: picture.words(*found), [(-2.4, 2.7)], "\N{MINUS SIGN}2 ± 3%, not significant"),
-        (lambda found: picture.words(*found), [(37.0, 2.0)], "+37 ± 2%"),
-        (lambda found: picture.words(*found), [(0.2, 0.0)], "0%"),
-    ],
-)
-def test_a_change_is_told_in_percent_and_if_it_cannot_be_told_from_none(say: Any, figures: Any, words: str) -> None:
-    assert say([results.Figure(*figure) for figure in figures]) == words
+def test_a_bar_of_the_picture_says_its_error_and_if_it_cannot_be_told_from_none() -> None:
+    shares = [results.Figure(*share) for share in ((-2.4, 2.7), (37.0, 2.0), (12.3, 0.4), (0.2, 0.0))]
+    assert [*map(picture.words, shares)] == ["\N{MINUS SIGN}2 ± 3%, not significant", "+37 ± 2%", "+12%", "0%"]
+
+
+def less(ratios: list[results.Figure]) -> str:
+    """Say by how many percent steps are shorter, as in "2 to 8%"."""
+    percents = sorted(round(100 * (1 - ratio.median)) for ratio in ratios)
+    return " to ".join(dict.fromkeys(f"{x}" for x in (percents[0], percents[-1]))) + "%"
+
+
+def most(uses: report.Uses, place: str, *without: str) -> str:
+    """Say by how many percent the step is longer of what lengthens it most, but for some uses."""
+    return f"{round(100 * max(x.median - 1 for use in uses.keys() - without for x in uses[use].get(place, [])))}%"
+
+
+# Parts of the README's sentences, with {} for a figure, and the figure: by row and column of the README's table.
+README = ROOT / "README.md"
+SAID: dict[str, Callable[[report.Uses], str]] = {
+    "a step of cheap layers with `FusedRNNDropout` takes {} less time than with the fastest formula": (
+        lambda uses: less(uses["`FusedRNNDropout`"][report.CHEAP])
+    ),
+    "`attach` and the adapters make small steps up to {} longer": (
+        lambda uses: most(uses, report.SMALL, "`fused_ar_tar`", "`FusedRNNDropout`")
+    ),
+}
+
+
+def test_the_figures_in_sentences_of_the_readme_are_those_that_were_measured() -> None:
+    text = " ".join(re.sub(r"<!-- from .*?<!-- end -->|```.*?```", "", README.read_text(), flags=re.DOTALL).split())
+    uses = report.uses(report.latest([results.load(file) for file in machine.RESULTS.glob("*.json")]).parts()[0])
+    for part, figure in SAID.items():
+        said = part.format(figure(uses))
+        assert said in text, f"README: expected {said!r}"
+        text = text.replace(said, "")
+    assert not re.findall(r".*(?:\d%|\b[01]\.\d\d\b).*", text), "SAID lacks the figures that are left"
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
-    """Every row is on the page of its machine, and every kind in the summary."""
-    found, drawn = [results.load(file) for file in results.RESULTS.glob("*.json")], picture.FILE.read_text()
+    """Every row is on the page of its machine."""
+    found, drawn = [results.load(file) for file in machine.RESULTS.glob("*.json")], picture.FILE.read_text()
     for result in found:
         assert "Fake" not in result.machine["device"], "kernels that do nothing take no time"
         page = report.all_rows(result)
         for case in result.cases:
             title = report.TITLES[case.info["pass"]]
             assert any(f"| {case.label} |" in part for part in page.split("## ") if part.startswith(title)), case.name
-            assert f"| {title}" in report.summary([result])
-        for ratio in (ratio for found in report.ratios(result).values() for ratio in report.lost(found)):
-            row = rf"^\| {re.escape(ratio.label)} \|.* {ratio.figure} \|"
-            assert re.search(row, page, re.MULTILINE), f"{ratio} is only in the summary"
+        for kind, label, _, figure in report.ratios(result):
+            row = rf"^\| {re.escape(label)} \|.* {figure} \|"
+            assert re.search(row, page, re.MULTILINE), f"{kind} is not on the page"
     for page, text in (report.pages(found) | {picture.FILE: drawn}).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
 

@@ -1,4 +1,4 @@
-"""The demo and the examples learn; the studies follow their rules, and the committed pages show their JSON lines."""
+"""The demo and the examples learn; the study follows its rules, and the committed pages show its JSON lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from bench.measure.timing import threads
-from bench.study import demo, report, run, training, two_rooms
+from bench.study import demo, report, run, training
 from bench.study.awd_lstm import AWDLSTM, Dropouts
 from bench.study.report import PENALTIES, Run
 from examples import two_rooms as example
@@ -108,29 +108,16 @@ def test_the_pages_show_means_that_are_computed_by_hand():
     both = [x | {"best": x["valid_loss"].index(min(x["valid_loss"]))} for x in records if x["alpha"] and x["beta"]]
     shares = [(2 * x["ar"][x["best"]] + x["tar"][x["best"]]) / x["best_train_loss"] for x in both]
     assert f"{mean(shares):.1%} with AR and TAR" in page
-    records = [json.loads(line) for line in two_rooms.COMMITTED.read_text().splitlines()]
-    weights = example.SETTINGS["with TAR"]
-    fresh = [x for x in records if x["weights"] == [*weights] and x["seed"] in two_rooms.FRESH_SEEDS]
-    found = [x for x in fresh if not x["distractor"] and x["settings"]["steps"] == two_rooms.STEPS]
-    success = mean((x["same_room"] + x["other_room"]) / 2 for x in found)
-    row = f"| only the dot | with TAR | {', '.join(f'{x:g}' for x in weights)} | {success:.3f}±"
-    assert row in two_rooms.COMMITTED.with_suffix(".md").read_text()
 
 
-def test_the_committed_studies_are_whole_and_their_pages_agree():
-    file, rooms = report.COMMITTED, two_rooms.load(two_rooms.COMMITTED)
+def test_the_committed_study_is_whole_and_its_pages_agree():
+    file = report.COMMITTED
     studied = report.load(file).runs
     assert [(run.coefficients, run.seed) for run in studied] == [*product(PENALTIES.values(), run.SEEDS)]
     assert all(run.settings == studied[0].settings for run in studied)
     assert hashlib.sha256(file.read_bytes()).hexdigest()[:16] in file.with_suffix(".svg").read_text()
-    done = [run.job for run in rooms]
-    assert sorted(done) == sorted({*two_rooms.jobs(two_rooms.COMMITTED)}), "run `python -m bench.study.two_rooms`"
-    assert all(run.settings == two_rooms.facts_of(run.job.steps) for run in rooms)
-    assert two_rooms.chosen(rooms) == example.SETTINGS, "the example has the weights that were chosen"
-    *_, alone = example.SETTINGS.values()
-    assert {*alone[:2]} <= {*two_rooms.VICREG_ALONE[1:-1]}, "the best weights without TAR are on the edge of the grid"
-    for page, text in [*report.pages(file).items(), *two_rooms.pages(two_rooms.COMMITTED).items()]:
-        assert page.read_text() == text, "run `python -m bench.study.run` or `python -m bench.study.two_rooms`"
+    for page, text in report.pages(file).items():
+        assert page.read_text() == text, "run `python -m bench.study.run`"
 
 
 # script -> the framework that it needs, and the pattern of a loss in its output
@@ -210,10 +197,3 @@ def test_the_notebook_runs_and_learns(monkeypatch: pytest.MonkeyPatch, tmp_path:
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert committed == [kinds_of_outputs(cell) for cell in code], "run the notebook, and commit it with its outputs"
     assert "image/png" in committed[-1][-1], "the last cell plots"
-
-
-def test_vicreg_is_zero_for_numbers_that_vary_and_agree_in_nothing() -> None:
-    apart = 2 * torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[-1.0, 1.0], [-1.0, -1.0]]])
-    assert [*map(float, example.vicreg(apart))] == [0.0, 0.0]
-    variance, covariance = example.vicreg(apart[..., :1].expand(2, 2, 2) / 4)
-    assert (float(variance), float(covariance)) == pytest.approx((1 - (1 / 3) ** 0.5, 2 / 9 / example.LATENT), rel=1e-3)
