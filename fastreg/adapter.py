@@ -190,11 +190,10 @@ class Adapter:
         if self.handles:
             return
         for rnn, dropout in self.modules(model):
-            options = self.layout_of(rnn) | {"output": self.paths.output}
-            valid, starts = self.mask_of(rnn, self.paths.valid), self.mask_of(rnn, self.paths.starts)
-            handle = self.regularizer.attach(rnn, dropout, **options, valid=valid, starts=starts)
-            self.handles.append(handle)
-            self.time_axis = handle.source.time_axis
+            masks: Any = {name: self.mask_of(rnn, getattr(self.paths, name)) for name in ("valid", "starts")}
+            options = self.layout_of(rnn) | masks | {"output": self.paths.output}
+            self.handles.append(self.regularizer.attach(rnn, dropout, **options))
+            self.time_axis = self.handles[-1].source.time_axis
 
     def inputs(self) -> Sequence[Any]:
         """Return the inputs of the batch that the model gets now."""
@@ -266,7 +265,7 @@ class Adapter:
 
         Args:
             loss: the loss of the step.
-            size: the weight of the step in the means of the terms; 0 if nobody reads them.
+            size: the weight of the step in the means of the terms; with 0 they are not summed.
             parts: the number of losses in an optimizer step, by which the penalty is divided.
 
         Raises:

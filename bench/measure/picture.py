@@ -18,7 +18,7 @@ MODELS = {  # the label of a case, and the words for its model
 WAYS = {
     "eager": "formula, eager",
     "compiled": "formula, compiled",
-    "compiled with dropout": "dropout and formula, compiled",
+    "compiled with dropout": "compiled with dropout",
     "fused_ar_tar": "fused_ar_tar",
     "attach": "attach",
     "FusedRNNDropout": "FusedRNNDropout",
@@ -71,7 +71,7 @@ def draw(cases: list[Case], setting: str) -> None:
                 ax.axvline(0, color=GREY, linewidth=0.8)
                 ax.spines[["top", "right"]].set_visible(False)
                 ax.tick_params(labelbottom=True)
-                ax.set_xlabel(f"{what} added, % of the step without a penalty")
+                ax.set_xlabel(f"{what} added, % of the step without a penalty", fontsize="small")
             batch, time, hidden = case.info["shape"]
             row[0].set_title(f"{MODELS[case.label]}: batch {batch}, time {time}, hidden {hidden}", loc="left")
         for ax in axes[0]:

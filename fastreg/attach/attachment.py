@@ -238,13 +238,13 @@ class Attachment(AbstractContextManager["Attachment"]):
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
         dropped, penalty = data_of(result), None
         if isinstance(dropout, FusedRNNDropout):
-            penalty, given = dropout.collect(), _arguments(run, args, kwargs)
+            penalty, is_formed = dropout.collect(), dropout.training and "coefficients" in kwargs
+            given = kwargs if is_formed else _arguments(run, args, kwargs)
             run.coefficients = given["coefficients"]
             run.masks = {name: given[name] for name in MASKED if name in given}
-            if not dropout.training or "coefficients" not in kwargs:  # the penalty is another one, or there is none
-                penalty = None
-            elif again:  # the forward has computed the penalty again
+            if is_formed and again:  # the forward has computed the penalty again
                 return None
+            penalty = penalty if is_formed else None
         self._form(run, raw, dropped, penalty)
         if again or not dropped.requires_grad:
             return None

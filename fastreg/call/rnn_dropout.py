@@ -38,12 +38,16 @@ class Formed(NamedTuple):
     Attributes:
         penalty: the penalty and its terms.
         grad_enabled: whether gradients were enabled.
-        adds: whether a coefficient was not 0.
+        coefficients: alpha and beta.
     """
 
     penalty: Penalty
     grad_enabled: bool
-    adds: bool
+    coefficients: Sequence[Coefficient]
+
+    def has_gradient(self) -> bool:
+        """Return whether the penalty may have a gradient."""
+        return self.grad_enabled and any(map(is_on, self.coefficients))
 
 
 class FusedRNNDropout(nn.Module):
@@ -122,13 +126,12 @@ class FusedRNNDropout(nn.Module):
             UserWarning: the penalty of the last forward was not taken; the module warns once.
         """
         untaken, self.formed = self.formed, None
-        if untaken is not None and untaken.grad_enabled and untaken.adds and getattr(raw, "requires_grad", False):
+        if untaken is not None and getattr(raw, "requires_grad", False) and untaken.has_gradient():
             self._warn_once(UNTAKEN)
         if not self.training:
             return raw
         coefficients = (self.alpha, self.beta) if coefficients is None else coefficients
-        adds = any(map(is_on, coefficients))
-        if adds and self._is_replica:
+        if self._is_replica and any(map(is_on, coefficients)):
             raise RuntimeError(REPLICATED)
         batch_first, axis = self.time_axis() if time_dim is None else (None, time_dim)
         options = Options(batch_first, axis, return_terms=True)
@@ -137,7 +140,7 @@ class FusedRNNDropout(nn.Module):
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or current() == -1:
-            self.formed = Formed(penalty, torch.is_grad_enabled(), adds)
+            self.formed = Formed(penalty, torch.is_grad_enabled(), coefficients)
         return dropped
 
     def time_axis(self) -> TimeAxis:

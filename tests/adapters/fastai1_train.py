@@ -175,10 +175,10 @@ def test_a_validation_within_a_step_leaves_its_lr() -> None:
     assert lrs_of(learn)[0] == 5e-3
 
 
-def test_models_without_reset_are_not_reset_and_others_are_once_an_epoch() -> None:
-    learn = TestContract().learner_of(Net())
-    fuse(learn, **PATHS).fit(1)
-    learn.model.reset = mock.Mock()
+def test_models_are_reset_once_an_epoch_if_they_can_be() -> None:
+    learn = fuse(TestContract().learner_of(Net()), **PATHS)
+    learn.fit(1)
+    learn.model.reset = mock.Mock(spec=[])
     learn.fit(2)
     assert learn.model.reset.call_count == 2
 

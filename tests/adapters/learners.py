@@ -15,19 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastreg import fused_ar_tar
 from fastreg.adapter import Adapter
+from tests import language_model as lm
 from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net
-from tests.language_model import (
-    BATCH,
-    TIME,
-    VOCABULARY,
-    Model,
-    assert_other_weights,
-    assert_same_weights,
-    gap,
-    hooks_of,
-    seeded,
-    tokens,
-)
+from tests.language_model import BATCH, TIME, VOCABULARY, Model, assert_same_weights, gap, hooks_of, seeded, tokens
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
@@ -80,9 +70,14 @@ class Frames(Model):
 
 ROWS = [((ids,), -ids) for ids in IDS]  # the inputs, and the target
 # the model, its inputs, and the options of `fuse`; seven time steps count
+TIME_FIRST = [((x,), -x) for x in tokens(BATCHES * TIME, BATCH)]
 LENGTHS: list[tuple[Any, Any, dict[str, Any]]] = [
-    (Chunks, ROWS, PATHS),
+    (Net, ROWS, {"rnn": "rnn"}),
+    (Net, TIME_FIRST, {"rnn": ["decoder", "turned"], "batch_first": False}),  # the second one has fewer
     (Net, ROWS, {"rnn": "turned", "batch_first": False}),  # the model turns the batch
+    (Captures, [((x - x // 2, x // 2), -x) for x in IDS], {}),
+    (Captures, [((x - x // 2, x // 2), -x) for (x,), _ in TIME_FIRST], {"batch_first": False}),
+    (Chunks, ROWS, PATHS),
     (Frames, [((torch.rand(2 * TIME),), -ids) for ids in IDS], PATHS),
 ]
 
@@ -113,9 +108,7 @@ class LearnerContract(Contract):
     trained: Callable[..., Tensor]  # trains a learner for an epoch with more callbacks, and returns the weights
     at_batches: Callable[..., Any]  # makes a callback that calls a function before each training batch
     cut_off: Callable[..., None]  # lets something end a fit within an optimizer step, so that the callback is not told
-    rolled: Callable[
-        ..., Any
-    ]  # makes a callback that rolls the inputs of each batch, after the regularizer has seen them
+    rolled: Callable[..., Any]  # makes a callback that rolls each batch after the regularizer has seen it
     exported: Callable[..., Any]  # exports a learner, and loads it
     callbacks: Callable[..., list[Any]]
 
@@ -168,31 +161,12 @@ class LearnerContract(Contract):
         assert (isinstance(now, Adapter), now.alpha, now.beta) == (True, ALPHA, BETA)
         assert gap(self.trained(learn), self.stock_weights()) < 1e-5
 
-    @pytest.mark.parametrize("captured", [False, True])
-    @pytest.mark.parametrize("time_first", [False, True])
-    def test_the_lr_follows_the_time_steps_of_raw(self, time_first: bool, captured: bool) -> None:
-        """The batch has the layout of raw, which decoded has, too; with captures it is a sum of inputs."""
-        size, length = (TIME, BATCH) if time_first else (BATCH, TIME)
-        rows = [((x - x // 2, x // 2) if captured else (x,), -x) for x in tokens(BATCHES * size, length)]
-        learn = self.learner_of(Captures() if captured else Net(), rows=rows, size=size)
-        options = {} if captured else {"rnn": ["decoder", "turned"]}  # which is turned, and has fewer
-        now = self.regularizer(self.fuse(learn, batch_first=not time_first, **options))
-        now.bptt, now.adjust = 2 * TIME, True  # which only fastai 1 has to be told
-        *scaled, after = self.lrs_of_steps(learn, 0.5)
-        assert scaled == [0.25] * BATCHES
-        assert after == 0.5
-
     @pytest.mark.parametrize(("kind", "rows", "options"), LENGTHS)
     def test_the_lr_follows_the_length_of_indices_and_otherwise_raw(self, kind: Any, rows: Any, options: Any) -> None:
-        learn = self.fuse(self.learner_of(kind(), rows=rows), **options)
+        learn = self.fuse(self.learner_of(kind(), rows=rows, size=len(rows) // BATCHES), **options)
         now = self.regularizer(learn)
-        now.bptt, now.adjust = 2 * TIME, True
+        now.bptt, now.adjust = 2 * TIME, True  # which only fastai 1 has to be told
         assert self.lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
-
-    def test_a_fit_after_one_that_was_cut_off_has_its_own_lr(self) -> None:
-        learn = self.fuse(self.learner_of(Net()), **PATHS)
-        now = self.regularizer(learn)
-        now.bptt, now.adjust = 2 * TIME, True
         self.cut_off(learn)
         assert self.lrs_of_steps(learn, 2.0) == [1.0] * BATCHES + [2.0]
 
@@ -202,7 +176,7 @@ class LearnerContract(Contract):
         self.fit(formula, cbs=[self.rolled()])
         self.fit(without)
         assert_same_weights(model, formula)
-        assert_other_weights(without, formula)
+        lm.assert_other_weights(without, formula)
 
     @pytest.mark.parametrize("what", ["fit", "validate"])
     def test_no_activations_are_held(self, what: str, options: Any) -> None:

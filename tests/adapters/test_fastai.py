@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.measure.timing import threads
 from fastreg import FusedRNNDropout
 from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, loss_of
-from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract
+from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, subclass
 from tests.conftest import skip_without, without
 from tests.language_model import VOCABULARY, Model, Triple, formula, gap, hooks_of
 
@@ -31,9 +31,6 @@ with warnings.catch_warnings():
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("quick_collections")]  # fastai's warnings
 
 SMALL = {"emb_sz": 24, "n_hid": 32, "n_layers": 2}
-
-
-class Mine(fa.RNNDropout): ...
 
 
 @pytest.fixture(autouse=True)
@@ -272,20 +269,10 @@ def test_fuse_swaps_the_dropout_once_for_all_fits() -> None:
     assert learn.model[1].output_dp is fused
 
 
-NO_DROPOUT = [
-    (lambda head: setattr(head.output_dp, "__class__", Mine), "the RNNDropout of a .* with Mine$"),
-    (lambda head: delattr(head, "output_dp"), "got True for a .* with NoneType$"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), NO_DROPOUT)
-def test_fuse_swaps_nothing_if_the_model_lacks_the_dropout(change: Any, message: str) -> None:
-    learn = learner()
-    change(learn.model[1])
-    parts = [*learn.cbs, *learn.model.modules()]
-    with pytest.raises(ValueError, match=message):
-        fuse(learn, dropout=True)
-    assert all(a is b for a, b in zip([*learn.cbs, *learn.model.modules()], parts, strict=True))
+def test_fuse_swaps_nothing_if_the_model_lacks_the_dropout() -> None:
+    rejects, options = TestContract().test_fuse_rejects_and_swaps_nothing, {"dropout": True}
+    rejects(lambda _, head: subclass(head.output_dp), options, ValueError, "the RNNDropout of a .* with Mine$")
+    rejects(lambda _, head: delattr(head, "output_dp"), options, ValueError, "got True for a .* with NoneType$")
 
 
 # the callbacks of two learners; the first one is trained
