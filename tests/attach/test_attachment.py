@@ -323,6 +323,18 @@ def test_wrong_steps_are_refused(case: str) -> None:
     model.check(model(x))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, lm.Elementwise])  # raw of the LSTM is a view
+@pytest.mark.parametrize("dropout", [PLAIN, FUSED])
+def test_raw_that_was_changed_without_gradients_is_refused(dropout: Any, kind: Any) -> None:
+    model = Attached(kind, dropout)
+    raw, state = model.rnn(lm.inputs())
+    no_grad(raw.mul_)(2)
+    with pytest.raises(RuntimeError, match=IN_PLACE):
+        model.reg.on_backward_begin(model.dropout(raw).sum())
+    del raw, state
+    model.check(model(lm.inputs()))
+
+
 @pytest.mark.parametrize("given", ["raw", "dropped"])
 @pytest.mark.parametrize("dropouts", [(PLAIN, PLAIN), (FUSED, FUSED), (None, None), (FUSED, None), (None, PLAIN)])
 def test_a_block_that_returns_its_input_counts_like_any_other(dropouts: Any, given: str) -> None:
