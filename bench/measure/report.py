@@ -33,7 +33,7 @@ CALLS = {  # the pass of calls -> its title
 }
 TITLES = STEPS | CALLS
 # Where one uses fastreg: in steps with layers that are cheap, small or slow, in calls, and in calls behind a dropout.
-CHEAP, SMALL, SLOW = "cheap layers", "small LSTM", "slow layers"
+OF_STEPS = CHEAP, SMALL, SLOW = "cheap layers", "small LSTM", "slow layers"
 MEANS = "calls, mean", "dropout and call, mean"
 USES = {  # the pass of a case and the way -> what one uses
     (BOTH, "fastreg"): "`fused_ar_tar`",
@@ -94,21 +94,24 @@ def place_of(case: Case) -> str:
 def span(figures: list[Figure]) -> str:
     """Render the range of ratios, in which one that cannot be told from 1 is 1."""
     medians = [figure.median if figure.differs_from(1) else 1.0 for figure in figures]
-    return " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(medians), max(medians))))
+    return "\N{EN DASH}".join(dict.fromkeys(f"{x:.2f}" for x in (min(medians), max(medians))))
 
 
-def uses_table(part: Result, render: Callable[[list[Figure]], str]) -> str:
+def uses_table(part: Result, columns: Iterable[str], render: Callable[[list[Figure]], str]) -> str:
     """Render the ratios to the fastest formula, a row for each thing that one uses."""
     found = uses(part)
-    places = [place for place in (CHEAP, SMALL, SLOW, *MEANS) if any(place in row for row in found.values())]
-    rows = [[use, *(render(row[place]) if place in row else "" for place in places)] for use, row in found.items()]
+    places = [place for place in columns if any(place in row for row in found.values())]
+    cells = {use: [render(row[place]) if place in row else "" for place in places] for use, row in found.items()}
+    rows = [[use, *row] for use, row in cells.items() if any(row)]
     return table([[with_allocator("over the fastest formula", part.cases), *places], *rows])
 
 
 def summary(results: list[Result]) -> str:
     """Render the part in docs/performance.md about what one uses."""
     each = latest(results).parts()
-    return "\n".join(uses_table(part, lambda figures: "; ".join(map(str, figures))) for part in each)
+    return "\n".join(
+        uses_table(part, (*OF_STEPS, *MEANS), lambda figures: "; ".join(map(str, figures))) for part in each
+    )
 
 
 def with_allocator(text: str, cases: list[Case]) -> str:
@@ -138,8 +141,7 @@ def speed_and_memory(results: list[Result]) -> str:
     if cases := part.of(STEP, picture.MODELS):
         picture.draw(cases, with_allocator("GPU" if result.on_gpu else "CPU", cases))
     shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
-    gpu = "" if any(x.on_gpu for x in results) else " **No GPU has been measured yet.**"
-    return f"{shown}\n\n{uses_table(part, span)}\nMeasured on {result.machine['device']}.{gpu}\n"
+    return f"{shown}\n\n{uses_table(part, OF_STEPS, span)}\nMeasured on {result.machine['device']}.\n"
 
 
 def all_rows(result: Result) -> str:
