@@ -266,17 +266,16 @@ def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
 
 def check_pair(raw: object, dropped: object, time_dim: int | None, layer: int | None) -> dict[str, Tensor]:
     """Check raw and dropped, and return them by their names; `None` for at most one of them."""
-    pair = _given(raw, dropped, layer)
-    for given in pair.items():
-        _expect(isinstance(given[1], Tensor), given[0], "{}, got {}", ACTIVATIONS, type(given[1]), error=TypeError)
-        _check_dense(*given)
-    (one, x), *_ = pair.items()
+    pair, dtypes = _given(raw, dropped, layer), "float16, bfloat16, float32 or float64, got {}"
+    for name, given in pair.items():
+        _expect(isinstance(given, Tensor), name, "{}, got {}", ACTIVATIONS, type(given), error=TypeError)
+        _check_dense(name, given)
+        _expect(given.dtype in DTYPES, name, dtypes, given.dtype, error=TypeError)
+    (one, x), *others = pair.items()
     _check_axes(one, x, time_dim)
-    dtypes = "float16, bfloat16, float32 or float64, got {}"
-    for name, tensor in pair.items():
-        _expect(tensor.dtype in DTYPES, name, dtypes, tensor.dtype, error=TypeError)
-        _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
-        _check_device(name, tensor, one, x)
+    for name, other in others:
+        _expect(other.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, other.shape)
+        _check_device(name, other, one, x)
     return pair
 
 
