@@ -82,8 +82,7 @@ class Encoder:
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count."""
         bits, counts = self.bits(), self.counts()
-        if lengths is not None:
-            lengths = lengths.long()
+        lengths = None if lengths is None else lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, bits, counts)]
         self.encode(_pack_encoding(*addresses), *self.shape)
         return EncodedSteps(bits, counts)
@@ -98,8 +97,16 @@ def reason() -> str | None:
     return None
 
 
+class Library(ctypes.CDLL):
+    """Hold a library that is loaded, with its path."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
+
+
 @cache
-def library() -> ctypes.CDLL:
+def library() -> Library:
     """Load the best library that runs here.
 
     Raises:
@@ -120,14 +127,11 @@ def runnable() -> list[Path]:
     return [path for name, (level, _) in _LIBRARIES.items() if level <= highest for path in _files(name)]
 
 
-def opened(path: Path) -> ctypes.CDLL:
+def opened(path: Path) -> Library:
     """Load a library that the processor can run, check its sources, and declare its functions to ctypes."""
-    loaded = ctypes.CDLL(str(path))
-    try:
-        built_from = c_uint64.in_dll(loaded, "sources").value
-    except ValueError:  # the library lacks this symbol
-        built_from = None
-    if (path.parent / "cpu.cpp").exists() and built_from != sources(path.parent):
+    loaded = Library(path)
+    is_source_tree = (path.parent / "cpu.cpp").exists()
+    if is_source_tree and c_uint64.in_dll(loaded, "sources").value != sources(path.parent):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
     loaded.forward.argtypes = loaded.backward.argtypes = [c_char_p, c_char_p, c_int]
     loaded.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
@@ -137,7 +141,7 @@ def opened(path: Path) -> ctypes.CDLL:
 
 def description() -> str:
     """Describe the library that is loaded, and say why it is not a better one."""
-    path = Path(library()._name)  # which is documented; a name without an underscore would be a function's
+    path = library().path
     loaded, processors = _LIBRARIES[path.name.partition(".")[0]]
     better = [library for library in _LIBRARIES.values() if library[0] > loaded]
     why = f"; {_why_not(*better[-1])}" if better else ""
