@@ -82,7 +82,8 @@ class Encoder:
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count."""
         bits, counts = self.bits(), self.counts()
-        lengths = None if lengths is None else lengths.long()
+        if lengths is not None:
+            lengths = lengths.long()
         addresses = [0 if x is None else x.data_ptr() for x in (lengths, valid, starts, bits, counts)]
         self.encode(_pack_encoding(*addresses), *self.shape)
         return EncodedSteps(bits, counts)
@@ -130,8 +131,7 @@ def runnable() -> list[Path]:
 def opened(path: Path) -> Library:
     """Load a library that the processor can run, check its sources, and declare its functions to ctypes."""
     loaded = Library(path)
-    is_source_tree = (path.parent / "cpu.cpp").exists()
-    if is_source_tree and c_uint64.in_dll(loaded, "sources").value != sources(path.parent):
+    if (path.parent / "cpu.cpp").exists() and c_uint64.in_dll(loaded, "sources").value != sources(path.parent):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
     loaded.forward.argtypes = loaded.backward.argtypes = [c_char_p, c_char_p, c_int]
     loaded.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
