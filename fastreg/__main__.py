@@ -16,6 +16,7 @@ from fastreg.call.backends import CPP, WHY_NO_TRITON, backend_for, why_formula
 from fastreg.call.dropout import fused_dropout_ar_tar
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.reference import ar_tar, encoded
+from fastreg.call.torch_state import has_float64
 from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
 from fastreg.kernels.backend import Backend
@@ -90,7 +91,7 @@ def self_test(device: torch.device) -> None:
     for steps in (None, lengths):
         leaves = (raw.clone().requires_grad_(), dropped.clone().requires_grad_())
         exact = leaves
-        if device.type != "mps":  # mps has no float64
+        if has_float64(device):
             exact = raw.double().requires_grad_(), dropped.double().requires_grad_()
         values = Values(2.0, 1.0) if steps is None else Values(2.0, 1.0, *encoded((5, 40), steps, None, None))
         spec = Spec(dtype=exact[0].dtype)

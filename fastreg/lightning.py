@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastreg.adapter import Adapter, PathOptions
-from fastreg.call.arguments import check_flags
+from fastreg.call.arguments import check_flag
 from fastreg.call.problem import Coefficient
 
 try:
@@ -59,7 +59,7 @@ class ActivationRegularization(Adapter, Callback):
     def __init__(
         self, alpha: Coefficient, beta: Coefficient, *, log: bool = True, **options: Unpack[PathOptions]
     ) -> None:
-        check_flags(log=log)
+        check_flag("log", log)
         self.prepare(alpha, beta, {**options, "rnn": options.get("rnn") or []})
         self.logged = log
 

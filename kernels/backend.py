@@ -68,5 +68,5 @@ class Backend(NamedTuple):
 
     name: str
     forward: Callable[[View, Spec, torch.device], Forward]
-    backward: Callable[[View, Spec, torch.device, Prediction[Any] | None], Backward]
+    backward: Callable[[View, Spec, torch.device, Prediction[Any]], Backward]
     encoder: Callable[[tuple[int, int], torch.device], Encoder]

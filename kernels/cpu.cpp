@@ -20,7 +20,6 @@
 #endif
 
 #include <cmath>
-#include <cstring>
 
 #include "cpu_structures.h"
 #include "cpu_rows.h"
@@ -79,9 +78,8 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &st
         return flag(metadata.sum_ar, SUM_AR) | flag(grad.base && metadata.grad_ar, GRAD_AR);
     };
     const Flags tar = flag(metadata.sum_tar, SUM_TAR) | flag(grad_raw.base && metadata.grad_tar, GRAD_TAR);
-    add(Pass(steps, raw, mask, upstream_dropped, drops ? dropped : grad_raw),
-        flag(mask.base, MASKED) | flag(drops, DROPS) | flag(upstream_dropped.base, UPSTREAM) |
-            flag(grad_raw.base, WRITES),
+    const Flags masked = flag(mask.base, MASKED) | flag(drops, DROPS) | flag(upstream_dropped.base, UPSTREAM);
+    add(Pass(steps, raw, mask, upstream_dropped, drops ? dropped : grad_raw), masked | flag(grad_raw.base, WRITES),
         tar | flag(of_raw, ar(grad_raw)));
     if (!mask.base)  // dropped is null if it is raw itself
         add(Pass(steps, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));

@@ -19,10 +19,10 @@ from pathlib import Path
 from struct import Struct
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from fastreg.kernels.prediction import OnHost, Prediction
-from fastreg.kernels.view import EncodedSteps, Layout, Operands, Spec, Tensors, Values, View, allocator, switches
+from fastreg.kernels.view import EncodedSteps, Operands, Spec, Tensors, Values, View, memory, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 # The libraries, the best one first: the level of x86-64 that each needs, and the processors that have it.
@@ -40,36 +40,35 @@ class Forward:
 
     def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
         self.function, self.metadata = library().forward, _metadata(view, spec, True)
-        self.prediction = OnHost()
-        penalty, both = (Layout(shape, (1,) * len(shape), spec.dtype, device, True) for shape in (_ONE, _TWO))
-        self.penalty, self.terms = allocator(penalty), allocator(both) if spec.return_terms else None
+        self.prediction, self.penalty = OnHost(), memory((), spec.dtype, device)
+        self.terms = memory((2,), spec.dtype, device) if spec.return_terms else None
 
     def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, float]:
         """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
         alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
         expected = self.prediction.expected()
-        memory = *tensors, None, *steps, penalty, terms  # kept alive during the call
-        addresses = [0 if x is None else x.data_ptr() for x in memory]
-        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), expected), _threads())
+        given = *tensors, None, *steps, penalty, terms  # kept alive during the call
+        addresses = [0 if x is None else x.data_ptr() for x in given]
+        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), expected), get_num_threads())
         return penalty, terms, expected
 
 
 class Backward:
     """A `fastreg.kernels.backend.Backward`; gpu.py describes its arguments."""
 
-    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[float] | None) -> None:
+    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[float]) -> None:
         self.function, self.metadata = library().backward, _metadata(view, spec, False)
         self.prediction = prediction
 
     def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: float | None) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
         alpha, beta, *steps = values
-        memory = *tensors, upstream, *steps, None, None
-        addresses = [0 if x is None else x.data_ptr() for x in memory]
+        given = *tensors, upstream, *steps, None, None
+        addresses = [0 if x is None else x.data_ptr() for x in given]
         number = nan if expected is None else expected
-        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), number), _threads())
-        if writes and expected is not None and upstream is not None and self.prediction is not None:
+        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), number), get_num_threads())
+        if writes and expected is not None and upstream is not None:
             self.prediction.learn(upstream)
 
 
@@ -78,8 +77,7 @@ class Encoder:
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape, self.encode = shape, library().encode_steps
-        bits = Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True)
-        self.bits, self.counts = allocator(bits), allocator(Layout(_TWO, (1,), torch.int64, device, aligned=True))
+        self.bits, self.counts = memory(shape, torch.uint8, device), memory((2,), torch.int64, device)
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count."""
@@ -133,11 +131,7 @@ def runnable() -> list[Path]:
 def opened(path: Path) -> Library:
     """Load a library that the processor can run, check its sources, and declare its functions to ctypes."""
     loaded = Library(path)
-    try:
-        built_from = c_uint64.in_dll(loaded, "sources").value
-    except ValueError:  # the library lacks this symbol
-        built_from = None
-    if (path.parent / "cpu.cpp").exists() and built_from != sources(path.parent):
+    if (path.parent / "cpu.cpp").exists() and c_uint64.in_dll(loaded, "sources").value != sources(path.parent):
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
     loaded.forward.argtypes = loaded.backward.argtypes = [c_char_p, c_char_p, c_int]
     loaded.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
@@ -198,12 +192,9 @@ _ADDRESSES = Struct(f"{len(Operands._fields) + 5}P3d")  # and two coefficients, 
 def _metadata(view: View, spec: Spec, is_forward: bool) -> bytes:
     """Return the metadata of calls as C knows them."""
     operands = view.operands
-    strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
     dtypes = [_DTYPES[torch.float32 if x is None else x.dtype] for x in (operands.raw, operands.dropped)]
-    numbers = *view[:3], *strides, *view.divisors(spec.reduction), *dtypes, _DTYPES[spec.dtype]
+    numbers = *view[:3], *operands.strides(), *view.divisors(spec.reduction), *dtypes, _DTYPES[spec.dtype]
     return _METADATA.pack(*numbers, *switches(view, spec, is_forward))
 
 
 _pack_encoding, _pack = Struct("5P").pack, _ADDRESSES.pack
-_threads = torch.get_num_threads
-_ONE, _TWO = torch.Size(), torch.Size([2])

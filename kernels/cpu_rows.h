@@ -69,10 +69,8 @@ class Tail {
         };
         bytes = size;
         out = rows.out;
-        return {at(copies[0], rows.previous), at(copies[1], rows.current),
-                at(copies[2], rows.following), at(copies[3], rows.mask),
-                at(copies[4], rows.upstream_dropped), out ? written : nullptr,
-                false};
+        return {at(copies[0], rows.previous), at(copies[1], rows.current), at(copies[2], rows.following),
+                at(copies[3], rows.mask), at(copies[4], rows.upstream_dropped), out ? written : nullptr, false};
     }
 
     /// Write to the end of the row, if it was copied.

@@ -55,8 +55,8 @@ enum Dtype : int32_t { FLOAT16, BFLOAT16, FLOAT32, FLOAT64 };
 inline int64_t bytes_of(int32_t dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 
 /// Read a number in the dtype of the computation.
-inline double number(const void *from, int32_t dtype, int64_t i = 0) {
-    return dtype == FLOAT64 ? static_cast<const double *>(from)[i] : static_cast<const float *>(from)[i];
+inline double number(const void *from, int32_t dtype) {
+    return dtype == FLOAT64 ? *static_cast<const double *>(from) : *static_cast<const float *>(from);
 }
 
 inline void store(void *to, int64_t i, double value, int32_t dtype) {

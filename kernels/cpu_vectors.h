@@ -12,7 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -113,7 +112,7 @@ inline void fence() {
 template <class T>
 struct Memory {
     using Near = T;                         // values are converted from and to this dtype
-    static constexpr bool is_split = false;  // see Split
+    static constexpr bool is_split = false;  // see bfloat16
 
     static INLINE Pair<T> read(const char *from) {
         return {load<Vector<T>>(from), load<Vector<T>>(from + sizeof(Vector<T>))};
@@ -126,16 +125,14 @@ struct Memory {
     static INLINE Pair<T> rounded(const Pair<T> &x) { return x; }
 };
 
-/// Two elements of 16 bits are read as the halves of 32 bits. The first vector of a pair has the elements at even
+/// bfloat16: two elements are read as the halves of 32 bits. The first vector of a pair has the elements at even
 /// positions, and the second vector has the elements at odd positions. So no instruction has to move elements from lane
 /// to lane.
-struct Split {
+template <>
+struct Memory<BFloat> {
     using Near = float;
     static constexpr bool is_split = true;
-};
 
-template <>
-struct Memory<BFloat> : Split {
     static INLINE Pair<float> read(const char *from) {
         const auto both = load<Vector<uint32_t>>(from);
         return {bits_of<Vector<float>>(both << 16), bits_of<Vector<float>>(both & UPPER)};

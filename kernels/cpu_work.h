@@ -106,12 +106,10 @@ struct Pass {
     Pass(const Steps &steps, const Rows &x, const Rows &mask, const Rows &upstream_dropped, const Rows &out)
         : x(x), mask(mask), upstream_dropped(upstream_dropped), out(out) {
         const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
-        const Strides all[] = {x.strides, or_x(mask), or_x(upstream_dropped), or_x(out)};
+        const Strides all[] = {x.strides, or_x(upstream_dropped), or_x(out), or_x(mask)};
         tiling = Tiling(steps.view(all));
-        dense = true;
-        for (const Rows *rows : {&x, &upstream_dropped, &out})
-            dense = dense && (!rows->base || tiling.dense(rows->strides));
-        dense = dense && (!mask.base || !mask.strides.time || tiling.dense(mask.strides));
+        const auto is_dense = [&](Strides strides) { return tiling.dense(strides); };
+        dense = std::all_of(all, all + 3, is_dense) && (!mask.strides.time || is_dense(all[3]));
     }
 
     /// Process a program's share of the items.

@@ -15,7 +15,7 @@ from fastreg.kernels.prediction import OnDevice, Prediction
 from fastreg.kernels.reduction import CHUNK
 from fastreg.kernels.steps import AT_ONCE, steps_kernel
 from fastreg.kernels.tiling import LARGE, Tiling, ceil_div
-from fastreg.kernels.view import EncodedSteps, Layout, Spec, Tensors, Values, View, allocator, switches
+from fastreg.kernels.view import EncodedSteps, Spec, Tensors, Values, View, memory, switches
 
 SHARE = 4096  # steps: the least that a program encodes
 
@@ -31,13 +31,11 @@ class Encoder:
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         total = shape[0] * shape[1]
         programs = min(ceil_div(total, SHARE), CHUNK.value)
-        share = ceil_div(ceil_div(total, programs), AT_ONCE) * AT_ONCE
+        share = ceil_div(ceil_div(total, programs), AT_ONCE.value) * AT_ONCE.value
         index = tl.int64 if total >= LARGE else tl.int32
-        self.launch = Launch(steps_kernel, (total, shape[1], share, index, AT_ONCE), programs, device)
-        self.bits = allocator(Layout(torch.Size(shape), (shape[1], 1), torch.uint8, device, aligned=True))
-        self.counts, self.partials = (
-            allocator(Layout(torch.Size([2 * n]), (1,), torch.int64, device, aligned=True)) for n in (1, programs)
-        )
+        self.launch = Launch(steps_kernel, (total, shape[1], share, index), programs, device)
+        self.bits = memory(shape, torch.uint8, device)
+        self.counts, self.partials = (memory((2 * n,), torch.int64, device) for n in (1, programs))
 
     def __call__(self, lengths: Tensor | None, valid: Tensor | None, starts: Tensor | None) -> EncodedSteps:
         """Return the steps that count."""
@@ -65,10 +63,8 @@ class Forward:
         self.writes, self.launch = view.operands.writes_gradients(), launch_of(view, spec, device, is_forward=True)
         self.return_terms, self.prediction = spec.return_terms, OnDevice(spec.dtype, device)
         self.summing: Forward | None = None
-        shapes = torch.Size(), torch.Size([2]), torch.Size([3 * self.launch.grid[0]])
-        self.penalty, self.terms, self.partials = (
-            allocator(Layout(shape, (1,) * len(shape), spec.dtype, device, aligned=True)) for shape in shapes
-        )
+        shapes = (), (2,), (3 * self.launch.grid[0],)
+        self.penalty, self.terms, self.partials = (memory(shape, spec.dtype, device) for shape in shapes)
 
     def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Compute the penalty; write dropped, or the gradients; each program keeps its expected upstream gradient."""
@@ -90,10 +86,10 @@ class Backward:
             If the forward predicts gradients, this must be its view, because a program must have the same items.
         spec: what the forward computes; no term has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
-        prediction: the `prediction` of the forward; `None` if it never predicts gradients.
+        prediction: the `prediction` of the forward.
     """
 
-    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[Tensor] | None) -> None:
+    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[Tensor]) -> None:
         self.prediction = prediction
         # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
         self.comparing = launch_of(view, spec, device, is_forward=False)
@@ -101,10 +97,10 @@ class Backward:
 
     def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: Tensor | None) -> None:
         """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        launch, memory = self.writing, None
-        if expected is not None and upstream is not None and self.prediction is not None:
-            launch, memory = self.comparing, self.prediction.learn(upstream)
-        launch(*tensors, upstream, memory, expected, None, None, *_arguments(values))
+        launch, learned = self.writing, None
+        if expected is not None and upstream is not None:
+            launch, learned = self.comparing, self.prediction.learn(upstream)
+        launch(*tensors, upstream, learned, expected, None, None, *_arguments(values))
 
 
 def _arguments(values: Values) -> Sequence[Tensor | float | None]:

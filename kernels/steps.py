@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastreg.kernels.reduction import CHUNK, is_last
 
-AT_ONCE = 1024  # steps that a program encodes at once
+AT_ONCE = tl.constexpr(1024)  # steps that a program encodes at once
 
 
 @triton.jit(do_not_specialize=["lengths", "valid", "starts", "partials", "ticket", "total", "time", "share"])
@@ -23,7 +23,6 @@ def steps_kernel(
     time,
     share,
     INDEX: tl.constexpr,
-    AT_ONCE: tl.constexpr,
 ):
     """Encode which time steps count, and count them.
 
@@ -41,7 +40,6 @@ def steps_kernel(
     time      number of steps of a sequence
     share     number of steps of a program
     INDEX     integer dtype that counts steps
-    AT_ONCE   steps that a program encodes at once
     """
     programs = tl.num_programs(0)
     begin = tl.cast(tl.program_id(0), INDEX) * share

@@ -43,7 +43,7 @@ class Tiling:
 
     def __init__(self, view: View, dtype: torch.dtype) -> None:
         outer, time, inner, operands = view
-        strides = [stride for x in operands for stride in ((0, 0) if x is None else (x.outer, x.time))]
+        strides = operands.strides()
         align = math.gcd(16, inner, *strides)
         widest = max(x.dtype.itemsize for x in operands if x is not None)
         block = THREADS * 16 // widest

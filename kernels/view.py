@@ -47,6 +47,12 @@ def allocator(layout: Layout, like: Layout | None = None) -> Callable[..., Tenso
     return _new(layout)
 
 
+def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """Return a function that allocates contiguous memory of at most two axes; a kernel will write all of it."""
+    size, stride = torch.Size(shape), (*shape[1:], 1)[: len(shape)]
+    return allocator(Layout(size, stride, dtype, device, aligned=True))
+
+
 def _unfilled(layout: Layout, *_: Tensor) -> Tensor:
     """Allocate memory by a storage, which PyTorch never fills."""
     shape, stride, dtype, device, _aligned = layout
@@ -88,6 +94,10 @@ class Operands(NamedTuple):
     def writes_gradients(self) -> bool:
         """Return whether the walk writes gradients."""
         return self.grad_raw is not None or self.grad_dropped is not None
+
+    def strides(self) -> list[int]:
+        """Return the strides of all operands, outer and time of each; 0 and 0 if there is none."""
+        return [stride for x in self for stride in ((0, 0) if x is None else (x.outer, x.time))]
 
 
 class Tensors(NamedTuple):

@@ -42,7 +42,7 @@ class Capture(NamedTuple):
         layers = [*zip(self.raw, self.dropped, strict=True)] if is_list(self.raw) else [(self.raw, self.dropped)]
         if len({data_of(raw).device for raw, _ in layers}) == 1:
             layers = [(self.raw, self.dropped)]
-        penalties = list[Penalty]()
+        penalties: list[Penalty] = []
         for pair in layers:  # one, or those of a model whose layers are on several devices
             given = moved(coefficients, layers_of(pair[0])[0].device)
             penalties.append(penalize(pair, given, self.steps, Options(*self.time_axis, return_terms=True)).on(device))

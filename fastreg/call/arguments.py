@@ -63,13 +63,12 @@ def check_options(reduction: object, return_terms: object) -> None:
     """Check the options of both operations."""
     is_known = isinstance(reduction, str) and reduction in ("mean", "sum")
     _expect(is_known, "reduction", "'mean' or 'sum', got {!r}", reduction)
-    check_flags(return_terms=return_terms)
+    check_flag("return_terms", return_terms)
 
 
-def check_flags(**flags: object) -> None:
-    """Check that arguments, given by their names, are `True` or `False`."""
-    for name, flag in flags.items():
-        _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
+def check_flag(name: str, flag: object) -> None:
+    """Check that an argument is `True` or `False`."""
+    _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
 
 
 def check_coefficient(name: str, value: Any) -> None:
@@ -101,7 +100,7 @@ def _check_symbolic(name: str, value: Any) -> None:
         if not isinstance(value, (bool, int, str)) and hasattr(value, "item"):
             number = value.item()  # a compiler treats a NumPy scalar as an array
         else:
-            _check_real(name, value)
+            _check_number(name, value, Real, "a real number, got {}")
     fits = guard_or_true(number >= 0) and guard_or_true(number < inf)
     _expect(fits, name, "a finite number of at least 0, got {}", number)
     torch._check(number * 1.0 >= 0)  # torch 2.11 would drop a check of the value itself
@@ -130,31 +129,30 @@ def time_axis_of(batch_first: object, time_dim: object) -> TimeAxis:
 def axis_of(batch_first: object, time_dim: object) -> int:
     """Check that at most one of the two is given, and their types; return the number of the axis of time."""
     if time_dim is None:
-        check_flags(batch_first=batch_first is None or batch_first)
+        check_flag("batch_first", batch_first is None or batch_first)
         return 0 if batch_first is False else -2
     _expect(batch_first is None, "batch_first and time_dim", "one of them, got both")
-    is_axis = isinstance(time_dim, Integral) and not isinstance(time_dim, bool)
-    _expect(is_axis, "time_dim", "an int, the axis of time, got {}", type(time_dim), error=TypeError)
+    _check_number("time_dim", time_dim, Integral, "an int, the axis of time, got {}")
     # In compiled code int() returns no constant.
     return index(time_dim)  # pyright: ignore[reportArgumentType]
 
 
 def check_count(name: str, value: Any) -> int:
     """Check a number of time steps, and return it as an int."""
-    is_int = isinstance(value, Integral) and not isinstance(value, bool)
-    _expect(is_int, name, "a positive integer, got {}", type(value), error=TypeError)
+    _check_number(name, value, Integral, "a positive integer, got {}")
     _expect(int(value) > 0, name, "a positive integer, got {}", value)
     return int(value)
 
 
-def _check_real(name: str, value: object) -> None:
-    is_real = isinstance(value, Real) and not isinstance(value, bool)
-    _expect(is_real, name, "a real number, got {}", type(value), error=TypeError)
+def _check_number(name: str, value: object, kind: type, words: str) -> None:
+    """Check the type of a number; a flag is none."""
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    _expect(is_number, name, words, type(value), error=TypeError)
 
 
 def _real(name: str, value: Any) -> float:
     """Check for a real number, and convert it to a float; a number that is too large becomes infinite."""
-    _check_real(name, value)
+    _check_number(name, value, Real, "a real number, got {}")
     try:
         return float(value)
     except OverflowError:
@@ -268,17 +266,16 @@ def _check_axes(name: str, x: Tensor, time_dim: int | None) -> None:
 
 def check_pair(raw: object, dropped: object, time_dim: int | None, layer: int | None) -> dict[str, Tensor]:
     """Check raw and dropped, and return them by their names; `None` for at most one of them."""
-    pair = _given(raw, dropped, layer)
-    for given in pair.items():
-        _expect(isinstance(given[1], Tensor), given[0], "{}, got {}", ACTIVATIONS, type(given[1]), error=TypeError)
-        _check_dense(*given)
-    (one, x), *_ = pair.items()
+    pair, dtypes = _given(raw, dropped, layer), "float16, bfloat16, float32 or float64, got {}"
+    for name, given in pair.items():
+        _expect(isinstance(given, Tensor), name, "{}, got {}", ACTIVATIONS, type(given), error=TypeError)
+        _check_dense(name, given)
+        _expect(given.dtype in DTYPES, name, dtypes, given.dtype, error=TypeError)
+    (one, x), *others = pair.items()
     _check_axes(one, x, time_dim)
-    dtypes = "float16, bfloat16, float32 or float64, got {}"
-    for name, tensor in pair.items():
-        _expect(tensor.dtype in DTYPES, name, dtypes, tensor.dtype, error=TypeError)
-        _expect(tensor.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, tensor.shape)
-        _check_device(name, tensor, one, x)
+    for name, other in others:
+        _expect(other.shape == x.shape, name, "the shape of {}, {}, got {}", one, x.shape, other.shape)
+        _check_device(name, other, one, x)
     return pair
 
 
@@ -381,9 +378,8 @@ def _check_tensor_of(name: str, x: Any, dtypes: Sequence[torch.dtype], words: st
 
 
 def _check_dense(name: str, x: Tensor) -> None:
-    is_nested = x.is_nested  # in any layout
-    is_dense = x.layout == torch.strided and not is_nested
-    _expect(is_dense, name, "a dense (strided) tensor, got {}", "nested" if is_nested else x.layout, error=TypeError)
+    layout = "nested" if x.is_nested else x.layout  # a nested tensor has any
+    _expect(layout == torch.strided, name, "a dense (strided) tensor, got {}", layout, error=TypeError)
 
 
 def _check_no_gradient(name: str, x: Tensor) -> None:

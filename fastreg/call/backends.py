@@ -34,13 +34,13 @@ else:
     TRITON = Backend(name, gpu.Forward, gpu.Backward, gpu.Encoder)
 
 _cpu: Backend | None = TRITON if _interpreted else CPP
-DEVICES = {"cpu": "CPUs", "cuda": "GPUs", "xpu": "GPUs"}  # in messages, by their kind
+DEVICES = {"cpu": "CPUs", "cuda": "GPUs", "xpu": "GPUs"}  # the kinds that may have kernels, and in messages
 
 
 def backend_for(device: torch.device) -> Backend | None:
     """Return the code that runs on a device, or `None` if the plain formula runs there."""
     installed, chosen = (CPP, _cpu) if device.type == "cpu" else (TRITON, TRITON)
-    if device.type not in ("cpu", "cuda", "xpu") or not has_float64(device):
+    if device.type not in DEVICES or not has_float64(device):
         installed = chosen = None
     if installed is None and chosen is None:
         warn_of_the_formula(device.type)
@@ -58,7 +58,7 @@ def why_formula(device: torch.device) -> str:
     """Explain why a device without a backend runs the plain formula, and name the remedy."""
     if device.type == "cpu":
         return f"{cpu.reason()}; in a clone: {REINSTALL}"
-    if device.type in ("cuda", "xpu"):
+    if device.type in DEVICES:
         return WHY_NO_TRITON or "the kernels need float64, which this GPU does not have"
     return f"there are no kernels for {device.type}"
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from fastreg.call.arguments import check_flags, check_mask, check_probability, check_tensor
+from fastreg.call.arguments import check_flag, check_mask, check_probability, check_tensor
 from fastreg.call.operation import compute
 from fastreg.call.penalty import penalize
 from fastreg.call.plan import Inputs, Pair, Plan, Results
@@ -113,7 +113,7 @@ def fused_dropout_ar_tar(
         True
     """
     if training is not True:
-        check_flags(training=training)
+        check_flag("training", training)
     steps, options = given_steps(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
     dropped, penalty = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
     return dropped, penalty.split() if return_terms else penalty.value
@@ -216,7 +216,7 @@ class DropoutPlan(Plan):
         self.forward, self.backward_of = backend.forward(view, self.spec, self.device), backend.backward
 
     def launch(self, values: Values, tensors: Any) -> tuple[tuple[Tensor, ...], None]:
-        """Launch the forward; return dropped the penalty, and the terms if they are wanted; predict no gradients."""
+        """Launch the forward; return dropped, the penalty, and the terms if they are wanted; predict nothing."""
         raw, mask = tensors
         dropped = self.allocate(raw)
         penalty, terms, _ = self.forward(Tensors(raw=raw, mask=mask, dropped=dropped), values)
@@ -233,7 +233,7 @@ class DropoutPlan(Plan):
             spec = self.spec if of_penalty is not None else self.spec._replace(by_ar=False, by_tar=False)
             upstream_dropped = None if of_dropped is None else self.fold.operand(layout_of(of_dropped))
             operands = Operands(raw=self.raw, mask=self.mask, upstream_dropped=upstream_dropped, grad_raw=self.written)
-            launch = self.backward_of(self.fold.view(operands), spec, self.device, None)
+            launch = self.backward_of(self.fold.view(operands), spec, self.device, self.forward.prediction)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
         gradient = self.allocate(raw)

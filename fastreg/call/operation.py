@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.call import arguments
+from fastreg.call.arguments import check_coefficient
 from fastreg.call.backends import backend_for
 from fastreg.call.key import PLANS, keep, key_of
 from fastreg.call.plan import Plan, Results
@@ -80,7 +80,7 @@ def compute(
 
 def checked_coefficient(name: str, value: object) -> Coefficient:
     """Check a coefficient; return a float, or a tensor that a backward can keep."""
-    arguments.check_coefficient(name, value)
+    check_coefficient(name, value)
     return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
 
 

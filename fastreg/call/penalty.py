@@ -168,7 +168,7 @@ def penalize(
             axis_of(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
             activations, steps = by_sequence(raw, dropped)
-            options = options.but(time_axis=TimeAxis())
+            options = Options(*TimeAxis(), *options[2:])  # Dynamo of PyTorch 2.8 cannot trace `_replace`
     results = compute(PenaltyPlan, activations, coefficients, steps, options, layer)
     return _zero(activations, options.return_terms) if results is None else results[1]
 
@@ -179,7 +179,7 @@ def _sum_of_layers(
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
     axis = axis_of(options.batch_first, options.time_dim)
-    options = options.but(dtype=compute_dtype(_tensors_of(activations)))
+    options = Options(*options[:-1], dtype=compute_dtype(_tensors_of(activations)))
     penalties: list[Penalty] = []
     for i, pair in enumerate(layers):
         if i > 0:
@@ -247,8 +247,8 @@ class PenaltyPlan(Plan):
         self.needs = [torch.is_grad_enabled() and y and x is not None and x.requires_grad for x, y in asked]
         self.saves_all = False not in self.needs
         grad_raw, grad_dropped = (fold.dense(x) if x and y else None for x, y in zip(layouts, self.needs, strict=True))
-        self.grad_raw = nothing if grad_raw is None else allocator(grad_raw, raw)
-        self.grad_dropped = nothing if grad_dropped is None else allocator(grad_dropped, dropped)
+        gradients = zip((grad_raw, grad_dropped), layouts, strict=True)
+        self.grad_raw, self.grad_dropped = (nothing if x is None else allocator(x, like) for x, like in gradients)
         of = fold.operand
         operands = Operands(raw=of(raw), dropped=of(dropped), grad_raw=of(grad_raw), grad_dropped=of(grad_dropped))
         view = fold.view(operands)

@@ -79,13 +79,13 @@ class Plan:
     backend: Backend | None = None
     encode: Callable[[Sequence[Tensor | None]], EncodedSteps] | None = None
     fold: Fold
+    mover: Fold | None = None
     needs: Sequence[bool] = ()
     saves_all = False
     facts: Sequence[object] = ()
 
     def __init__(self, spec: Spec, x: Tensor, time_dim: int, predicts: bool) -> None:
         self.spec, self.shape, self.device, self.time_dim, self.predicts = spec, x.shape, x.device, time_dim, predicts
-        self.mover: Fold | None = None
 
     @classmethod
     def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:

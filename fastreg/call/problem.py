@@ -124,18 +124,6 @@ class Options(NamedTuple):
     predicts: bool = True
     dtype: torch.dtype | None = None
 
-    def but(self, *, time_axis: TimeAxis | None = None, dtype: torch.dtype | None = None) -> Options:
-        """Return options with another axis of time or dtype; Dynamo of PyTorch 2.8 cannot trace `_replace`."""
-        batch_first, time_dim = time_axis or (self.batch_first, self.time_dim)
-        return Options(
-            batch_first=batch_first,
-            time_dim=time_dim,
-            reduction=self.reduction,
-            return_terms=self.return_terms,
-            predicts=self.predicts,
-            dtype=self.dtype if dtype is None else dtype,
-        )
-
 
 def names_of(layer: int | None) -> tuple[str, str]:
     """Return the names of raw and dropped in messages, with the number of their layer if they are in a list."""
