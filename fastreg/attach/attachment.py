@@ -250,12 +250,11 @@ class Attachment(AbstractContextManager["Attachment"]):
         dropped, penalty = result if type(result) is Tensor else data_of(result), None
         if isinstance(dropout, FusedRNNDropout):
             penalty, is_formed = dropout.collect(), dropout.training and "coefficients" in kwargs
-            given = kwargs if is_formed else _arguments(run, args, kwargs)
-            run.coefficients = given["coefficients"]
-            run.masks = {name: given[name] for name in MASKED if name in given}
             if is_formed and again:  # the forward has computed the penalty again
                 return None
-            penalty = penalty if is_formed else None
+            given = kwargs if is_formed else _arguments(run, args, kwargs)
+            run.coefficients, penalty = given["coefficients"], penalty if is_formed else None
+            run.masks = {name: given[name] for name in MASKED if name in given}
         self._form(run, raw, dropped, penalty)
         if again or not dropped.requires_grad:
             return None
@@ -299,9 +298,11 @@ def _notes_of(raw: Tensor) -> dict[Any, Any]:
 
 def _arguments(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a fused dropout for a run, but for raw by position; the caller's take precedence."""
-    given = {**dict(zip(POSITIONAL, args[1:], strict=False)), **kwargs}
-    given = {name: x for name, x in given.items() if x is not None}
-    return {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks, **given}
+    arguments = {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks}
+    for name, x in (*zip(POSITIONAL, args[1:], strict=False), *kwargs.items()):
+        if x is not None:
+            arguments[name] = x
+    return arguments
 
 
 def attachments_of(module: nn.Module, attachments: list[Attachment]) -> list[Attachment]:
