@@ -205,7 +205,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         """
         for x in (*args, *kwargs.values()):
             raw = x if type(x) is Tensor else data_of(x)
-            note = _notes_of(raw).get((self, raw.output_nr)) if isinstance(raw, Tensor) else None
+            if not isinstance(raw, Tensor):
+                continue
+            note = _notes_of(raw).get((self, raw.output_nr))
             if isinstance(note, ReferenceType):
                 return raw, note(), False
             if note is not None and note.version == version_of(raw):
