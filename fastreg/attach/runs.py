@@ -156,7 +156,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     Warns:
         UserWarning: all modules are in evaluation, in a training step; or the alarm of a module has come.
     """
-    left, found = set[Run](), list[Run]()
+    left, found = set[Run](), list[Any]()
     for x in attachments:
         if not x.handles:
             raise RuntimeError(TAKEN_OVER.format(**x.names))
