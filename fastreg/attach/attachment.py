@@ -57,6 +57,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         source: the source.
         last: what the module has done since a loss of the regularizer last took a penalty.
         alarm: the alarm of the module.
+        handles: the handles of the hooks; none once they are removed.
         names: the names of the types of the module and of its dropout, for messages.
         shown: what was taken for what in the first run; empty before it.
     """
@@ -69,9 +70,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.alarm = ALARMS.setdefault(source.module, Alarm(self.names["module"]))
         self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
         self._raw: ReferenceType[Tensor] | None = None  # raw of the last run, also where its node is another one by now
-        self._handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
+        self.handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
         if isinstance(source.dropout, FusedRNNDropout):
-            self._handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
+            self.handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
         attachments.append(self)
 
     def __repr__(self) -> str:
@@ -96,19 +97,15 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def unhook(self) -> None:
         """Remove the hooks and drop the runs, but stay among the attachments of the regularizer."""
-        for x in self._handles:
+        for x in self.handles:
             x.remove()
-        self._handles, self.shown = [], "removed"
+        self.handles, self.shown = [], "removed"
         self.clear()
-
-    def is_attached(self) -> bool:
-        """Return whether the hooks are on the modules."""
-        return bool(self._handles)
 
     def clear(self) -> None:
         """Drop the runs."""
         for run in self.held():
-            run.end()
+            run.penalty = Stage.TAKEN
             self.last = Last.TAKEN
 
     def held(self) -> list[Run]:
@@ -146,10 +143,11 @@ class Attachment(AbstractContextManager["Attachment"]):
                 self._note_constant()
             return None
         raw = source.raw_of(result)
-        rows = data_of(raw)
+        rows = raw if type(raw) is Tensor else data_of(raw)
+        coefficients = regularizer.alpha, regularizer.beta
         run = Run(
             attachment=self,
-            coefficients=moved((regularizer.alpha, regularizer.beta), rows.device),
+            coefficients=moved(coefficients, rows.device) if Tensor in map(type, coefficients) else coefficients,
             masks=source.masks.of(*args, **kwargs),
             time_axis=source.time_axis_of_raw(raw),
             packed=None if raw is rows else raw._replace(data=None),  # pyright: ignore
@@ -194,7 +192,7 @@ class Attachment(AbstractContextManager["Attachment"]):
                 marks[id(x)] = mark(run, x is rows or is_view(x), x)
             return marks.get(id(x), x)
 
-        return mapped(result, marked)
+        return mapped(marked, result)
 
     def _found(self, args: Any, kwargs: Any) -> tuple[Tensor, Run | None, bool] | None:
         """Return raw among the arguments of the dropout, its run, and whether no dropout has had it before.
@@ -206,8 +204,10 @@ class Attachment(AbstractContextManager["Attachment"]):
             RuntimeError: raw was changed in place.
         """
         for x in (*args, *kwargs.values()):
-            raw = data_of(x)
-            note = _notes_of(raw).get((self, raw.output_nr)) if isinstance(raw, Tensor) else None
+            raw = x if type(x) is Tensor else data_of(x)
+            if not isinstance(raw, Tensor):
+                continue
+            note = _notes_of(raw).get((self, raw.output_nr))
             if isinstance(note, ReferenceType):
                 return raw, note(), False
             if note is not None and note.version == version_of(raw):
@@ -249,15 +249,14 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
-        dropped, penalty = data_of(result), None
+        dropped, penalty = result if type(result) is Tensor else data_of(result), None
         if isinstance(dropout, FusedRNNDropout):
             penalty, is_formed = dropout.collect(), dropout.training and "coefficients" in kwargs
-            given = kwargs if is_formed else _arguments(run, args, kwargs)
-            run.coefficients = given["coefficients"]
-            run.masks = {name: given[name] for name in MASKED if name in given}
             if is_formed and again:  # the forward has computed the penalty again
                 return None
-            penalty = penalty if is_formed else None
+            given = kwargs if is_formed else _arguments(run, args, kwargs)
+            run.coefficients, penalty = given["coefficients"], penalty if is_formed else None
+            run.masks = {name: given[name] for name in MASKED if name in given}
         self._form(run, raw, dropped, penalty)
         if again or not dropped.requires_grad:
             return None
@@ -269,11 +268,13 @@ class Attachment(AbstractContextManager["Attachment"]):
 
         A recomputation computes the penalty, too, to save the same tensors as the forward, but keeps nothing.
         """
-        pair = [x if run.packed is None else run.packed._replace(data=x) for x in (raw, dropped)]
+        pair: Any = raw, dropped
+        if run.packed is not None:
+            pair = [run.packed._replace(data=x) for x in pair]
         if penalty is None and (raw.requires_grad or dropped.requires_grad):
             batch_first, time_dim = run.time_axis
             options = Options(batch_first, time_dim, return_terms=True, predicts=False)
-            steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts"))
+            steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts")) if run.masks else None
             penalty = penalize(pair, run.coefficients, steps, options)
         if current() != -1:
             return
@@ -299,9 +300,11 @@ def _notes_of(raw: Tensor) -> dict[Any, Any]:
 
 def _arguments(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a fused dropout for a run, but for raw by position; the caller's take precedence."""
-    given = {**dict(zip(POSITIONAL, args[1:], strict=False)), **kwargs}
-    given = {name: x for name, x in given.items() if x is not None}
-    return {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks, **given}
+    arguments = {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks}
+    for name, x in (*zip(POSITIONAL, args[1:], strict=False), *kwargs.items()):
+        if x is not None:
+            arguments[name] = x
+    return arguments
 
 
 def attachments_of(module: nn.Module, attachments: list[Attachment]) -> list[Attachment]:

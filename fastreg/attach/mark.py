@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -52,7 +53,7 @@ def runs_of(loss: Tensor) -> Iterator[Any]:
             queue.append(following)
 
 
-def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(function: Callable[[Tensor], Tensor], result: Any) -> Any:
     """Return the output of a module in which a function has replaced each tensor.
 
     Tuples, named tuples, lists, dictionaries, packed sequences and model outputs are copied. Any other object is
@@ -65,11 +66,11 @@ def mapped(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
         if getattr(result, "__dict__", None) is result:  # the items are the attributes, as in many an `AttrDict`
             made.__dict__ = made
         for name, x in dict.items(result):
-            made[name] = mapped(x, function)
+            made[name] = mapped(function, x)
         return made
     kind = type(result)
     make = kind if kind in (tuple, list) else getattr(kind, "_make", None)  # of a named tuple or a packed sequence
-    return result if make is None else make([mapped(x, function) for x in result])
+    return result if make is None else make([*map(partial(mapped, function), result)])
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:

@@ -337,7 +337,7 @@ class RNNRegularizer:
             dropouts = {x.source.dropout, source.dropout} - {None}
             if x.regularizer is not self:
                 x.unhook()  # its regularizer misses the module at its next loss
-            elif x.is_attached() and not x.shown and len(dropouts) == 2:
+            elif x.handles and not x.shown and len(dropouts) == 2:
                 raise RuntimeError(
                     f"dropout: expected the one dropout with which the {x.names['module']} is attached already, got "
                     "another one, and the penalty of one of them would be lost; remove() the handle of the first"

@@ -100,11 +100,6 @@ class Run:
     penalty: Penalty | Stage = Stage.WAITS
     time_steps: int = 0
 
-    def end(self) -> Any:
-        """Return the penalty and its terms, once."""
-        penalty, self.penalty = self.penalty, Stage.TAKEN
-        return penalty
-
 
 @dataclass(eq=False)
 class Alarm:
@@ -128,21 +123,12 @@ class Alarm:
         """Count a backward through the module, once for all calls before it."""
         if self.is_called:
             self.is_called = False
-            self.backwards += 1
-            self.watch()
+            self.add(backwards=1)
 
-    def miss(self) -> None:
-        """Count a loss that depends on no run of the module."""
-        self.losses += 1
-        self.watch()
-
-    def count(self) -> int:
-        """Return how many backwards and losses there are."""
-        return self.backwards + self.losses
-
-    def watch(self) -> None:
-        """Warn at the limit, once until a penalty gets a gradient."""
-        if self.count() == LIMIT:
+    def add(self, backwards: int = 0, losses: int = 0) -> None:
+        """Count backwards and losses, and warn at the limit, once until a penalty gets a gradient."""
+        self.backwards, self.losses = self.backwards + backwards, self.losses + losses
+        if self.backwards + self.losses == LIMIT:
             self.backwards += LIMIT  # from here on the count is above the limit, whatever happens to the losses
             warnings.warn(LOST.format(name=self.name, count=LIMIT), stacklevel=level_of_caller())
 
@@ -170,9 +156,9 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     Warns:
         UserWarning: all modules are in evaluation, in a training step; or the alarm of a module has come.
     """
-    left, found = set[Run](), list[Run]()
+    left, found = set[Run](), list[Any]()
     for x in attachments:
-        if not x.is_attached():
+        if not x.handles:
             raise RuntimeError(TAKEN_OVER.format(**x.names))
         for run in x.held():
             if run.penalty is Stage.WAITS:
@@ -188,22 +174,31 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     if loss.requires_grad and len(reached) < len(attachments):
         for x in attachments:
             if x not in reached:
-                x.alarm.miss()
+                x.alarm.add(losses=1)
         if not found:
             _explain(attachments, warn, is_left=bool(left))
     if not found:
         return None
-    if single := [run.attachment for run in found if run.time_steps == 1 and is_on(run.coefficients[1])]:
-        ((x, count),) = Counter(single).most_common(1)
+    penalties, longest, single = list[Penalty](), 0, Counter[Any]()
+    for run in found:
+        penalties.append(run.penalty.on(loss.device))
+        longest = max(longest, run.time_steps)
+        if run.time_steps == 1 and is_on(run.coefficients[1]):
+            single[run.attachment] += 1
+    for x, count in single.most_common(1):
         if count > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))
-    penalty = sum_of([run.end().on(loss.device) for run in found])
-    for x in attachments:  # what a module beside has done is of this step, too, and excuses nothing in the next one
+    for run in found:
+        run.penalty = Stage.TAKEN
+    penalty, alarms = sum_of(penalties), list[Alarm]()
+    for x in attachments:
+        # What a module beside has done is of this step, too, and excuses nothing in the next one.
         x.last = Last.TAKEN if x in reached else Last.IDLE
-    alarms = [x.alarm for x in reached]
-    if penalty.value.requires_grad and any([x.count() >= HOOKED for x in alarms]):
+        if x in reached and x.alarm.backwards + x.alarm.losses >= HOOKED:
+            alarms.append(x.alarm)
+    if alarms and penalty.value.requires_grad:
         penalty.value.register_hook(partial(_settle, alarms))
-    return penalty, max([run.time_steps for run in found])
+    return penalty, longest
 
 
 def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: bool) -> None:

@@ -53,9 +53,10 @@ def untraced(function: Function, within_compiler: Callable[..., object] | None =
 
     @functools.wraps(function)
     def run(*args: object) -> object:
-        if torch.compiler.is_dynamo_compiling():
+        is_traced = torch.compiler.is_dynamo_compiling()
+        if is_traced:
             break_graph(WHY_OUTSIDE)
-        if torch.compiler.is_dynamo_compiling() or compiler_of_frames() is not None:
+        if is_traced or compiler_of_frames() is not None:
             return _outside(run, within_compiler or function, args)
         return function(*args)
 

@@ -309,10 +309,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {  # steps that r
     "none of dropped": (lambda m, x: m.head(no_grad(m.dropout)(raw := m.rnn(x)[0])).sum() + 0 * raw.sum(), GAP),
     "a loss of raw": (lambda m, x: m.rnn(x)[0].sum(), GAP),
     "raw twice": (lambda m, x: m.dropout((a := m(x)).raw).sum() + a.loss, TWICE),
-    "raw twice, and one result unused": (
-        lambda m, x: m.dropout(raw := m.rnn(x)[0]) is None or m.dropout(raw).sum(),
-        TWICE,
-    ),
     "a slice": (lambda m, x: m.dropout(m.rnn(x)[0][:, 1:]).sum(), GAP),
     "a hook on the RNN": (hooked, GAP),
     "by its dropout": (dropout_in_place, CHANGED),
