@@ -143,25 +143,6 @@ def test_a_module_that_optimizes_by_hand_is_refused() -> None:
     assert lm.hooks_of(module) == 0
 
 
-@pytest.mark.parametrize(("error", "again"), [(KeyError, copy.copy), (KeyboardInterrupt, copy.deepcopy)])
-def test_a_fit_that_is_cut_off_leaves_nothing_behind(error: type[BaseException], again: Any) -> None:
-    """Another callback raises an error when it is told of the first one, so that ours is not told."""
-    module, formula, one = lm.seeded(Module), lm.seeded(Module, "rnn"), callback()
-    in_a_step = module.decoder.register_forward_hook(mock.Mock(side_effect=[None, None, error]))
-    failing = pl.callbacks.LambdaCallback(on_exception=mock.Mock(side_effect=ArithmeticError))
-    trainer = trainer_of(failing, one)
-    with pytest.raises(ArithmeticError):
-        trainer.fit(module, loader())
-    assert_clean(module, trainer)
-    module.load_state_dict(formula.state_dict())
-    module.zero_grad()
-    in_a_step.remove()
-    logged = fit(module, again(one))
-    fit(formula)
-    assert_same_weights(module, formula)
-    assert_means(logged, formula.terms)
-
-
 @pytest.mark.parametrize("nested", ["validate", "fit"])
 def test_a_trainer_within_a_fit_may_have_the_same_callback(nested: str) -> None:
     """It validates the module, which stays attached, or fits another one; the module is attached again after that."""
@@ -209,19 +190,25 @@ def test_a_search_within_a_fit_has_the_penalty_and_no_part_in_the_means(tmp_path
     assert_means(logged, terms[-6:])
 
 
-@pytest.mark.parametrize("fails", [(torch.optim, "SGD"), (torch.nn.Linear, "forward")])  # before the loop, and in it
-@pytest.mark.parametrize("removed", [False, True])
-def test_after_a_fit_that_raises_a_trainer_has_the_penalty_of_its_callbacks(fails: Any, removed: bool) -> None:
-    module, formula = lm.seeded(Module), lm.seeded(Module, *["rnn"] * (not removed))
-    trainer = trainer_of(callback())
-    with mock.patch.object(*fails, side_effect=ArithmeticError), pytest.raises(ArithmeticError):
+@pytest.mark.parametrize("fails", [(torch.optim, "SGD"), (Module, "on_train_batch_end")])  # before the loop, and in it
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("again", [None, copy.copy, copy.deepcopy])
+def test_after_a_fit_that_raises_a_trainer_has_the_penalty_of_its_callbacks(fails: Any, error: Any, again: Any) -> None:
+    """Where the trainer keeps its callback, another one raises an error, so that ours is not told of the first one."""
+    module, formula, one = lm.seeded(Module), lm.seeded(Module, *["rnn"] * bool(again)), callback()
+    failing = pl.callbacks.LambdaCallback(on_exception=mock.Mock(side_effect=ArithmeticError))
+    trainer = trainer_of(*[failing] * bool(again), one)
+    with mock.patch.object(*fails, side_effect=error), pytest.raises((error, ArithmeticError, SystemExit)):
         trainer.fit(module, loader())
-    trainer.callbacks = [x for x in trainer.callbacks if not (removed and isinstance(x, ActivationRegularization))]
+    assert_clean(module, trainer)
+    trainer.callbacks = [again(one)] if again else [x for x in trainer.callbacks if x is not one]
     module.load_state_dict(formula.state_dict())
     torch.manual_seed(0)
     trainer.fit(module, loader())
     fit(formula)
     assert_same_weights(module, formula)
+    if again:
+        assert_means(trainer.callback_metrics, formula.terms)
 
 
 def test_the_wrapper_of_another_callback_is_wrapped_and_put_back() -> None:
@@ -280,6 +267,9 @@ def test_processes_log_the_mean_of_all() -> None:
     fit(module, callback(), max_epochs=2, strategy=pl.strategies.DDPStrategy(**options), devices=2)
 
 
-def test_two_callbacks_add_their_penalties_and_log_the_mean() -> None:
-    terms, logged, _ = fit_both(callback(), callback(rnn="second", dropout=None), written=("rnn", "second"))
-    assert_means(logged, terms)
+def test_callbacks_add_their_penalties_and_those_that_log_the_mean() -> None:
+    both, second = ["rnn", "second"], {"rnn": "second", "dropout": None}
+    terms, logged, _ = fit_both(callback(), callback(**second), written=both, max_epochs=2)
+    assert_means(logged, terms[12:])
+    terms, logged, _ = fit_both(callback(log=False), callback(**second), written=both)
+    assert_means(logged, terms[1::2])
