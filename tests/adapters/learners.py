@@ -30,8 +30,6 @@ def subclass(part: Any, _: Any = None) -> None:
 # a change of the callback or of the decoder, or `None`; the options of `fuse`; and the error
 REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, AttributeError, "no attribute `lstm`"),
-    (None, {"lengths": len}, TypeError, "expected rnn, dropout, .*, valid, starts, got an argument with the name 'len"),
-    (None, {"dropout": "1.output_dp"}, TypeError, r"rnn and dropout: expected .* got \[None, '1\.output_dp'\]"),
     (None, {"output": len}, TypeError, r"rnn and dropout: expected .* got \[None\]"),
     (lambda now, _: vars(now).update(alpha=None, beta=None), {"rnn": "0"}, TypeError, "beside rnn, got none"),
     (subclass, {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
@@ -106,6 +104,7 @@ class LearnerContract(Contract):
     learner_of: Callable[..., Any]  # makes one of a model that returns its loss, which may be regularized
     lrs_of_steps: Callable[..., list[float]]  # trains a learner, and returns its rates in steps, and afterwards
     trained: Callable[..., Tensor]  # trains a learner for an epoch with more callbacks, and returns the weights
+    on: Callable[..., Any]  # makes a callback that calls a function at an event
     at_batches: Callable[..., Any]  # makes a callback that calls a function before each training batch
     cut_off: Callable[..., None]  # lets something end a fit within an optimizer step, so that the callback is not told
     rolled: Callable[..., Any]  # makes a callback that rolls each batch after the regularizer has seen it
@@ -117,6 +116,15 @@ class LearnerContract(Contract):
     def stock_weights(cls, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
         """Return the weights that fastai's own callback trains."""
         return cls.trained(cls.learner(alpha, beta))
+
+    def rounded(self, begin: str, end: str, order: int) -> list[Any]:
+        """Return callbacks that run what is between two events in bfloat16, as mixed precision does on a GPU."""
+        autocast: Any = torch.autocast("cpu", torch.bfloat16)
+
+        def leave(*_: Any, **__: Any) -> None:
+            autocast.__exit__(None, None, None)
+
+        return [self.on(begin, lambda *_, **__: autocast.__enter__() and None, order), self.on(end, leave, order)]
 
     def regularizer(self, learn: Any) -> Any:
         """Return the one regularizer of a learner, fastai's or ours, which has the same name."""
@@ -190,7 +198,6 @@ class LearnerContract(Contract):
             self.cut_off(one)
         if then == "fuse":
             self.fuse(learn, **options)
-            assert hooks_of(learn.model) == 0
         learn.model.load_state_dict(other.model.state_dict())
         for one in (learn, other):
             one.model.zero_grad()
@@ -253,7 +260,3 @@ class LearnerContract(Contract):
             self.fuse(learn, **options)
         assert all(a is b for a, b in zip([*self.callbacks(learn), *learn.model.modules()], parts, strict=True))
         assert hooks_of(learn.model) == 0
-
-    def test_only_a_learner_is_fused(self) -> None:
-        with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
-            self.fuse(0)

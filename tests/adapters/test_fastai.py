@@ -94,25 +94,12 @@ def interrupt(_learn: Any) -> None:
     raise KeyboardInterrupt
 
 
-class Autocast(fa.Callback):
-    """Runs forwards and losses in bfloat16, as `MixedPrecision` does on a GPU."""
-
-    order = fa.MixedPrecision.order
-
-    def before_batch(self) -> None:
-        self.autocast = torch.autocast("cpu", torch.bfloat16)
-        self.autocast.__enter__()
-
-    def after_loss(self) -> None:
-        self.autocast.__exit__(None, None, None)
-
-
 class TestContract(LearnerContract):
     """fastai's loop calls no `after_fit` after an error, so that hooks stay after a fit that was cut off."""
 
     adapter = "RNNRegularizer"
     fuse = staticmethod(fuse)
-    learner, trained = staticmethod(learner), staticmethod(trained)
+    learner, trained, on = staticmethod(learner), staticmethod(trained), staticmethod(on)
     callbacks = staticmethod(attrgetter("cbs"))
     cleans_up = False
 
@@ -121,7 +108,8 @@ class TestContract(LearnerContract):
         return request.param
 
     def fit(self, *args: Any, rounded: bool = False, cbs: Any = (), **options: Any) -> dict[str, Any]:
-        return super().fit(*args, cbs=[*cbs, *[Autocast()] * rounded], **options)
+        more = self.rounded("before_batch", "after_loss", fa.MixedPrecision.order) if rounded else []
+        return super().fit(*args, cbs=[*cbs, *more], **options)
 
     def learner_of(
         self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
@@ -307,18 +295,6 @@ def test_the_penalty_is_added_in_the_order_of_fastai() -> None:
     stock, fused = trained(learner(), halve), trained(fuse(learner()), halve)
     assert gap(fused, stock) < 1e-5
     assert gap(stock, TestContract.stock_weights()) > 1e-3
-
-
-def test_a_subclass_has_an_order_of_its_own() -> None:
-    class Late(RNNRegularizer):
-        order = 20
-
-    def look(learn: Any) -> None:
-        seen.append(learn.loss_grad - learn.loss)
-
-    seen: list[Tensor] = []
-    trained(of(Model, Late(ALPHA, BETA, **PATHS)), on("after_loss", look, order=15), on("after_loss", look, order=25))
-    assert all(before == 0 < after for before, after in zip(seen[::2], seen[1::2], strict=True))
 
 
 def test_a_prediction_within_a_fit_changes_no_weight() -> None:

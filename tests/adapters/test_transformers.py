@@ -95,21 +95,13 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 
 IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
+NAMED: dict[str, Any] = {"rnn": "turned", "dropout": None}
+TURNED: Any = Masked(), Masked("turned", masks={"valid": turned(valid)}), {"data": MASKED}
 # the two models, the options of both trainers, and the options of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
-    "the attention mask of a module that is time first": (
-        Masked(),
-        Masked("turned", masks={"valid": turned(valid)}),
-        {"data": MASKED},
-        {"rnn": "turned", "dropout": None, "batch_first": False},
-    ),
-    "the attention mask of a module whose axis of time is the third from the end": (
-        Masked(),
-        Masked("turned", masks={"valid": turned(valid)}),
-        {"data": MASKED},
-        {"rnn": "turned", "dropout": None, "time_dim": -3},
-    ),
+    "the attention mask of a module that is time first": (*TURNED, {"batch_first": False} | NAMED),
+    "the attention mask of a module whose axis of time is the third from the end": (*TURNED, {"time_dim": -3} | NAMED),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
     "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
     "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
@@ -231,28 +223,11 @@ def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
 
 
-def test_an_argument_of_the_base_class_may_have_nearly_the_name_of_one_of_the_adapter() -> None:
-    class Own(transformers.Trainer):
-        def __init__(self, *args: Any, outputs: str = "", **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.given = outputs
-
-    assert trainer_of(Net(), both(RegularizedTrainer, Own), outputs="here").given == "here"
-    with pytest.raises(TypeError, match=r"Both: expected dropout, got an argument with the name 'drop_out'$"):
-        trainer_of(Net(), both(RegularizedTrainer, Own), drop_out="dropout")
-    with pytest.raises(TypeError, match=r"expected output, got an argument with the name 'outputs'$"):
-        trainer_of(Net(), outputs="here")
-
-
-def test_a_trainer_that_is_made_wrongly_says_why() -> None:
+def test_another_base_class_must_not_set_a_coefficient() -> None:
     class OwnBeta(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.beta = 0.1  # as a DPOTrainer
 
-    with pytest.raises(AttributeError, match="Net has no attribute `lstm`"):
-        trainer_of(Net(), rnn="lstm")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizr'"):
-        trainer_of(Net(), tokenizr=1)
     with pytest.raises(AttributeError, match="regularizer"):
         trainer_of(Net(), both(RegularizedTrainer, OwnBeta))
