@@ -32,7 +32,7 @@ from torch.optim import SGD  # noqa: E402
 
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
-from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
+from tests.adapters.contract import BATCHES, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_holds_no_activations_after  # noqa: E402
 from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
@@ -89,10 +89,8 @@ class TestContract(LearnerContract):
     learner, trained, on = staticmethod(learner), staticmethod(trained), staticmethod(at)
     callbacks = staticmethod(attrgetter("callbacks"))
 
-    def learner_of(
-        self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
-    ) -> Any:
-        loader = DataLoader([(x[0] if len(x) == 1 else x, target) for x, target in rows], size)
+    def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS) -> Any:
+        loader = DataLoader([(x[0] if len(x) == 1 else x, target) for x, target in rows], len(rows) // BATCHES)
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn

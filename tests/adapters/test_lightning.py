@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections import UserDict
 from datetime import timedelta
 from pathlib import Path
@@ -126,10 +125,13 @@ def test_steps_may_return_a_mapping_or_be_skipped() -> None:
     assert all(x["loss"] is x["more"] for x in returned), "a mapping of the module is not changed"
 
 
-def test_logs_the_means_of_the_terms_over_an_epoch() -> None:
-    terms, logged, want = fit_both(callback(), max_epochs=2)
-    assert_means(logged, terms[6:])
+def test_logs_the_means_of_an_epoch_over_all_callbacks_that_log() -> None:
+    both, second = ["rnn", "second"], {"rnn": "second", "dropout": None}
+    terms, logged, want = fit_both(callback(), callback(**second), written=both, max_epochs=2)
+    assert_means(logged, terms[12:])
     torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # without the penalty
+    terms, logged, _ = fit_both(callback(log=False), callback(**second), written=both)
+    assert_means(logged, terms[1::2])
     assert not {"ar", "tar"} & fit(lm.seeded(Module), callback(log=False)).keys()
     with pytest.raises(TypeError, match="log: expected True or False, got 1"):
         callback(log=1)
@@ -158,35 +160,30 @@ def test_a_trainer_within_a_fit_may_have_the_same_callback(nested: str) -> None:
     assert_same_weights(another[0], another[-1])
 
 
-def test_the_search_for_a_learning_rate_has_the_penalty(tmp_path: Path) -> None:
-    """It hides all callbacks while it trains, and puts the weights back."""
-    losses = []
-    for written, callbacks in ((["rnn"], []), ([], [callback()])):
-        torch.manual_seed(0)
-        trainer, module = trainer_of(*callbacks, default_root_dir=tmp_path), lm.seeded(Module, *written)
-        found = pl.tuner.Tuner(trainer).lr_find(module, loader(), num_training=4, update_attr=False)
-        losses.append(found.results["loss"])
-        assert_clean(module, trainer)
-    assert losses[0] == pytest.approx(losses[1])
-
-
 class FineTune(pl.callbacks.LearningRateFinder):
-    """Searches for a learning rate within the second epoch of a fit, as Lightning's documentation shows."""
+    """Searches before a fit, as a `Tuner` does, and within its second epoch, as Lightning's documentation shows.
+
+    A search hides all callbacks while it trains, and puts the weights back.
+    """
 
     def __init__(self) -> None:
         super().__init__(num_training_steps=3, update_attr=False)
+        self.losses: list[float] = []
 
-    def on_fit_start(self, *_: Any) -> None: ...
+    def lr_find(self, trainer: Any, pl_module: Any) -> None:
+        super().lr_find(trainer, pl_module)
+        self.losses += self.optimal_lr.results["loss"]
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1:
             self.lr_find(trainer, module)
 
 
-def test_a_search_within_a_fit_has_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
+def test_searches_for_a_learning_rate_have_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
     search, options = FineTune(), {"max_epochs": 3, "default_root_dir": tmp_path}
     terms, logged, _ = fit_both(callback(), others=[search], **options)
-    assert search.optimal_lr.results["loss"]
+    own, of_formula = torch.tensor(search.losses).chunk(2)
+    torch.testing.assert_close(own, of_formula)
     assert_means(logged, terms[-6:])
 
 
@@ -236,11 +233,9 @@ def test_compiled_modules_and_wrapped_steps_train_the_weights_of_the_formula() -
     fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
 
 
+@pytest.mark.filterwarnings("error:.*penalty")
 def test_a_validation_step_that_calls_the_training_step_gives_no_warning() -> None:
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        fit_both(callback(), validate=True)
-    assert not [x for x in seen if "penalty" in str(x.message)]
+    fit_both(callback(), validate=True)
 
 
 class Uneven(Module):
@@ -265,11 +260,3 @@ def test_processes_log_the_mean_of_all() -> None:
     options: Any = {"process_group_backend": "gloo", "start_method": method, "timeout": timedelta(seconds=60)}
     module = lm.seeded(Uneven, "rnn")  # which keeps the terms
     fit(module, callback(), max_epochs=2, strategy=pl.strategies.DDPStrategy(**options), devices=2)
-
-
-def test_callbacks_add_their_penalties_and_those_that_log_the_mean() -> None:
-    both, second = ["rnn", "second"], {"rnn": "second", "dropout": None}
-    terms, logged, _ = fit_both(callback(), callback(**second), written=both, max_epochs=2)
-    assert_means(logged, terms[12:])
-    terms, logged, _ = fit_both(callback(log=False), callback(**second), written=both)
-    assert_means(logged, terms[1::2])

@@ -170,16 +170,10 @@ class Columns(list[Any]):
     column_names = "input_ids", "attention_mask"
 
 
-class Stream(torch.utils.data.IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(MASKED)
-
-
 @pytest.mark.parametrize(
     ("model", "data", "options", "count"),
     [
         (Net(), Unread(MASKED), {}, 1),
-        (Net(), Stream(), {}, 1),
         (Net(), Columns(DATA), {}, 1),
         (Net(), DATA, {}, 0),
         (Net(), MASKED, {"valid": valid}, 0),
