@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastreg.attach.activations import check_output, described
 from fastreg.attach.attachment import Attachment
 from fastreg.attach.regularizer import RNNRegularizer
-from fastreg.attach.source import Masks, check_callable
+from fastreg.attach.source import Masks
 from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import TimeAxis, data_of, is_list
 
@@ -72,7 +72,6 @@ class Paths:
     starts: Callable[..., Tensor | None] | None = None
 
     def __post_init__(self) -> None:
-        check_callable("output", self.output)
         time_axis_of(**self.layout())
         self.masks()
         self.pairs()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -129,7 +130,7 @@ class Contract:
     """The tests that all adapters have to pass."""
 
     kind: Any = Net
-    adapter: str  # its name
+    train: Callable[..., dict[str, Any]]  # `fit` with all arguments
     logs_means = True  # of the terms of all batches, or the terms of the last batch
     cleans_up = True  # after an error in a step
 
@@ -140,7 +141,7 @@ class Contract:
         self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
     ) -> dict[str, Any]:
         """Train for an epoch in each fit, with an adapter if there are options for it, and return the last logs."""
-        raise NotImplementedError
+        return self.train(model, options, accumulated, fits, rounded, cbs)
 
     @pytest.mark.parametrize("case", CASES)
     @lm.either

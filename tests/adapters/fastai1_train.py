@@ -95,9 +95,7 @@ class TestContract(LearnerContract):
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
 
-    def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, Any]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         if accumulated > 1 and OLD:
             pytest.skip("its optimizer steps after each batch")
 
@@ -106,7 +104,7 @@ class TestContract(LearnerContract):
 
         more = [at("on_backward_end", skip)] * (accumulated > 1)
         more += self.rounded("on_batch_begin", "on_loss_begin", 1000) if rounded else []
-        return super().fit(model, options, fits=fits, cbs=[*cbs, *more])
+        return super().train(model, options, 1, fits, rounded, [*cbs, *more])
 
     def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
         seen = []
@@ -146,9 +144,8 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
     assert gap(*weights) < 1e-5
 
 
-def test_models_are_reset_once_an_epoch_if_they_can_be() -> None:
+def test_models_are_reset_once_an_epoch() -> None:
     learn = fuse(TestContract().learner_of(Net()), **PATHS)
-    learn.fit(1)
     learn.model.reset = mock.Mock(spec=[])
     learn.fit(2)
     assert learn.model.reset.call_count == 2

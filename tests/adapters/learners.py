@@ -99,6 +99,7 @@ class LearnerContract(Contract):
 
     logs_means = False
 
+    adapter: str  # the name of its class, and of fastai's own
     fuse: Callable[..., Any]
     learner: Callable[..., Any]  # makes a learner of a language model, always with the same weights
     learner_of: Callable[..., Any]  # makes one of a model that returns its loss, which may be regularized
@@ -131,9 +132,7 @@ class LearnerContract(Contract):
         (found,) = [cb for cb in self.callbacks(learn) if type(cb).__name__ == self.adapter]
         return found
 
-    def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, Any]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         learn = self.learner_of(model, options is not None, accumulated)
         if options is not None:
             self.fuse(learn, **options)

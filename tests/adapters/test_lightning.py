@@ -98,11 +98,9 @@ def assert_means(logged: Any, terms: Any) -> None:
 
 
 class TestContract(Contract):
-    kind, adapter = Module, "ActivationRegularization"
+    kind = Module
 
-    def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, float]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         callbacks = cbs if options is None else [callback(**({"dropout": None} | options))]
         steps: dict[str, Any] = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
         steps |= {"precision": "bf16-mixed"} if rounded else {}
@@ -228,14 +226,10 @@ class Wrapped(Module):
         return self(**batch)["loss"]
 
 
-def test_compiled_modules_and_wrapped_steps_train_the_weights_of_the_formula() -> None:
-    fit_both(callback(), kind=Wrapped)
-    fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
-
-
 @pytest.mark.filterwarnings("error:.*penalty")
-def test_a_validation_step_that_calls_the_training_step_gives_no_warning() -> None:
-    fit_both(callback(), validate=True)
+def test_wrapped_steps_that_a_validation_also_calls_and_compiled_ones_train_the_weights_of_the_formula() -> None:
+    fit_both(callback(), kind=Wrapped, validate=True)
+    fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
 
 
 class Uneven(Module):

@@ -71,11 +71,7 @@ def fit(*args: Any, fits: int = 1, **options: Any) -> Any:
 class TestContract(Contract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
-    adapter = "RegularizedTrainer"
-
-    def fit(
-        self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, float]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch", "bf16": rounded}
         if options is None:
             return fit(model, transformers.Trainer, args, fits=fits, callbacks=[*cbs]).state.log_history[0]
@@ -116,9 +112,13 @@ def test_trains_the_weights_of_the_formula(case: str) -> None:
     assert_same_weights(fit(model, **options, **own).model, fit(formula, transformers.Trainer, **options).model)
 
 
-def test_models_that_the_trainer_makes_train_the_weights_of_the_formula() -> None:
-    made = fit(None, model_init=lambda: lm.seeded(Net))
-    formula = fit(None, transformers.Trainer, model_init=lambda: lm.seeded(Net, "rnn"))
+def test_models_that_a_trainer_makes_train_the_weights_of_the_formula_also_if_another_one_gets_them() -> None:
+    class Make(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            trainer_of(model)  # which sets the seed
+
+    made = fit(None, model_init=lambda: lm.seeded(Net), callbacks=[Make()])
+    formula = fit(None, transformers.Trainer, model_init=lambda: lm.seeded(Net, "rnn"), callbacks=[Make()])
     assert_same_weights(made.model, formula.model)
 
 
@@ -197,15 +197,6 @@ def test_a_layout_that_a_module_does_not_show_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"batch_first: .* may return \(time, batch, hidden\) like the GRU inside"):
         fit(model, rnn="turned", dropout=None)
     assert hooks_of(model) == 0
-
-
-def test_a_trainer_that_is_made_within_a_training_of_its_model_ends_nothing() -> None:
-    class Make(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
-            trainer_of(model)  # which sets the seed
-
-    made, formula = fit(lm.seeded(Net), callbacks=[Make()]), lm.seeded(Net, "rnn")
-    assert_same_weights(made.model, fit(formula, transformers.Trainer, callbacks=[Make()]).model)
 
 
 def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
