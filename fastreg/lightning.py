@@ -78,11 +78,9 @@ class ActivationRegularization(Adapter, Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the means of the terms once for all callbacks: a call of `log` takes as long as a small step."""
-        logging = [x for x in trainer.callbacks if isinstance(x, ActivationRegularization) and x.logged]
-        if logging[:1] != [self]:
-            return
-        for x in logging[1:]:
-            self.sums, x.sums = (self.sums[0] + x.sums[0], self.sums[1] + x.sums[1]), NO_SUMS
+        for x in trainer.callbacks:
+            if isinstance(x, ActivationRegularization) and x is not self:
+                self.sums, x.sums = (self.sums[0] + x.sums[0], self.sums[1] + x.sums[1]), NO_SUMS
         means = self.means(lambda sums: trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum"))
         for name, mean in means.items():  # as metrics: of a tensor Lightning makes one by forty operators
             pl_module.log(name, Metric(Tensor.detach, mean, None), metric_attribute=name)

@@ -108,7 +108,8 @@ class TestContract(LearnerContract):
 
     def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
         seen = []
-        trained(learn, at("on_backward_end", lambda **_: seen.append(lrs_of(learn)[-1]), 1000), lr=lr)
+        skip = None if OLD else {"skip_step": True}  # after which no event follows that could restore the rate
+        trained(learn, at("on_backward_end", lambda **_: seen.append(lrs_of(learn)[-1]) or skip, 1000), lr=lr)
         return [*seen, lrs_of(learn)[-1]]
 
     def at_batches(self, do: Callable[[], None]) -> Any:
@@ -184,7 +185,6 @@ def test_a_validation_leaves_no_hooks_and_a_fit_around_it_its_weights_and_rates(
         assert hooks_of(learn.model) == 0
         weights.append(trained(learn, at("on_backward_end", validate, 1000)))
     assert gap(*weights[:2]) < 1e-5 < gap(*weights[1:])
-    assert lrs_of(learn)[0] == 5e-3
 
 
 def test_no_activations_are_held_after_a_step_that_failed() -> None:

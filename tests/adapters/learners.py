@@ -30,7 +30,6 @@ def subclass(part: Any, _: Any = None) -> None:
 # a change of the callback or of the decoder, or `None`; the options of `fuse`; and the error
 REJECTED: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (None, {"rnn": "lstm"}, AttributeError, "no attribute `lstm`"),
-    (None, {"output": len}, TypeError, r"rnn and dropout: expected .* got \[None\]"),
     (lambda now, _: vars(now).update(alpha=None, beta=None), {"rnn": "0"}, TypeError, "beside rnn, got none"),
     (subclass, {}, ValueError, r"the learner has no RNN(Regularizer|Trainer) of fastai's own class"),
 ]

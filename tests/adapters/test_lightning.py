@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections import UserDict
 from datetime import timedelta
 from pathlib import Path
@@ -178,10 +179,9 @@ class FineTune(pl.callbacks.LearningRateFinder):
 
 
 def test_searches_for_a_learning_rate_have_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
-    search, options = FineTune(), {"max_epochs": 3, "default_root_dir": tmp_path}
-    terms, logged, _ = fit_both(callback(), others=[search], **options)
-    own, of_formula = torch.tensor(search.losses).chunk(2)
-    torch.testing.assert_close(own, of_formula)
+    search = FineTune()
+    terms, logged, _ = fit_both(callback(), others=[search], max_epochs=3, default_root_dir=tmp_path)
+    torch.testing.assert_close(*torch.tensor(search.losses).chunk(2))
     assert_means(logged, terms[-6:])
 
 
@@ -226,9 +226,10 @@ class Wrapped(Module):
         return self(**batch)["loss"]
 
 
-@pytest.mark.filterwarnings("error:.*penalty")
 def test_wrapped_steps_that_a_validation_also_calls_and_compiled_ones_train_the_weights_of_the_formula() -> None:
-    fit_both(callback(), kind=Wrapped, validate=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*penalty")
+        fit_both(callback(), kind=Wrapped, validate=True)
     fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
 
 
