@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, TypedDict
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from fastreg.attach.activations import check_output, described
 from fastreg.attach.attachment import Attachment
 from fastreg.attach.regularizer import RNNRegularizer
-from fastreg.attach.source import Masks, check_callable
+from fastreg.attach.source import Masks
 from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import TimeAxis, data_of, is_list
 
@@ -73,7 +72,6 @@ class Paths:
     starts: Callable[..., Tensor | None] | None = None
 
     def __post_init__(self) -> None:
-        check_callable("output", self.output)
         time_axis_of(**self.layout())
         self.masks()
         self.pairs()
@@ -144,9 +142,6 @@ class Adapter:
             TypeError: an option is unknown, or there are paths, but no coefficients.
             TypeError, ValueError: as `Paths` and `RNNRegularizer`.
         """
-        for name in {*options}.difference(NAMES):
-            expected = ", ".join(get_close_matches(name, NAMES, 1) or NAMES)
-            raise TypeError(f"{type(self).__name__}: expected {expected}, got an argument with the name {name!r}")
         if options.get("rnn") is not None and alpha is None and beta is None:
             raise TypeError("alpha and beta: expected coefficients beside rnn, got none; 0 leaves a term out")
         coefficients = [0.0 if x is None else x for x in (alpha, beta)]

@@ -16,13 +16,14 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastreg.adapter import Adapter, PathOptions
+from fastreg.adapter import NO_SUMS, Adapter, PathOptions
 from fastreg.call.arguments import check_flag
 from fastreg.call.problem import Coefficient
 
 try:
     pl: Any = import_module("lightning.pytorch" if find_spec("lightning") else "pytorch_lightning")
     Callback: Any = pl.Callback
+    Metric: Any = import_module("torchmetrics.metric").CompositionalMetric
 except ImportError as error:
     raise ImportError("fastreg.lightning: Lightning is not installed; pip install lightning") from error
 
@@ -32,7 +33,7 @@ class ActivationRegularization(Adapter, Callback):
 
     Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs does not contain
     the penalty. When an epoch of training ends, `ar` and `tar` are logged, as means over its steps, over all processes,
-    and over all callbacks of this class.
+    and over all callbacks of this class that log.
 
     Args:
         alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
@@ -76,10 +77,13 @@ class ActivationRegularization(Adapter, Callback):
     on_exception = teardown  # an exception in a fit, which no teardown follows
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the means of the terms: once an epoch, as a call of `log` takes as long as a step of a small model."""
+        """Log the means of the terms once for all callbacks: a call of `log` takes as long as a small step."""
+        for x in trainer.callbacks:
+            if isinstance(x, ActivationRegularization) and x is not self:
+                self.sums, x.sums = (self.sums[0] + x.sums[0], self.sums[1] + x.sums[1]), NO_SUMS
         means = self.means(lambda sums: trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum"))
-        if self.logged:
-            pl_module.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        for name, mean in means.items():  # as metrics: of a tensor Lightning makes one by forty operators
+            pl_module.log(name, Metric(Tensor.detach, mean, None), metric_attribute=name)
 
 
 def regularized_fit(trainer: Any, callbacks: Sequence[Any], run: Callable[[], Any]) -> Any:
@@ -110,7 +114,7 @@ def regularized_step(trainer: Any, callbacks: Sequence[Any], step: Callable[...,
     if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
         return output
     for callback in callbacks:
-        loss = callback.add_penalty(loss, size=1)
+        loss = callback.add_penalty(loss, size=int(callback.logged))
     return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import torch
@@ -78,10 +76,7 @@ class RegularizedTrainer(Adapter, Trainer):
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
     def __init__(self, *args: Any, alpha: Coefficient, beta: Coefficient, **kwargs: Any) -> None:
-        # A name that is nearly one of an argument, and none of a base class, is misspelt; `prepare` raises the error.
-        of_bases = {name for base in type(self).__mro__ for name in signature(base.__init__).parameters}
-        names = [x for x in kwargs if x in NAMES or (x not in of_bases and get_close_matches(x, NAMES, 1, 0.85))]
-        options: Any = {name: kwargs.pop(name) for name in names}
+        options: Any = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
         super().__init__(*args, **kwargs)
         # Now, so that it is an error if another class sets alpha or beta.
         self.prepare(alpha, beta, {"valid": attention_mask, **options, "rnn": options.get("rnn") or []})
@@ -162,8 +157,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
 
 def collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:
-    """Collate examples as a function does, and note whether one of them has an attention mask."""
-    if any(attention_mask(x) is not None for x in examples):
+    """Collate examples as a function does, and note whether the first one has an attention mask, and so all have."""
+    if attention_mask(next(iter(examples))) is not None:
         is_masked.fill_(True)
     return collate(examples)
 

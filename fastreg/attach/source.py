@@ -43,21 +43,11 @@ class Masks:
         """Return the masks of valid steps and of starts for these arguments, by their names, where there is one.
 
         Raises:
-            TypeError: a function has returned neither a tensor with axes nor `None`.
             Exception: a function has raised it.
         """
-        masks: dict[str, Tensor] = {}
-        if self.valid is self.starts is None:
-            return masks
-        for name, function in (("valid", self.valid), ("starts", self.starts)):
-            mask = None if function is None else function(*args, **kwargs)
-            if isinstance(mask, Tensor) and mask.dim() > 0:
-                masks[name] = mask
-            elif mask is not None:
-                got = "a tensor without axes" if isinstance(mask, Tensor) else type(mask).__name__
-                words = "the callable to return a mask, with raw's batch and time axes, or None"
-                raise TypeError(f"{name}: expected {words}, got {got}")
-        return masks
+        functions = {"valid": self.valid, "starts": self.starts}
+        masks = {name: function(*args, **kwargs) for name, function in functions.items() if function is not None}
+        return {name: mask for name, mask in masks.items() if mask is not None}
 
 
 @dataclass(frozen=True, eq=False)

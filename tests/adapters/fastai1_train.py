@@ -32,7 +32,7 @@ from torch.optim import SGD  # noqa: E402
 
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
-from tests.adapters.contract import BATCH, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
+from tests.adapters.contract import BATCHES, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
 from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_holds_no_activations_after  # noqa: E402
 from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
 
@@ -81,50 +81,35 @@ def fail(*_: Any, **__: Any) -> None:
     raise ArithmeticError
 
 
-class Autocast(Callback):
-    """Runs forwards in bfloat16."""
-
-    _order = 1000
-
-    def on_batch_begin(self, **_: Any) -> None:
-        self.autocast = torch.autocast("cpu", torch.bfloat16)
-        self.autocast.__enter__()
-
-    def on_loss_begin(self, **_: Any) -> None:
-        self.autocast.__exit__(None, None, None)
-
-
 class TestContract(LearnerContract):
     """One process runs it for one release."""
 
     adapter = "RNNTrainer"
     fuse = staticmethod(fuse)
-    learner, trained = staticmethod(learner), staticmethod(trained)
+    learner, trained, on = staticmethod(learner), staticmethod(trained), staticmethod(at)
     callbacks = staticmethod(attrgetter("callbacks"))
 
-    def learner_of(
-        self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS, size: int = BATCH
-    ) -> Any:
-        loader = DataLoader([(x[0] if len(x) == 1 else x, target) for x, target in rows], size)
+    def learner_of(self, model: Any, regularized: bool = True, accumulated: int = 1, rows: Any = ROWS) -> Any:
+        loader = DataLoader([(x[0] if len(x) == 1 else x, target) for x, target in rows], len(rows) // BATCHES)
         learn = Learner(DataBunch(loader, loader, path=tempfile.mkdtemp()), model, SGD, loss_func=loss_of)
         learn.callbacks += [Stock(learn, **COEFFICIENTS, **STOCK)] * regularized
         return learn
 
-    def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, Any]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         if accumulated > 1 and OLD:
             pytest.skip("its optimizer steps after each batch")
 
         def skip(num_batch: int, **_: Any) -> Any:
             return {"skip_step": True, "skip_zero": True} if (num_batch + 1) % accumulated else None
 
-        more = [at("on_backward_end", skip)] * (accumulated > 1) + [Autocast()] * rounded
-        return super().fit(model, options, fits=fits, cbs=[*cbs, *more])
+        more = [at("on_backward_end", skip)] * (accumulated > 1)
+        more += self.rounded("on_batch_begin", "on_loss_begin", 1000) if rounded else []
+        return super().train(model, options, 1, fits, rounded, [*cbs, *more])
 
     def lrs_of_steps(self, learn: Any, lr: float) -> list[float]:
         seen = []
-        trained(learn, at("on_backward_end", lambda **_: seen.append(lrs_of(learn)[-1]), 1000), lr=lr)
+        skip = None if OLD else {"skip_step": True}  # after which no event follows that could restore the rate
+        trained(learn, at("on_backward_end", lambda **_: seen.append(lrs_of(learn)[-1]) or skip, 1000), lr=lr)
         return [*seen, lrs_of(learn)[-1]]
 
     def at_batches(self, do: Callable[[], None]) -> Any:
@@ -160,24 +145,8 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
     assert gap(*weights) < 1e-5
 
 
-def test_a_validation_within_a_step_leaves_its_lr() -> None:
-    def look(**_: Any) -> None:
-        before = lrs_of(learn)
-        learn.validate()
-        learn.model.train()
-        seen.append((before, lrs_of(learn)))
-
-    seen, learn = list[Any](), fuse(learner())
-    learn.rnn_trainer.bptt, learn.rnn_trainer.adjust = 99, True
-    trained(learn, at("on_backward_end", look, 1000))
-    assert seen
-    assert all(before == after and before[0] < 5e-3 for before, after in seen)
-    assert lrs_of(learn)[0] == 5e-3
-
-
-def test_models_are_reset_once_an_epoch_if_they_can_be() -> None:
+def test_models_are_reset_once_an_epoch() -> None:
     learn = fuse(TestContract().learner_of(Net()), **PATHS)
-    learn.fit(1)
     learn.model.reset = mock.Mock(spec=[])
     learn.fit(2)
     assert learn.model.reset.call_count == 2
@@ -200,18 +169,22 @@ def test_adjust_scales_the_lrs_of_all_groups_for_a_step_that_fails_and_fuse_keep
     assert (now.bptt, now.alpha, now.beta, now.adjust) == (99, ALPHA, BETA, adjust)
 
 
-def test_a_validation_leaves_no_hooks_and_a_fit_around_it_goes_on() -> None:
+def test_a_validation_leaves_no_hooks_and_a_fit_around_it_its_weights_and_rates() -> None:
     def validate(**_: Any) -> None:
+        before = lrs_of(learn)
         learn.validate()
         learn.model.train()
+        assert before == lrs_of(learn)
 
     weights = []
-    for one in (learner(), fuse(learner())):
+    for one, own in ((learner(), {}), (fuse(learner()), {}), (fuse(learner()), {"bptt": 99, "adjust": True})):
         learn = one
+        for name, value in own.items():
+            setattr(learn.rnn_trainer, name, value)
         learn.validate()
         assert hooks_of(learn.model) == 0
-        weights.append(trained(learn, at("on_step_end", validate)))
-    assert gap(*weights) < 1e-5
+        weights.append(trained(learn, at("on_backward_end", validate, 1000)))
+    assert gap(*weights[:2]) < 1e-5 < gap(*weights[1:])
 
 
 def test_no_activations_are_held_after_a_step_that_failed() -> None:

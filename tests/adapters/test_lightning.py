@@ -99,11 +99,9 @@ def assert_means(logged: Any, terms: Any) -> None:
 
 
 class TestContract(Contract):
-    kind, adapter = Module, "ActivationRegularization"
+    kind = Module
 
-    def fit(
-        self, model: Any, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, float]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         callbacks = cbs if options is None else [callback(**({"dropout": None} | options))]
         steps: dict[str, Any] = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 0.5}
         steps |= {"precision": "bf16-mixed"} if rounded else {}
@@ -126,10 +124,13 @@ def test_steps_may_return_a_mapping_or_be_skipped() -> None:
     assert all(x["loss"] is x["more"] for x in returned), "a mapping of the module is not changed"
 
 
-def test_logs_the_means_of_the_terms_over_an_epoch() -> None:
-    terms, logged, want = fit_both(callback(), max_epochs=2)
-    assert_means(logged, terms[6:])
+def test_logs_the_means_of_an_epoch_over_all_callbacks_that_log() -> None:
+    both, second = ["rnn", "second"], {"rnn": "second", "dropout": None}
+    terms, logged, want = fit_both(callback(), callback(**second), written=both, max_epochs=2)
+    assert_means(logged, terms[12:])
     torch.testing.assert_close(logged["train_loss"], want["train_loss"])  # without the penalty
+    terms, logged, _ = fit_both(callback(log=False), callback(**second), written=both)
+    assert_means(logged, terms[1::2])
     assert not {"ar", "tar"} & fit(lm.seeded(Module), callback(log=False)).keys()
     with pytest.raises(TypeError, match="log: expected True or False, got 1"):
         callback(log=1)
@@ -141,25 +142,6 @@ def test_a_module_that_optimizes_by_hand_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"automatic_optimization=False.*RNNRegularizer in its training_step"):
         fit(module, callback())
     assert lm.hooks_of(module) == 0
-
-
-@pytest.mark.parametrize(("error", "again"), [(KeyError, copy.copy), (KeyboardInterrupt, copy.deepcopy)])
-def test_a_fit_that_is_cut_off_leaves_nothing_behind(error: type[BaseException], again: Any) -> None:
-    """Another callback raises an error when it is told of the first one, so that ours is not told."""
-    module, formula, one = lm.seeded(Module), lm.seeded(Module, "rnn"), callback()
-    in_a_step = module.decoder.register_forward_hook(mock.Mock(side_effect=[None, None, error]))
-    failing = pl.callbacks.LambdaCallback(on_exception=mock.Mock(side_effect=ArithmeticError))
-    trainer = trainer_of(failing, one)
-    with pytest.raises(ArithmeticError):
-        trainer.fit(module, loader())
-    assert_clean(module, trainer)
-    module.load_state_dict(formula.state_dict())
-    module.zero_grad()
-    in_a_step.remove()
-    logged = fit(module, again(one))
-    fit(formula)
-    assert_same_weights(module, formula)
-    assert_means(logged, formula.terms)
 
 
 @pytest.mark.parametrize("nested", ["validate", "fit"])
@@ -177,51 +159,51 @@ def test_a_trainer_within_a_fit_may_have_the_same_callback(nested: str) -> None:
     assert_same_weights(another[0], another[-1])
 
 
-def test_the_search_for_a_learning_rate_has_the_penalty(tmp_path: Path) -> None:
-    """It hides all callbacks while it trains, and puts the weights back."""
-    losses = []
-    for written, callbacks in ((["rnn"], []), ([], [callback()])):
-        torch.manual_seed(0)
-        trainer, module = trainer_of(*callbacks, default_root_dir=tmp_path), lm.seeded(Module, *written)
-        found = pl.tuner.Tuner(trainer).lr_find(module, loader(), num_training=4, update_attr=False)
-        losses.append(found.results["loss"])
-        assert_clean(module, trainer)
-    assert losses[0] == pytest.approx(losses[1])
-
-
 class FineTune(pl.callbacks.LearningRateFinder):
-    """Searches for a learning rate within the second epoch of a fit, as Lightning's documentation shows."""
+    """Searches before a fit, as a `Tuner` does, and within its second epoch, as Lightning's documentation shows.
+
+    A search hides all callbacks while it trains, and puts the weights back.
+    """
 
     def __init__(self) -> None:
         super().__init__(num_training_steps=3, update_attr=False)
+        self.losses: list[float] = []
 
-    def on_fit_start(self, *_: Any) -> None: ...
+    def lr_find(self, trainer: Any, pl_module: Any) -> None:
+        super().lr_find(trainer, pl_module)
+        self.losses += self.optimal_lr.results["loss"]
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1:
             self.lr_find(trainer, module)
 
 
-def test_a_search_within_a_fit_has_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
-    search, options = FineTune(), {"max_epochs": 3, "default_root_dir": tmp_path}
-    terms, logged, _ = fit_both(callback(), others=[search], **options)
-    assert search.optimal_lr.results["loss"]
+def test_searches_for_a_learning_rate_have_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
+    search = FineTune()
+    terms, logged, _ = fit_both(callback(), others=[search], max_epochs=3, default_root_dir=tmp_path)
+    torch.testing.assert_close(*torch.tensor(search.losses).chunk(2))
     assert_means(logged, terms[-6:])
 
 
-@pytest.mark.parametrize("fails", [(torch.optim, "SGD"), (torch.nn.Linear, "forward")])  # before the loop, and in it
-@pytest.mark.parametrize("removed", [False, True])
-def test_after_a_fit_that_raises_a_trainer_has_the_penalty_of_its_callbacks(fails: Any, removed: bool) -> None:
-    module, formula = lm.seeded(Module), lm.seeded(Module, *["rnn"] * (not removed))
-    trainer = trainer_of(callback())
-    with mock.patch.object(*fails, side_effect=ArithmeticError), pytest.raises(ArithmeticError):
+@pytest.mark.parametrize("fails", [(torch.optim, "SGD"), (Module, "on_train_batch_end")])  # before the loop, and in it
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("again", [None, copy.copy, copy.deepcopy])
+def test_after_a_fit_that_raises_a_trainer_has_the_penalty_of_its_callbacks(fails: Any, error: Any, again: Any) -> None:
+    """Where the trainer keeps its callback, another one raises an error, so that ours is not told of the first one."""
+    module, formula, one = lm.seeded(Module), lm.seeded(Module, *["rnn"] * bool(again)), callback()
+    failing = pl.callbacks.LambdaCallback(on_exception=mock.Mock(side_effect=ArithmeticError))
+    trainer = trainer_of(*[failing] * bool(again), one)
+    with mock.patch.object(*fails, side_effect=error), pytest.raises((error, ArithmeticError, SystemExit)):
         trainer.fit(module, loader())
-    trainer.callbacks = [x for x in trainer.callbacks if not (removed and isinstance(x, ActivationRegularization))]
+    assert_clean(module, trainer)
+    trainer.callbacks = [again(one)] if again else [x for x in trainer.callbacks if x is not one]
     module.load_state_dict(formula.state_dict())
     torch.manual_seed(0)
     trainer.fit(module, loader())
     fit(formula)
     assert_same_weights(module, formula)
+    if again:
+        assert_means(trainer.callback_metrics, formula.terms)
 
 
 def test_the_wrapper_of_another_callback_is_wrapped_and_put_back() -> None:
@@ -244,16 +226,11 @@ class Wrapped(Module):
         return self(**batch)["loss"]
 
 
-def test_compiled_modules_and_wrapped_steps_train_the_weights_of_the_formula() -> None:
-    fit_both(callback(), kind=Wrapped)
+def test_wrapped_steps_that_a_validation_also_calls_and_compiled_ones_train_the_weights_of_the_formula() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*penalty")
+        fit_both(callback(), kind=Wrapped, validate=True)
     fit_both(callback(), kind=lambda *args: torch.compile(Wrapped(*args), backend="eager"))
-
-
-def test_a_validation_step_that_calls_the_training_step_gives_no_warning() -> None:
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        fit_both(callback(), validate=True)
-    assert not [x for x in seen if "penalty" in str(x.message)]
 
 
 class Uneven(Module):
@@ -278,8 +255,3 @@ def test_processes_log_the_mean_of_all() -> None:
     options: Any = {"process_group_backend": "gloo", "start_method": method, "timeout": timedelta(seconds=60)}
     module = lm.seeded(Uneven, "rnn")  # which keeps the terms
     fit(module, callback(), max_epochs=2, strategy=pl.strategies.DDPStrategy(**options), devices=2)
-
-
-def test_two_callbacks_add_their_penalties_and_log_the_mean() -> None:
-    terms, logged, _ = fit_both(callback(), callback(rnn="second", dropout=None), written=("rnn", "second"))
-    assert_means(logged, terms)

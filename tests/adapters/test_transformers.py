@@ -71,11 +71,7 @@ def fit(*args: Any, fits: int = 1, **options: Any) -> Any:
 class TestContract(Contract):
     """A `Trainer` computes the mean of the losses of its batches."""
 
-    adapter = "RegularizedTrainer"
-
-    def fit(
-        self, model: Net, options: Any = None, accumulated: int = 1, fits: int = 1, rounded: bool = False, cbs: Any = ()
-    ) -> dict[str, float]:
+    def train(self, model: Any, options: Any, accumulated: int, fits: int, rounded: bool, cbs: Any) -> dict[str, Any]:
         args = {"gradient_accumulation_steps": accumulated, "logging_strategy": "epoch", "bf16": rounded}
         if options is None:
             return fit(model, transformers.Trainer, args, fits=fits, callbacks=[*cbs]).state.log_history[0]
@@ -95,21 +91,13 @@ def per_item(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 
 IN_ITEMS: dict[str, Any] = {"args": IN_PARTS, "compute_loss_func": per_item}
+NAMED: dict[str, Any] = {"rnn": "turned", "dropout": None}
+TURNED: Any = Masked(), Masked("turned", masks={"valid": turned(valid)}), {"data": MASKED}
 # the two models, the options of both trainers, and the options of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
-    "the attention mask of a module that is time first": (
-        Masked(),
-        Masked("turned", masks={"valid": turned(valid)}),
-        {"data": MASKED},
-        {"rnn": "turned", "dropout": None, "batch_first": False},
-    ),
-    "the attention mask of a module whose axis of time is the third from the end": (
-        Masked(),
-        Masked("turned", masks={"valid": turned(valid)}),
-        {"data": MASKED},
-        {"rnn": "turned", "dropout": None, "time_dim": -3},
-    ),
+    "the attention mask of a module that is time first": (*TURNED, {"batch_first": False} | NAMED),
+    "the attention mask of a module whose axis of time is the third from the end": (*TURNED, {"time_dim": -3} | NAMED),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
     "batch first unless it is said": (Net(), Net("decoder"), {}, {"rnn": "decoder", "dropout": None}),
     "a loss divided by the user": (Masked(), Masked("rnn"), {"data": MASKED} | IN_ITEMS, {"valid": None}),
@@ -124,9 +112,13 @@ def test_trains_the_weights_of_the_formula(case: str) -> None:
     assert_same_weights(fit(model, **options, **own).model, fit(formula, transformers.Trainer, **options).model)
 
 
-def test_models_that_the_trainer_makes_train_the_weights_of_the_formula() -> None:
-    made = fit(None, model_init=lambda: lm.seeded(Net))
-    formula = fit(None, transformers.Trainer, model_init=lambda: lm.seeded(Net, "rnn"))
+def test_models_that_a_trainer_makes_train_the_weights_of_the_formula_also_if_another_one_gets_them() -> None:
+    class Make(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            trainer_of(model)  # which sets the seed
+
+    made = fit(None, model_init=lambda: lm.seeded(Net), callbacks=[Make()])
+    formula = fit(None, transformers.Trainer, model_init=lambda: lm.seeded(Net, "rnn"), callbacks=[Make()])
     assert_same_weights(made.model, formula.model)
 
 
@@ -178,16 +170,10 @@ class Columns(list[Any]):
     column_names = "input_ids", "attention_mask"
 
 
-class Stream(torch.utils.data.IterableDataset[Any]):
-    def __iter__(self) -> Any:
-        return iter(MASKED)
-
-
 @pytest.mark.parametrize(
     ("model", "data", "options", "count"),
     [
         (Net(), Unread(MASKED), {}, 1),
-        (Net(), Stream(), {}, 1),
         (Net(), Columns(DATA), {}, 1),
         (Net(), DATA, {}, 0),
         (Net(), MASKED, {"valid": valid}, 0),
@@ -210,16 +196,6 @@ def test_a_layout_that_a_module_does_not_show_is_asked_for() -> None:
     model.turned = nn.Sequential(nn.GRU(6, 6))
     with pytest.raises(ValueError, match=r"batch_first: .* may return \(time, batch, hidden\) like the GRU inside"):
         fit(model, rnn="turned", dropout=None)
-    assert hooks_of(model) == 0
-
-
-def test_a_trainer_that_is_made_within_a_training_of_its_model_ends_nothing() -> None:
-    class Make(transformers.TrainerCallback):
-        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
-            trainer_of(model)  # which sets the seed
-
-    made, formula = fit(lm.seeded(Net), callbacks=[Make()]), lm.seeded(Net, "rnn")
-    assert_same_weights(made.model, fit(formula, transformers.Trainer, callbacks=[Make()]).model)
 
 
 def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
@@ -231,28 +207,11 @@ def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
 
 
-def test_an_argument_of_the_base_class_may_have_nearly_the_name_of_one_of_the_adapter() -> None:
-    class Own(transformers.Trainer):
-        def __init__(self, *args: Any, outputs: str = "", **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.given = outputs
-
-    assert trainer_of(Net(), both(RegularizedTrainer, Own), outputs="here").given == "here"
-    with pytest.raises(TypeError, match=r"Both: expected dropout, got an argument with the name 'drop_out'$"):
-        trainer_of(Net(), both(RegularizedTrainer, Own), drop_out="dropout")
-    with pytest.raises(TypeError, match=r"expected output, got an argument with the name 'outputs'$"):
-        trainer_of(Net(), outputs="here")
-
-
-def test_a_trainer_that_is_made_wrongly_says_why() -> None:
+def test_another_base_class_must_not_set_a_coefficient() -> None:
     class OwnBeta(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.beta = 0.1  # as a DPOTrainer
 
-    with pytest.raises(AttributeError, match="Net has no attribute `lstm`"):
-        trainer_of(Net(), rnn="lstm")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizr'"):
-        trainer_of(Net(), tokenizr=1)
     with pytest.raises(AttributeError, match="regularizer"):
         trainer_of(Net(), both(RegularizedTrainer, OwnBeta))
