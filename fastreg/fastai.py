@@ -231,6 +231,8 @@ def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
         >>> learn.recorder.metric_names
         ['epoch', 'train_loss', 'valid_loss', 'ar', 'tar', 'time']
     """
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
     old = next((cb for cb in learn.cbs if type(cb) in (stock.RNNRegularizer, RNNRegularizer)), None)
     if old is None:
         raise ValueError(
@@ -244,4 +246,6 @@ def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
         fuse_output_dropout(model)  # pyright: ignore[reportArgumentType]
     new.modules(model)  # pyright: ignore[reportArgumentType]
     new.run_train = old.run_train
+    if isinstance(old, RNNRegularizer):
+        old.end()  # of a fit that was cut off
     return learn.remove_cb(old).add_cb(new)

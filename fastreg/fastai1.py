@@ -155,6 +155,8 @@ def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
         >>> bool(learn1.callbacks[-1].tar > 0)
         True
     """
+    if not isinstance(learn, Learner):
+        raise TypeError(f"learn: expected a Learner, got {type(learn).__name__}")
     old = next((cb for cb in learn.callbacks if type(cb) in (stock.RNNTrainer, RNNTrainer)), None)
     if old is None:
         raise ValueError(
@@ -164,5 +166,7 @@ def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
     kept = getattr(old, "bptt", None), old.alpha, old.beta, getattr(old, "adjust", False)
     new = RNNTrainer(learn, *kept, **options)
     new.modules(learn.model)
+    if isinstance(old, RNNTrainer):
+        old.end()  # of a fit that was cut off
     learn.callbacks[learn.callbacks.index(old)] = new
     return learn

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -76,7 +78,10 @@ class RegularizedTrainer(Adapter, Trainer):
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
     def __init__(self, *args: Any, alpha: Coefficient, beta: Coefficient, **kwargs: Any) -> None:
-        options: Any = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
+        # A base class may swallow a misspelt name: one that is nearly ours, and none of its own, is an error.
+        of_bases = {name for base in type(self).__mro__ for name in signature(base.__init__).parameters}
+        names = [x for x in kwargs if x in NAMES or (x not in of_bases and get_close_matches(x, NAMES, 1, 0.85))]
+        options: Any = {name: kwargs.pop(name) for name in names}
         super().__init__(*args, **kwargs)
         # Now, so that it is an error if another class sets alpha or beta.
         self.prepare(alpha, beta, {"valid": attention_mask, **options, "rnn": options.get("rnn") or []})

@@ -190,6 +190,9 @@ class LearnerContract(Contract):
             self.cut_off(one)
         if then == "fuse":
             assert self.fuse(learn, **options) is learn
+            assert hooks_of(learn.model) == 0
+            with pytest.raises(TypeError, match="learn: expected a Learner, got int"):
+                self.fuse(0)
         learn.model.load_state_dict(other.model.state_dict())
         for one in (learn, other):
             one.model.zero_grad()

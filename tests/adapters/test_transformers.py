@@ -215,3 +215,15 @@ def test_another_base_class_must_not_set_a_coefficient() -> None:
 
     with pytest.raises(AttributeError, match="regularizer"):
         trainer_of(Net(), both(RegularizedTrainer, OwnBeta))
+
+
+def test_an_argument_of_the_base_class_may_have_nearly_the_name_of_one_of_the_adapter() -> None:
+    class Own(transformers.Trainer):
+        def __init__(self, *args: Any, outputs: str = "", **kwargs: Any) -> None:
+            super().__init__(*args, **{x: kwargs[x] for x in ("model", "args", "train_dataset")})
+            self.given = outputs
+
+    assert trainer_of(Net(), both(RegularizedTrainer, Own), outputs="here").given == "here"
+    for name, base in (("drop_out", Own), ("outputs", transformers.Trainer)):
+        with pytest.raises(TypeError, match=f"got an unexpected keyword argument '{name}'$"):
+            trainer_of(Net(), both(RegularizedTrainer, base), **{name: "dropout"})
