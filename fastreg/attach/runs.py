@@ -28,9 +28,9 @@ TAKEN_OVER = (
 )
 GAP = (
     "on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies between them "
-    "(packing, padding, a slice, a full backward hook, another module), or the dropout ran without gradients. Attach a "
-    "dropout that gets this very tensor, or no dropout, or use on_loss_begin; pass use_reentrant=False to a "
-    "checkpoint; call clear() after a step that ended before the dropout ran"
+    "(packing, padding, a slice, a full backward hook, another module), or the model calls F.dropout instead, or the dropout "
+    "ran without gradients. Attach a dropout that gets this very tensor, or no dropout, or use on_loss_begin; pass "
+    "use_reentrant=False to a checkpoint; call clear() after a step that ended before the dropout ran"
 )
 ONE_STEP = (
     "on_backward_begin: the {module} ran {count} times over one time step, where AR would add up and TAR has no "
@@ -42,9 +42,9 @@ IN_EVALUATION = (
 )
 NOTHING = (
     "on_backward_begin: nothing was captured: the loss depends on no run of an attached module whose penalty is left. "
-    "Since the last penalty {modules}. Attach what the model calls, not a module inside a wrapper or a copy; leave no "
-    "layer out at random (LayerDrop); add up all losses of a step; pass use_reentrant=False to a checkpoint; call "
-    "torch.compiler.reset() if the model was compiled before. See docs/errors-and-warnings.md"
+    "Since the last penalty {modules}. Attach what the model calls: a wrapper and not the module inside, a copy and "
+    "not its original; leave no layer out at random (LayerDrop); add up all losses of a step; pass use_reentrant=False "
+    "to a checkpoint; call torch.compiler.reset() if the model was compiled before. See docs/errors-and-warnings.md"
 )
 LOST = (
     "attach: no penalty got a gradient in {count} backwards through the attached {name}, or losses without it. Call "
