@@ -28,9 +28,9 @@ TAKEN_OVER = (
 )
 GAP = (
     "on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies between them "
-    "(packing, padding, a slice, a full backward hook, another module), or the model calls F.dropout instead, or the dropout "
-    "ran without gradients. Attach a dropout that gets this very tensor, or no dropout, or use on_loss_begin; pass "
-    "use_reentrant=False to a checkpoint; call clear() after a step that ended before the dropout ran"
+    "(packing, padding, a slice, a full backward hook, another module), or the model calls F.dropout instead, or the "
+    "dropout ran without gradients. Attach a dropout that gets this very tensor, or no dropout, or use on_loss_begin; "
+    "pass use_reentrant=False to a checkpoint; call clear() after a step that ended before the dropout ran"
 )
 ONE_STEP = (
     "on_backward_begin: the {module} ran {count} times over one time step, where AR would add up and TAR has no "
