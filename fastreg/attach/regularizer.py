@@ -94,7 +94,7 @@ class RNNRegularizer:
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
         self.time_steps = 0
-        self._terms: Tensor | None = None  # of the last training step: AR and TAR, (2,)
+        self._terms: Tensor | list[Tensor] | None = None  # of the last training step: AR and TAR, (2,)
         self._capture: Capture | None = None
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()

@@ -168,7 +168,9 @@ def penalize(
             axis_of(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
             activations, steps = by_sequence(raw, dropped)
-            options = Options(*TimeAxis(), *options[2:])  # Dynamo of PyTorch 2.8 cannot trace `_replace`
+            fields: Any = options  # Dynamo of PyTorch 2.8 can trace neither `_replace` nor a slice
+            _, _, *others = fields
+            options = Options(*TimeAxis(), *others)
     results = compute(PenaltyPlan, activations, coefficients, steps, options, layer)
     return _zero(activations, options.return_terms) if results is None else results[1]
 
@@ -179,7 +181,9 @@ def _sum_of_layers(
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
     axis = axis_of(options.batch_first, options.time_dim)
-    options = Options(*options[:-1], dtype=compute_dtype(_tensors_of(activations)))
+    fields: Any = options
+    *others, _ = fields
+    options = Options(*others, dtype=compute_dtype(_tensors_of(activations)))
     penalties: list[Penalty] = []
     for i, pair in enumerate(layers):
         if i > 0:

@@ -42,32 +42,40 @@ class ARTAR(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """Hold the penalty of a call, and its terms in one tensor, because splitting it takes longer than an addition.
+    """Hold the penalty of a call, and its terms as they were computed, because splitting a tensor takes long.
 
     Attributes:
         value: the penalty, differentiable, ().
-        terms: AR and TAR without their coefficients, detached, (2,); `None` if the caller does not want them.
+        terms: AR and TAR without their coefficients, detached: by kernels in one tensor, (2,), and by the formula two,
+            as PyTorch 2.8 cannot stack DTensors; `None` if the caller does not want them.
     """
 
     value: Tensor
-    terms: Tensor | None
+    terms: Tensor | list[Tensor] | None
 
     def split(self) -> ARTAR:
         """Return the penalty and its terms as three tensors; the caller must have wanted the terms."""
         terms: Any = self.terms
-        return ARTAR(self.value, *terms.unbind())
+        return ARTAR(self.value, *terms)
 
     def on(self, device: torch.device) -> Penalty:
         """Return the penalty on a device."""
         if self.value.device == device:
             return self
-        return Penalty(self.value.to(device), None if self.terms is None else self.terms.to(device))
+        return Penalty(self.value.to(device), None if self.terms is None else [x.to(device) for x in self.terms])
 
 
 def sum_of(penalties: Sequence[Penalty]) -> Penalty:
     """Add up penalties, which are on one device, and either all have terms or none has."""
     values, terms = zip(*penalties, strict=True)
-    return Penalty(reduce(add, values), None if terms[0] is None else reduce(add, terms))
+    return Penalty(reduce(add, values), None if terms[0] is None else reduce(_sum_of_terms, terms))
+
+
+def _sum_of_terms(one: Tensor | list[Tensor], other: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Add up the terms of two penalties."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one + other
+    return [x + y for x, y in zip(one, other, strict=True)]
 
 
 class TimeAxis(NamedTuple):

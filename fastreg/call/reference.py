@@ -52,7 +52,7 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
                 penalty = penalty + _weighted(total, coefficient, count)
             mean = total / count
         means.append(mean.detach())
-    return Penalty(penalty, torch.stack(means) if spec.return_terms else None)
+    return Penalty(penalty, means if spec.return_terms else None)
 
 
 def _divisors(x: Tensor, values: Values, spec: Spec, time_dim: int) -> tuple[int | Tensor, int | Tensor]:
