@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import fastreg
-from fastreg.call.backends import CPP, WHY_NO_TRITON, backend_for, why_formula
+from fastreg.call.backends import CPP, backend_for, why_formula
 from fastreg.call.dropout import fused_dropout_ar_tar
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.reference import ar_tar, encoded
@@ -29,8 +29,6 @@ def main() -> int:
     python = platform.python_version()
     print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, {triton()}")
     print(f"imported from {FOLDER}", *remarks(), sep="; ")
-    if WHY_NO_TRITON:
-        print(WHY_NO_TRITON)
     if CPP is not None:
         print(f"library for CPUs: {cpu.description()}")
     warnings.simplefilter("ignore")  # the report tells the same, in more words

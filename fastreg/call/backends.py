@@ -21,13 +21,13 @@ CPP: Backend | None = None
 if cpu.reason() is None:
     CPP = Backend("the C++ kernels", cpu.Forward, cpu.Backward, cpu.Encoder)
 TRITON: Backend | None = None
-WHY_NO_TRITON, _interpreted = "", False
+_why_no_triton, _interpreted = "", False
 try:
     from triton import knobs
 
     from fastreg.kernels import gpu
 except Exception as error:  # Triton has no build for some platforms, and a broken one may raise anything
-    WHY_NO_TRITON = f"Triton cannot be used ({type(error).__name__}: {error}); in a clone: pip install '.[gpu]'"
+    _why_no_triton = f"Triton cannot be used ({type(error).__name__}: {error}); in a clone: pip install '.[gpu]'"
 else:
     _interpreted = knobs.runtime.interpret
     name = "the Triton kernels" + (", interpreted" if _interpreted else "")
@@ -59,7 +59,7 @@ def why_formula(device: torch.device) -> str:
     if device.type == "cpu":
         return f"{cpu.reason()}; in a clone: {REINSTALL}"
     if device.type in DEVICES:
-        return WHY_NO_TRITON or "the kernels need float64, which this GPU does not have"
+        return _why_no_triton or "the kernels need float64, which this GPU does not have"
     return f"there are no kernels for {device.type}"
 
 
