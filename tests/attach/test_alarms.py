@@ -255,13 +255,6 @@ def test_a_module_above_a_frozen_encoder_in_evaluation_is_not_warned_of() -> Non
     assert alarms(step) == {}
 
 
-def test_ar_alone_of_a_dropout_that_passes_no_gradient_is_not_warned_of() -> None:
-    m = Model(nn.LSTM, PLAIN)
-    m.dropout.forward = torch.detach  # as a quantizer whose codebook learns by an average
-    m.reg.beta = 0.0  # or raw would need the gradient of TAR
-    assert alarms(m.right) == {}
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 def test_compiled_models_are_warned_of_like_others() -> None:
