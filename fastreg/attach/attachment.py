@@ -76,10 +76,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         attachments.append(self)
 
     def __repr__(self) -> str:
-        labels, layers = [*self.names.values()], getattr(self.source.module, "num_layers", 1)
-        if isinstance(self.source.module, nn.RNNBase) and layers > 1:
-            labels[0] += f" (last of {layers} layers)"
-        return f"{' -> '.join(labels)}: {self.shown or 'no run yet'}"
+        return f"{' -> '.join(self.names.values())}: {self.shown or 'no run yet'}"
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
@@ -183,15 +180,12 @@ class Attachment(AbstractContextManager["Attachment"]):
 
         Before a dropout raw gets no mark: the penalty of the run will depend on raw, and must not hold the run.
         """
-        unmarked, marks = {id(x) for x in tensors_in(inputs)}, dict[int, Tensor]()
-        if self.source.dropout is None:
-            unmarked.discard(id(rows))
-        else:
-            unmarked.add(id(rows))
+        marks = {id(x): x for x in tensors_in(inputs)}
+        marks[id(rows)] = mark(run, True, rows) if self.source.dropout is None else rows
 
         def marked(x: Tensor) -> Tensor:
-            if x.requires_grad and id(x) not in unmarked and id(x) not in marks:
-                marks[id(x)] = mark(run, x is rows or is_view(x), x)
+            if x.requires_grad and id(x) not in marks:
+                marks[id(x)] = mark(run, is_view(x), x)
             return marks.get(id(x), x)
 
         return mapped(marked, result)
@@ -276,8 +270,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         if run.packed is not None:
             pair = [run.packed._replace(data=x) for x in pair]
         if penalty is None:
-            batch_first, time_dim = run.time_axis
-            options = Options(batch_first, time_dim, return_terms=True, predicts=False)
+            options = Options(*run.time_axis, return_terms=True, predicts=False)
             steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts")) if run.masks else None
             penalty = penalize(pair, run.coefficients, steps, options)
         if current() == -1:

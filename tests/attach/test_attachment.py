@@ -42,7 +42,7 @@ AXIS: dict[str, Any] = {"time_dim": 2}
 # The text of a handle; the module, the options of `attach`, the shape of the input, and the axis of time.
 LAYOUTS: dict[str, tuple[Callable[[], Any], dict[str, Any], tuple[int, ...], int]] = {
     f"LSTM: raw (3, 7, 6) as batch 3, time 7, hidden 6; {OF_BOTH}": (LSTM, MASKS, SHAPE, 1),
-    f"LSTM (last of 3 layers): {ONE}; valid (7,): {COUNTED}": (partial(LSTM, num_layers=3), MASK, (TIME, HIDDEN), 0),
+    f"LSTM: {ONE}; valid (7,): {COUNTED}": (partial(LSTM, num_layers=3), MASK, (TIME, HIDDEN), 0),
     f"Linear: {ONE}; {EACH}": (lambda: LINEAR, {"batch_first": True, "output": lambda raw: raw}, (TIME, HIDDEN), 0),
     f"Linear: raw (3, 7, 6) as time 3, batch 7, hidden 6; {EACH}": (lambda: LINEAR, {"batch_first": False}, SHAPE, 0),
     f"Linear: raw (3, 6) as batch 3, time 6; {EACH}": (lambda: LINEAR, {"time_dim": 1}, (BATCH, HIDDEN), 1),
