@@ -156,14 +156,6 @@ class Right(Model):
         for _ in range(64):
             self.right()
 
-    def windows_in_one_backward(self) -> None:
-        state, losses = None, list[Tensor]()
-        for _ in range(130):
-            run = self(inputs()[:, :2], state)
-            state = tuple(x.detach() for x in run.state)
-            losses.append(run.loss)
-        self.regularized(torch.stack(losses).sum())
-
     def checkpointed_windows_in_one_backward(self) -> None:
         losses = [cp(lambda x: self(x).loss, inputs()) for _ in range(130)]
         self.regularized(torch.stack(losses).sum())
@@ -211,32 +203,13 @@ class Right(Model):
         no_grad(self)(inputs())
         self.regularized(self.beside())
 
-    def lbfgs(self) -> None:
-        optimizer = torch.optim.LBFGS(self.rnn.parameters(), max_iter=5)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            total = self.reg.on_backward_begin(self.loss())
-            total.backward()
-            return total.detach()  # PyTorch 2.8 warns of a loss with a graph
-
-        optimizer.step(closure)
-
-    def maml(self) -> None:
-        for _ in range(3):
-            inner = self.reg.on_backward_begin(self.loss())
-            torch.autograd.grad(inner, [*self.rnn.parameters()], create_graph=True)
-        self.right()
-
     def forgotten_with_coefficients_of_0(self) -> None:
         self.reg.alpha = self.reg.beta = 0.0
         self.loss().backward()
 
 
-LONG = ["windows_in_one_backward", "checkpointed_windows_in_one_backward", "penalties_in_one_backward"]
-OFTEN = dict.fromkeys(
-    [*LONG, "evaluations", "gradual_unfreezing", "acting_forwards", "derivatives_of_each_output"], 2
-) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
+LONG = ["checkpointed_windows_in_one_backward", "penalties_in_one_backward", "evaluations", "gradual_unfreezing"]
+OFTEN = dict.fromkeys([*LONG, "acting_forwards", "derivatives_of_each_output"], 2) | {"accumulated": 4, "attacks": 20}
 
 
 @each_dropout

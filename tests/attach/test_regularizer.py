@@ -86,7 +86,8 @@ def test_captures_move_coefficients_to_their_device_and_the_penalty_to_that_of_t
     """The meta device stands for a GPU."""
     reg, raw = RNNRegularizer(torch.tensor(ALPHA), 0.0), torch.randn(3, 7, 6, device=device)
     reg.on_loss_begin((raw, raw.requires_grad_(), raw))
-    assert reg.on_backward_begin(torch.zeros((), device="meta")).device.type == "meta"
+    terms: Any = reg.take(torch.zeros((), device="meta"))
+    assert terms.penalty.device.type == terms.ar.device.type == "meta"
 
 
 def test_time_steps_are_those_of_the_longest_run_of_the_last_step() -> None:
