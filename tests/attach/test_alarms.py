@@ -177,18 +177,6 @@ class Right(Model):
     def penalties_in_one_backward(self) -> None:
         torch.stack([self.reg.on_backward_begin(self.loss()) for _ in range(130)]).sum().backward()
 
-    def evaluations(self) -> None:
-        for _ in range(130):
-            loss = no_grad(self)(inputs()).loss
-            assert self.reg.on_backward_begin(loss) is loss
-        self.right()
-
-    def gradual_unfreezing(self) -> None:
-        for trains in (False, True):
-            self.rnn.requires_grad_(trains)
-            for _ in range(120):
-                self.right()
-
     def three_losses_on_each_frozen_forward(self) -> None:
         run = frozen(self)(inputs())
         for _ in range(3):
@@ -208,24 +196,14 @@ class Right(Model):
         self.loss().backward()
 
 
-LONG = ["checkpointed_windows_in_one_backward", "penalties_in_one_backward", "evaluations", "gradual_unfreezing"]
-OFTEN = dict.fromkeys([*LONG, "acting_forwards", "derivatives_of_each_output"], 2) | {"accumulated": 4, "attacks": 20}
+LONG = ["checkpointed_windows_in_one_backward", "penalties_in_one_backward", "acting_forwards"]
+OFTEN = dict.fromkeys([*LONG, "derivatives_of_each_output"], 2) | {"accumulated": 4, "attacks": 20}
 
 
 @each_dropout
 @steps(Right)
 def test_a_right_step_is_not_warned_of(step: str, dropout: Any) -> None:
     assert alarms(getattr(Right(nn.LSTM, dropout), step), OFTEN.get(step, 120)) == {}
-
-
-def test_a_module_above_a_frozen_encoder_in_evaluation_is_not_warned_of() -> None:
-    m, encoder = Model(nn.Identity(), batch_first=True).eval(), lm.gru().requires_grad_(False)
-
-    def step() -> None:
-        loss = m.head(m.rnn(encoder(inputs())[0])).sum()
-        assert m.reg.on_backward_begin(loss) is loss
-
-    assert alarms(step) == {}
 
 
 @pytest.mark.slow
