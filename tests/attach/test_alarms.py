@@ -206,6 +206,16 @@ def test_a_right_step_is_not_warned_of(step: str, dropout: Any) -> None:
     assert alarms(getattr(Right(nn.LSTM, dropout), step), OFTEN.get(step, 120)) == {}
 
 
+def test_a_module_above_a_frozen_encoder_in_evaluation_is_not_warned_of() -> None:
+    m, encoder = Model(nn.Identity(), batch_first=True).eval(), lm.gru().requires_grad_(False)
+
+    def step() -> None:
+        loss = m.head(m.rnn(encoder(inputs())[0])).sum()
+        assert m.reg.on_backward_begin(loss) is loss
+
+    assert alarms(step) == {}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 def test_compiled_models_are_warned_of_like_others() -> None:

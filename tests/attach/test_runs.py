@@ -50,6 +50,12 @@ class Model(Attached):
         self.reg.attach(lm.gru())  # in training, and not called
         return loss
 
+    def frozen_before_a_trained_layer(self, x: Tensor) -> Tensor:
+        self.dropout.forward = lambda raw, **_: self.head(raw)
+        loss = frozen(self)(x).loss
+        del self.dropout.forward
+        return loss
+
     def frozen_after_an_evaluation(self, x: Tensor) -> Tensor:
         self.eval()(x)
         return frozen(self)(x).loss
@@ -85,6 +91,7 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "evaluation of a frozen module": lambda m, x: frozen(m).eval()(x).loss,
         "evaluation of a frozen module after that of a trained one": Model.frozen_after_an_evaluation,
         "frozen": lambda m, x: frozen(m)(x).loss,
+        "frozen, before a trained layer": Model.frozen_before_a_trained_layer,
         "frozen, in evaluation beside another": Model.frozen_in_evaluation_beside_another,
         "frozen, the second loss": lambda m, x: frozen(m).second_loss(x),
         "no gradients": lambda m, x: no_grad(m)(x).loss,
