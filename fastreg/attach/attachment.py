@@ -8,7 +8,7 @@ after the module. Before a `FusedRNNDropout` it passes what that needs to comput
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ CHANGED = (
 )
 TWICE = "attach: the {dropout} got one output of the {module} twice, and AR is of one dropped tensor; use fused_ar_tar"
 ALARMS = WeakKeyDictionary[nn.Module, Alarm]()  # of a module, which may be attached anew in each step
-NOTES = WeakTensorKeyDictionary()  # of a raw that has no node: a leaf, or one that needs no gradient
+NOTES = WeakTensorKeyDictionary()  # of a raw that is a leaf, and so has no node
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -69,17 +69,14 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.last, self.shown = Last.IDLE, ""
         self.alarm = ALARMS.setdefault(source.module, Alarm(self.names["module"]))
         self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
-        self._raw: ReferenceType[Tensor] | None = None  # raw of the last run, also where its node is another one by now
+        self._raw: Callable[[], Tensor | None] = lambda: None  # raw of the last run, whose node may be another by now
         self.handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
         if isinstance(source.dropout, FusedRNNDropout):
             self.handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
         attachments.append(self)
 
     def __repr__(self) -> str:
-        labels, layers = [*self.names.values()], getattr(self.source.module, "num_layers", 1)
-        if isinstance(self.source.module, nn.RNNBase) and layers > 1:
-            labels[0] += f" (last of {layers} layers)"
-        return f"{' -> '.join(labels)}: {self.shown or 'no run yet'}"
+        return f"{' -> '.join(self.names.values())}: {self.shown or 'no run yet'}"
 
     def __reduce__(self) -> Any:
         # The pickle has only a function of the standard library, because it may be loaded where fastreg is not
@@ -144,6 +141,9 @@ class Attachment(AbstractContextManager["Attachment"]):
             return None
         raw = source.raw_of(result)
         rows = raw if type(raw) is Tensor else data_of(raw)
+        if not rows.requires_grad:
+            self._note_constant()
+            return None
         coefficients = regularizer.alpha, regularizer.beta
         run = Run(
             attachment=self,
@@ -153,18 +153,17 @@ class Attachment(AbstractContextManager["Attachment"]):
             packed=None if raw is rows else raw._replace(data=None),  # pyright: ignore
             version=version_of(rows),
         )
-        if not again and self.last is not Last.CONSTANT:
-            self.last = Last.RAN
         if source.dropout is None:
             self._form(run, rows, rows)
         else:
             _notes_of(rows)[self, rows.output_nr], self._raw = run, ref(rows)
         if again:  # a backward computes this run again, and needs no marks
             # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
-            if rows.requires_grad and any(map(is_on, run.coefficients)) and not hooks_on_saved(False):
-                self.alarm.is_called = True
-                self.alarm.pass_through()
+            if any(map(is_on, run.coefficients)) and not hooks_on_saved(False):
+                self.alarm.add(backwards=1)
             return None
+        if self.last is not Last.CONSTANT:
+            self.last = Last.RAN
         self._runs.append(ref(run))
         if len(self._runs) % 100 == 0:  # a loop without a loss must not fill the memory
             self.held()
@@ -181,84 +180,83 @@ class Attachment(AbstractContextManager["Attachment"]):
 
         Before a dropout raw gets no mark: the penalty of the run will depend on raw, and must not hold the run.
         """
-        unmarked, marks = {id(x) for x in tensors_in(inputs)}, dict[int, Tensor]()
-        if self.source.dropout is None:
-            unmarked.discard(id(rows))
-        else:
-            unmarked.add(id(rows))
+        marks = {id(x): x for x in tensors_in(inputs)}
+        marks[id(rows)] = mark(run, True, rows) if self.source.dropout is None else rows
 
         def marked(x: Tensor) -> Tensor:
-            if x.requires_grad and id(x) not in unmarked and id(x) not in marks:
-                marks[id(x)] = mark(run, x is rows or is_view(x), x)
+            if x.requires_grad and id(x) not in marks:
+                marks[id(x)] = mark(run, is_view(x), x)
             return marks.get(id(x), x)
 
         return mapped(marked, result)
 
-    def _found(self, args: Any, kwargs: Any) -> tuple[Tensor, Run | None, bool] | None:
-        """Return raw among the arguments of the dropout, its run, and whether no dropout has had it before.
+    def _found(self, args: Any, kwargs: Any) -> tuple[Any, Run | None]:
+        """Return raw among the arguments of the dropout, and its run, if there is one.
 
         Raw is the tensor that the module has returned: its node leads to the run. A change in place gives it another
         node, or without gradients another version.
 
         Raises:
-            RuntimeError: raw was changed in place.
+            RuntimeError: raw was changed in place, or a dropout has had it before.
         """
-        for x in (*args, *kwargs.values()):
+        for x in (*args, *kwargs.values()) if torch.is_grad_enabled() else ():
             raw = x if type(x) is Tensor else data_of(x)
             if not isinstance(raw, Tensor):
                 continue
             note = _notes_of(raw).get((self, raw.output_nr))
             if isinstance(note, ReferenceType):
-                return raw, note(), False
-            if note is not None and note.version == version_of(raw):
-                return raw, note, True
-            if note is not None or (self._raw is not None and raw is self._raw()):
+                if current() == -1:
+                    raise RuntimeError(TWICE.format(**self.names))
+                return raw, note()
+            if raw is self._raw() if note is None else note.version != version_of(raw):
                 raise RuntimeError(CHANGED.format(**self.names))
-        return None
+            if note is not None:
+                return raw, note
+        return None, None
 
     def _before_dropout(self, args: Any, kwargs: Any, compiles: bool) -> Any:
         """Return the arguments with which a fused dropout computes the penalty of the run whose raw it gets.
 
-        Where a compiler runs, the hook after the dropout computes the penalty, as each number would be compiled anew.
+        The caller's arguments take precedence. Where a compiler runs, the hook after the dropout computes the penalty,
+        as each number would be compiled anew.
         """
-        found = self._found(args, kwargs) if torch.is_grad_enabled() else None
-        if found is None:
-            raw, time_axis = (*args, kwargs.get("raw"))[0], self.source.time_axis
-            is_one = isinstance(raw, Tensor) and raw.dim() == 2 and not raw.requires_grad and time_axis.time_dim is None
-            return (args, {"time_dim": 0, **kwargs}) if is_one else None  # there is no run that has the axis
-        if found[1] is None or (compiles and "coefficients" not in kwargs):
-            return None
+        run = self._found(args, kwargs)[1]
+        if run is None:
+            raw = (*args, kwargs.get("raw"))[0]
+            if getattr(raw, "requires_grad", True):
+                return None
+            return args, {"time_dim": self.source.time_axis_of_raw(raw).time_dim, **kwargs}
         self.source.dropout.formed = None  # of another call, whose penalty nobody wants  # pyright: ignore
-        return (*args[:1], *args[4:]), _arguments(found[1], args, kwargs)
+        given = {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks}
+        for name, x in (*zip(POSITIONAL, args[1:], strict=False), *kwargs.items()):
+            if x is not None:
+                given[name] = x
+        run.coefficients, run.masks = given["coefficients"], {name: given[name] for name in MASKED if name in given}
+        return None if compiles and "coefficients" not in kwargs else ((*args[:1], *args[4:]), given)
 
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and return dropped behind a mark."""
-        found = self._found(args, kwargs) if torch.is_grad_enabled() else None
-        if found is None:
-            return None
-        (raw, run, is_first), dropout, again = found, self.source.dropout, current() != -1
-        if not is_first and not again:
-            raise RuntimeError(TWICE.format(**self.names))
+        raw, run = self._found(args, kwargs)
         if run is None:
             return None
-        if is_first:
-            if run.penalty is Stage.TAKEN:  # it was cleared
-                return None
+        again, dropout, penalty = current() != -1, self.source.dropout, None
+        if run.penalty is Stage.WAITS:
             run.penalty = Stage.TAKEN  # an error ends the run
             _notes_of(raw)[self, raw.output_nr] = ref(run)  # as raw must not own the penalty
+        elif not again:  # it was cleared
+            return None
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
-        dropped, penalty = result if type(result) is Tensor else data_of(result), None
+        dropped = result if type(result) is Tensor else data_of(result)
         if isinstance(dropout, FusedRNNDropout):
-            penalty, is_formed = dropout.collect(), dropout.training and "coefficients" in kwargs
-            if is_formed and again:  # the forward has computed the penalty again
+            penalty = dropout.collect()
+            if not dropout.training or "coefficients" not in kwargs:
+                penalty = None
+            elif again:  # the forward has computed the penalty again
                 return None
-            given = kwargs if is_formed else _arguments(run, args, kwargs)
-            run.coefficients, penalty = given["coefficients"], penalty if is_formed else None
-            run.masks = {name: given[name] for name in MASKED if name in given}
         self._form(run, raw, dropped, penalty)
-        if again or not dropped.requires_grad:
+        if again:
             return None
         marked = mark(run, True, dropped)
         return marked if dropped is result else result._replace(data=marked)  # pyright: ignore
@@ -271,22 +269,14 @@ class Attachment(AbstractContextManager["Attachment"]):
         pair: Any = raw, dropped
         if run.packed is not None:
             pair = [run.packed._replace(data=x) for x in pair]
-        if penalty is None and (raw.requires_grad or dropped.requires_grad):
-            batch_first, time_dim = run.time_axis
-            options = Options(batch_first, time_dim, return_terms=True, predicts=False)
+        if penalty is None:
+            options = Options(*run.time_axis, return_terms=True, predicts=False)
             steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts")) if run.masks else None
             penalty = penalize(pair, run.coefficients, steps, options)
-        if current() != -1:
-            return
-        run.time_steps = time_steps_of(pair[0], run.time_axis)
-        self.shown = self.shown or described(pair[0], run.time_axis, run.masks)
-        needs_gradient = penalty is not None and penalty.value.requires_grad
-        if penalty is not None and (needs_gradient or dropped.requires_grad):
-            run.penalty = penalty
-            self.alarm.is_called |= needs_gradient and any(map(is_on, run.coefficients))
-        else:
-            run.penalty = Stage.TAKEN
-            self._note_constant()
+        if current() == -1:
+            run.penalty, run.time_steps = penalty, time_steps_of(pair[0], run.time_axis)
+            self.shown = self.shown or described(pair[0], run.time_axis, run.masks)
+            self.alarm.is_called |= any(map(is_on, run.coefficients))
 
 
 def _notes_of(raw: Tensor) -> dict[Any, Any]:
@@ -296,15 +286,6 @@ def _notes_of(raw: Tensor) -> dict[Any, Any]:
     dropout, and then a weak reference to it.
     """
     return NOTES.setdefault(raw, {}) if raw.grad_fn is None else raw.grad_fn.metadata  # pyright: ignore
-
-
-def _arguments(run: Run, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a fused dropout for a run, but for raw by position; the caller's take precedence."""
-    arguments = {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks}
-    for name, x in (*zip(POSITIONAL, args[1:], strict=False), *kwargs.items()):
-        if x is not None:
-            arguments[name] = x
-    return arguments
 
 
 def attachments_of(module: nn.Module, attachments: list[Attachment]) -> list[Attachment]:

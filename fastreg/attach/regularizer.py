@@ -11,8 +11,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from inspect import Parameter, signature
-from typing import TYPE_CHECKING, Any, Literal
+from inspect import signature
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -98,15 +98,6 @@ class RNNRegularizer:
         self._capture: Capture | None = None
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
-
-    if not TYPE_CHECKING:  # a type checker finds unknown attributes by itself
-
-        def __getattr__(self, name: str) -> Any:
-            """Raise the error for an unknown attribute, which a framework asks for if this is among its callbacks."""
-            raise AttributeError(
-                f"RNNRegularizer has no attribute {name!r}; the callbacks of learners and trainers are in "
-                "fastreg.fastai, fastreg.fastai1, fastreg.lightning and fastreg.transformers"
-            )
 
     @property
     def ar(self) -> Tensor | None:
@@ -375,32 +366,28 @@ def reset_of(model: object) -> Callable[[], object] | None:
     """
     inner = getattr(model, "module", None)  # DistributedDataParallel hides the attributes of its model
     reset: Any = getattr(model, "reset", None) or getattr(inner, "reset", None)
-    is_reset = callable(reset) and not isinstance(reset, nn.Module) and not _needs_arguments(reset)
-    return reset if is_reset else None
-
-
-def _needs_arguments(function: Callable[..., Any]) -> bool:
-    """Return whether a function cannot be called without arguments."""
-    given = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
-    return any(x.default is x.empty and x.kind not in given for x in signature(function).parameters.values())
+    try:
+        signature(reset).bind()
+    except TypeError:  # it needs arguments, or is no function
+        return None
+    return None if isinstance(reset, nn.Module) else reset
 
 
 @contextmanager
 def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
     """Scale the learning rate of every group, and restore it."""
-    before = [group["lr"] for group in optimizer.param_groups]
-    # A captured CUDA graph reads a tensor, so it is changed in place. Groups may share a tensor, so each is scaled
-    # once.
-    tensors = {id(lr): (lr, lr.clone()) for lr in before if isinstance(lr, Tensor)}
+    groups = [(group, group["lr"]) for group in optimizer.param_groups]
+    before = [lr.clone() if isinstance(lr, Tensor) else lr for _, lr in groups]
+
+    def scale(factor: float) -> None:
+        for (group, lr), value in zip(groups, before, strict=True):
+            if isinstance(lr, Tensor):  # a captured CUDA graph reads this tensor, which groups may share
+                lr.copy_(factor * value)
+            else:
+                group["lr"] = factor * value
+
     try:
-        for lr, _ in tensors.values():
-            lr.mul_(factor)
-        for group in optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] *= factor
+        scale(factor)
         yield
     finally:
-        for lr, value in tensors.values():
-            lr.copy_(value)
-        for group, lr in zip(optimizer.param_groups, before, strict=False):
-            group["lr"] = lr
+        scale(1.0)

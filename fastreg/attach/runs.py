@@ -8,11 +8,9 @@ alarm counts how often a module was without effect.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -132,9 +130,10 @@ class Alarm:
             self.backwards += LIMIT  # from here on the count is above the limit, whatever happens to the losses
             warnings.warn(LOST.format(name=self.name, count=LIMIT), stacklevel=level_of_caller())
 
-    def settle(self) -> None:
-        """Count anew, as a penalty has got a gradient."""
-        self.backwards = self.losses = 0
+    def settle(self, gradient: Tensor | None) -> None:
+        """Count anew, as a penalty has got a gradient; a fused dropout's is `None` where only its output gets one."""
+        if gradient is not None:
+            self.backwards = self.losses = 0
 
 
 @untraced  # a compiler must not trace a search of the graph
@@ -156,7 +155,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     Warns:
         UserWarning: all modules are in evaluation, in a training step; or the alarm of a module has come.
     """
-    left, found = set[Run](), list[Any]()
+    left, found = set[Run](), list[Run]()
     for x in attachments:
         if not x.handles:
             raise RuntimeError(TAKEN_OVER.format(**x.names))
@@ -179,26 +178,19 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
             _explain(attachments, warn, is_left=bool(left))
     if not found:
         return None
-    penalties, longest, single = list[Penalty](), 0, Counter[Any]()
-    for run in found:
-        penalties.append(run.penalty.on(loss.device))
-        longest = max(longest, run.time_steps)
-        if run.time_steps == 1 and is_on(run.coefficients[1]):
-            single[run.attachment] += 1
-    for x, count in single.most_common(1):
-        if count > 3:
+    penalty: Any = sum_of([run.penalty.on(loss.device) for run in found])  # pyright: ignore
+    single = [run.attachment for run in found if run.time_steps == 1 and is_on(run.coefficients[1])]
+    for x in reached:
+        if (count := single.count(x)) > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))
+        if x.alarm.backwards + x.alarm.losses >= HOOKED and penalty.value.requires_grad:
+            penalty.value.register_hook(x.alarm.settle)
     for run in found:
         run.penalty = Stage.TAKEN
-    penalty, alarms = sum_of(penalties), list[Alarm]()
     for x in attachments:
         # What a module beside has done is of this step, too, and excuses nothing in the next one.
         x.last = Last.TAKEN if x in reached else Last.IDLE
-        if x in reached and x.alarm.backwards + x.alarm.losses >= HOOKED:
-            alarms.append(x.alarm)
-    if alarms and penalty.value.requires_grad:
-        penalty.value.register_hook(partial(_settle, alarms))
-    return penalty, longest
+    return penalty, max([run.time_steps for run in found])
 
 
 def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: bool) -> None:
@@ -216,12 +208,3 @@ def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: b
     elif is_left or Last.CONSTANT not in lasts:
         said = [f"the {x.names['module']} {(Last.RAN if x.held() else x.last).value}" for x in attachments]
         raise RuntimeError(NOTHING.format(modules="; ".join(dict.fromkeys(said))))
-
-
-def _settle(alarms: Iterable[Alarm], gradient: Tensor | None) -> None:
-    """Note that penalties have got a gradient.
-
-    The node of a fused dropout calls the hook with `None` where only its output gets a gradient.
-    """
-    for alarm in alarms if gradient is not None else ():
-        alarm.settle()

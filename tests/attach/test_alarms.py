@@ -156,14 +156,6 @@ class Right(Model):
         for _ in range(64):
             self.right()
 
-    def windows_in_one_backward(self) -> None:
-        state, losses = None, list[Tensor]()
-        for _ in range(130):
-            run = self(inputs()[:, :2], state)
-            state = tuple(x.detach() for x in run.state)
-            losses.append(run.loss)
-        self.regularized(torch.stack(losses).sum())
-
     def checkpointed_windows_in_one_backward(self) -> None:
         losses = [cp(lambda x: self(x).loss, inputs()) for _ in range(130)]
         self.regularized(torch.stack(losses).sum())
@@ -185,18 +177,6 @@ class Right(Model):
     def penalties_in_one_backward(self) -> None:
         torch.stack([self.reg.on_backward_begin(self.loss()) for _ in range(130)]).sum().backward()
 
-    def evaluations(self) -> None:
-        for _ in range(130):
-            loss = no_grad(self)(inputs()).loss
-            assert self.reg.on_backward_begin(loss) is loss
-        self.right()
-
-    def gradual_unfreezing(self) -> None:
-        for trains in (False, True):
-            self.rnn.requires_grad_(trains)
-            for _ in range(120):
-                self.right()
-
     def three_losses_on_each_frozen_forward(self) -> None:
         run = frozen(self)(inputs())
         for _ in range(3):
@@ -211,32 +191,13 @@ class Right(Model):
         no_grad(self)(inputs())
         self.regularized(self.beside())
 
-    def lbfgs(self) -> None:
-        optimizer = torch.optim.LBFGS(self.rnn.parameters(), max_iter=5)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            total = self.reg.on_backward_begin(self.loss())
-            total.backward()
-            return total.detach()  # PyTorch 2.8 warns of a loss with a graph
-
-        optimizer.step(closure)
-
-    def maml(self) -> None:
-        for _ in range(3):
-            inner = self.reg.on_backward_begin(self.loss())
-            torch.autograd.grad(inner, [*self.rnn.parameters()], create_graph=True)
-        self.right()
-
     def forgotten_with_coefficients_of_0(self) -> None:
         self.reg.alpha = self.reg.beta = 0.0
         self.loss().backward()
 
 
-LONG = ["windows_in_one_backward", "checkpointed_windows_in_one_backward", "penalties_in_one_backward"]
-OFTEN = dict.fromkeys(
-    [*LONG, "evaluations", "gradual_unfreezing", "acting_forwards", "derivatives_of_each_output"], 2
-) | {"accumulated": 4, "lbfgs": 10, "attacks": 20}
+LONG = ["checkpointed_windows_in_one_backward", "penalties_in_one_backward", "acting_forwards"]
+OFTEN = dict.fromkeys([*LONG, "derivatives_of_each_output"], 2) | {"accumulated": 4, "attacks": 20}
 
 
 @each_dropout
@@ -253,13 +214,6 @@ def test_a_module_above_a_frozen_encoder_in_evaluation_is_not_warned_of() -> Non
         assert m.reg.on_backward_begin(loss) is loss
 
     assert alarms(step) == {}
-
-
-def test_ar_alone_of_a_dropout_that_passes_no_gradient_is_not_warned_of() -> None:
-    m = Model(nn.LSTM, PLAIN)
-    m.dropout.forward = torch.detach  # as a quantizer whose codebook learns by an average
-    m.reg.beta = 0.0  # or raw would need the gradient of TAR
-    assert alarms(m.right) == {}
 
 
 @pytest.mark.slow

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from fastreg import RNNRegularizer
 from tests import language_model as lm
 from tests.attach import cp, frozen, no_grad, reentrant
-from tests.language_model import FUSED, HIDDEN, PLAIN, VALID, Attached, each_dropout
+from tests.language_model import FUSED, PLAIN, VALID, Attached, each_dropout
 
 
 class Model(Attached):
@@ -49,6 +48,12 @@ class Model(Attached):
     def frozen_in_evaluation_beside_another(self, x: Tensor) -> Tensor:
         loss = frozen(self).eval()(x).loss
         self.reg.attach(lm.gru())  # in training, and not called
+        return loss
+
+    def frozen_before_a_trained_layer(self, x: Tensor) -> Tensor:
+        self.dropout.forward = lambda raw, **_: self.head(raw)
+        loss = frozen(self)(x).loss
+        del self.dropout.forward
         return loss
 
     def frozen_after_an_evaluation(self, x: Tensor) -> Tensor:
@@ -86,6 +91,7 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "evaluation of a frozen module": lambda m, x: frozen(m).eval()(x).loss,
         "evaluation of a frozen module after that of a trained one": Model.frozen_after_an_evaluation,
         "frozen": lambda m, x: frozen(m)(x).loss,
+        "frozen, before a trained layer": Model.frozen_before_a_trained_layer,
         "frozen, in evaluation beside another": Model.frozen_in_evaluation_beside_another,
         "frozen, the second loss": lambda m, x: frozen(m).second_loss(x),
         "no gradients": lambda m, x: no_grad(m)(x).loss,
@@ -185,18 +191,6 @@ def test_an_error_within_a_hook_leaves_the_next_step_right(dropout: Any) -> None
     valid[0] = torch.ones_like(VALID)
     m.check(m(lm.inputs()))
     assert kept.traceback
-
-
-def test_a_penalty_without_a_gradient_is_added_and_never_warned_of() -> None:
-    reg, dropout, rnn = RNNRegularizer(0.0, lm.BETA), nn.Linear(HIDDEN, HIDDEN), lm.gru().requires_grad_(False)
-    reg.attach(rnn, dropout)
-    for _ in range(60):
-        raws = [rnn(lm.inputs())[0] for _ in range(2)]
-        loss = torch.stack([dropout(raw).sum() for raw in raws]).sum()
-        total = reg.on_backward_begin(loss)
-        want = loss + torch.stack([lm.formula(raw, raw, 1, alpha=0.0) for raw in raws]).sum()
-        torch.testing.assert_close(total, want)
-        total.backward()
 
 
 @each_dropout
