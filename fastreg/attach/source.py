@@ -36,8 +36,8 @@ class Masks:
     starts: Callable[..., Tensor | None] | None = None
 
     def __post_init__(self) -> None:
-        check_callable("valid", self.valid)
-        check_callable("starts", self.starts)
+        for name, function in vars(self).items():
+            check_callable(name, function)
 
     def of(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the masks of valid steps and of starts for these arguments, by their names, where there is one.
@@ -45,8 +45,7 @@ class Masks:
         Raises:
             Exception: a function has raised it.
         """
-        functions = {"valid": self.valid, "starts": self.starts}
-        masks = {name: function(*args, **kwargs) for name, function in functions.items() if function is not None}
+        masks = {name: function(*args, **kwargs) for name, function in vars(self).items() if function is not None}
         return {name: mask for name, mask in masks.items() if mask is not None}
 
 
