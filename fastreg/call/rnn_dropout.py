@@ -96,8 +96,7 @@ class FusedRNNDropout(nn.Module):
         check_coefficient("alpha", alpha)
         check_coefficient("beta", beta)
         self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
-        time_axis = time_axis_of(batch_first, time_dim)
-        self.batch_first, self.time_dim = time_axis.batch_first is not False, time_axis.time_dim
+        self.batch_first, self.time_dim = time_axis_of(batch_first, time_dim)
         self.formed: Formed | None = None  # the penalty of the last forward in training
         self._warned: tuple[str, ...] = ()
 
@@ -145,7 +144,7 @@ class FusedRNNDropout(nn.Module):
 
     def time_axis(self) -> TimeAxis:
         """Return the axis of time."""
-        return TimeAxis(self.batch_first) if self.time_dim is None else TimeAxis(None, self.time_dim)
+        return TimeAxis(self.batch_first, self.time_dim)
 
     def take(self) -> ARTAR | None:
         """Return the penalty of the last forward, once.
