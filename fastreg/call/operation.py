@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_coefficient
@@ -79,15 +78,6 @@ def compute(
 
 
 def checked_coefficient(name: str, value: object) -> Coefficient:
-    """Check a coefficient; return a float, or a tensor that a backward can keep."""
-    check_coefficient(name, value)
-    return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
-
-
-def coefficient(value: Any) -> Coefficient:
-    """Convert a checked coefficient: a number to a float, a tensor to itself."""
-    if isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling():  # a compiler treats a NumPy scalar as an array
-        return value if isinstance(value, (int, float)) else value.item()
-    return float(value)  # np.float64 is a float, but becomes one of Python's
+    """Check a coefficient; return a number, or a tensor that a backward can keep."""
+    checked = check_coefficient(name, value)
+    return keepable(plain(checked)) if isinstance(checked, Tensor) else checked

@@ -125,7 +125,7 @@ def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
 
 def _counted(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
     """Replace the steps that do not count by 0."""
-    return x if bits is None else _where(x, bits, time_dim, STEP)
+    return _where(x, bits, time_dim, STEP)
 
 
 def _where(x: Tensor, bits: Tensor | None, time_dim: int, bit: int) -> Tensor:

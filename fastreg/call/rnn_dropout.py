@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
-from fastreg.call.operation import coefficient
 from fastreg.call.private import current
 from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, TimeAxis, is_on
 from fastreg.call.steps import given_steps
@@ -93,9 +92,7 @@ class FusedRNNDropout(nn.Module):
     ) -> None:
         super().__init__()
         check_probability(p)
-        check_coefficient("alpha", alpha)
-        check_coefficient("beta", beta)
-        self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
+        self.p, self.alpha, self.beta = float(p), check_coefficient("alpha", alpha), check_coefficient("beta", beta)
         self.batch_first, self.time_dim = time_axis_of(batch_first, time_dim)
         self.formed: Formed | None = None  # the penalty of the last forward in training
         self._warned: tuple[str, ...] = ()
