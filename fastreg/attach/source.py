@@ -36,8 +36,8 @@ class Masks:
     starts: Callable[..., Tensor | None] | None = None
 
     def __post_init__(self) -> None:
-        for name, function in vars(self).items():
-            check_callable(name, function)
+        check_callable("valid", self.valid)
+        check_callable("starts", self.starts)
 
     def of(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the masks of valid steps and of starts for these arguments, by their names, where there is one.
