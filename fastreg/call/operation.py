@@ -1,7 +1,7 @@
 """One call, by the plan under the key of its arguments.
 
-A call looks its plan up. If its key is new, `Plan.checked` checks all arguments, and the plan that they need is kept
-for later calls with the same key. Values are checked in every call.
+A call looks its plan up. If its key is new, a new plan checks all arguments, and is kept for later calls with
+the same key. Values are checked in every call.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def compute(
             key = None
     is_new = plan is None
     if plan is None:
-        plan = operation.checked(inputs, options, layer)
-        if plan is None:
+        plan = operation(inputs, options, layer)
+        if plan.is_empty:
             return None
         plan.backend = None if key is None else backend_for(plan.device)
     tensors = plan.tensors_of(inputs[0], inputs[1])

@@ -35,7 +35,7 @@ from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Layout, Operands, Tensors, Values, allocator, nothing
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
@@ -215,12 +215,10 @@ class PenaltyPlan(Plan):
 
     backward: Backward
 
-    @classmethod
-    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
-        """Check raw and dropped, and return the plan of their calls."""
+    def __init__(self, inputs: Inputs, options: Options, layer: int | None) -> None:
         raw, dropped, alpha, beta = inputs
         check_given(raw, dropped, is_on(beta), is_on(alpha), layer)
-        return cls.of(inputs, options, layer)
+        super().__init__(inputs, options, layer)
 
     @staticmethod
     def without_unread(
