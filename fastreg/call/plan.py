@@ -152,7 +152,7 @@ class Plan:
         self.fold, fits = fold_of(layouts, self.time_dim, is_whole)
         if not fits:
             self.mover, self.time_dim = self.fold, -2
-            tensors = moved(self.mover, tensors)
+            tensors = self.mover.moved(tensors[0]), self.mover.moved(tensors[1])
             layouts = self.layouts(tensors, self.mover.sizes())
             self.fold, _ = fold_of(layouts, -2, is_whole)
         self.prepare(self.backend, tensors, layouts)
@@ -169,7 +169,7 @@ class Plan:
         """Compute a call, and return its results."""
         mover = self.mover
         if mover is not None:
-            tensors = moved(mover, tensors)
+            tensors = mover.moved(tensors[0]), mover.moved(tensors[1])
         if self.backend is None:
             return self.formula(values, tensors)
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)[0]
@@ -182,12 +182,6 @@ class Plan:
     def saved(self, tensors: Pair) -> Sequence[Tensor | None]:
         """Return the tensors that a node saves, with `None` for others."""
         return tensors if self.saves_all else [x if need else None for x, need in zip(tensors, self.needs, strict=True)]
-
-
-def moved(mover: Fold, tensors: Pair) -> Pair:
-    """Return the tensors of a call in a form that kernels can read."""
-    first, second = tensors
-    return None if first is None else mover.moved(first), None if second is None else mover.moved(second)
 
 
 # ---- the node
