@@ -41,7 +41,8 @@ def backend_for(device: torch.device) -> Backend | None:
     if device.type not in DEVICES or not has_float64(device):
         installed = chosen = None
     if installed is None and chosen is None:
-        warn_of_the_formula(f" on {DEVICES.get(device.type, device.type)}: {why_formula(device)}")
+        devices = DEVICES.get(device.type, device.type)
+        warn_of_the_formula(f"fastreg runs the plain formula on {devices}: {why_formula(device)}")
     return chosen
 
 

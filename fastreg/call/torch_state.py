@@ -75,8 +75,8 @@ def observed() -> bool:
     if torch.compiler.is_dynamo_compiling():  # a compiler fuses the formula with its neighbours
         return True
     if MISSING:  # it may be tracing or transforming
-        lacking = f"this PyTorch, {torch.__version__}, lacks {', '.join(MISSING)}"
-        warn_of_the_formula(f": {lacking}; update fastreg")
+        lacks = f"this PyTorch, {torch.__version__}, lacks {', '.join(MISSING)}"
+        warn_of_the_formula(f"fastreg runs the plain formula: {lacks}; update fastreg")
         return True
     return (
         count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
@@ -87,9 +87,9 @@ def observed() -> bool:
 
 
 @functools.cache
-def warn_of_the_formula(where_and_why: str) -> None:
-    """Warn, once in a process for each device and reason, that calls are slower than necessary."""
-    warnings.warn(f"fastreg runs the plain formula{where_and_why}", stacklevel=level_of_caller())
+def warn_of_the_formula(message: str) -> None:
+    """Warn, once in a process for each message, that calls are slower than necessary."""
+    warnings.warn(message, stacklevel=level_of_caller())
 
 
 def transformed() -> bool:
