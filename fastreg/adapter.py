@@ -247,7 +247,6 @@ class Adapter:
             read: a function that returns the learning rates of the optimizer.
             write: a function that sets them.
         """
-        self.scaled.close()
         if self.bptt and (steps := self.time_steps()):  # a module in evaluation has no run
             lrs = read()
             self.scaled.callback(write, lrs)

@@ -145,11 +145,6 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
     # Where a callback cancels more than the step before it, no after_step follows.
     after_cancel_batch = after_cancel_train = after_cancel_epoch = after_step
 
-    def before_validate(self) -> None:
-        shows_training = getattr(getattr(self.learn, "recorder", None), "train_metrics", False)
-        if shows_training and not self.learn.lock.locked():
-            self.sums = NO_SUMS  # the validation has columns, too, but no terms
-
     def after_fit(self) -> None:
         self.forget()
         if not self.learn.lock.locked():
@@ -173,8 +168,12 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
             rnn.raw_out = rnn.out = None
 
     def mean(self, i: int) -> Any:
-        """Return the mean of a term over the epoch's training batches; it is NaN, a number for loggers, without one."""
-        terms, size = self.sums
+        """Return the mean of a term over the epoch's training batches; it is NaN, a number for loggers, without one.
+
+        If training and validation have columns of their own, those of the validation are NaN, too.
+        """
+        of_validation = self.learn.recorder.train_metrics and not self.learn.training
+        terms, size = NO_SUMS if of_validation else self.sums
         return terms.expand(2)[i] / size
 
     def __reduce__(self) -> Any:

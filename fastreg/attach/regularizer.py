@@ -22,7 +22,6 @@ from fastreg.attach.attachment import Attachment, attachments_of
 from fastreg.attach.runs import take
 from fastreg.attach.source import Masks, source_of
 from fastreg.call.arguments import check_coefficient, check_count, check_steps, time_axis_of
-from fastreg.call.operation import coefficient
 from fastreg.call.private import check_attachable
 from fastreg.call.problem import ARTAR, Coefficient, Penalty, TimeAxis, is_list
 from fastreg.call.steps import given_steps
@@ -88,9 +87,7 @@ class RNNRegularizer:
     ) -> None:
         if layers not in ("last", "all", None):
             raise ValueError(f"layers: expected 'last', 'all' or None, got {layers!r}")
-        check_coefficient("alpha", alpha)
-        check_coefficient("beta", beta)
-        self.alpha, self.beta = coefficient(alpha), coefficient(beta)
+        self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
         self.time_steps = 0

@@ -45,8 +45,7 @@ class Masks:
         Raises:
             Exception: a function has raised it.
         """
-        functions = {"valid": self.valid, "starts": self.starts}
-        masks = {name: function(*args, **kwargs) for name, function in functions.items() if function is not None}
+        masks = {name: function(*args, **kwargs) for name, function in vars(self).items() if function is not None}
         return {name: mask for name, mask in masks.items() if mask is not None}
 
 
@@ -129,7 +128,7 @@ def source_of(module: Any, dropout: Any, output: Callable[[Any], Any] | None, gi
             raise TypeError(f"{argument}: expected an nn.Module, got {type(x).__name__}")
     name, own, (batch_first, time_dim) = type(module).__name__, getattr(module, "batch_first", None), given
     if batch_first is None and time_dim is None:
-        batch_first = batch_first_of(module)
+        batch_first = own if isinstance(own, bool) else batch_first_inside(module)
     elif isinstance(own, bool) and batch_first is (not own):
         raise ValueError(f"batch_first: expected {own}, as the {name} has it, or None, got {batch_first}")
     elif isinstance(module, nn.RNNBase) and time_dim is not None:
@@ -144,16 +143,12 @@ def source_of(module: Any, dropout: Any, output: Callable[[Any], Any] | None, gi
     return Source(module, dropout, output, time_axis, masks)
 
 
-def batch_first_of(module: nn.Module) -> bool:
-    """Return `batch_first` of a module, or of the RNNs of PyTorch inside it.
+def batch_first_inside(module: nn.Module) -> bool:
+    """Return `batch_first` of the RNNs of PyTorch inside a module that has none.
 
     Raises:
-        ValueError: neither the module nor an RNN inside it has `batch_first`; or an RNN inside it returns
-            `(time, batch, hidden)`.
+        ValueError: no RNN is inside it, or one that returns `(time, batch, hidden)`.
     """
-    own = getattr(module, "batch_first", None)
-    if isinstance(own, bool):
-        return own
     inside = {x.batch_first: type(x).__name__ for x in module.modules() if isinstance(x, nn.RNNBase)}
     if list(inside) == [True]:
         return True

@@ -71,10 +71,11 @@ def check_flag(name: str, flag: object) -> None:
     _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
 
 
-def check_coefficient(name: str, value: Any) -> None:
-    """Check a coefficient: a finite real number of at least 0, or a 0-dim tensor that holds one.
+def check_coefficient(name: str, value: Any) -> Coefficient:
+    """Check a coefficient, and return a number as one of Python's, such as a float for `np.float64`.
 
-    The value of a tensor is checked only on the CPU. On other devices a check would have to wait for the device.
+    It is a finite real number of at least 0, or a 0-dim tensor that holds one. The value of a tensor is checked only on
+    the CPU. On other devices a check would have to wait for the device.
     """
     if isinstance(value, Tensor):
         _check_dense(name, value)
@@ -82,17 +83,17 @@ def check_coefficient(name: str, value: Any) -> None:
         words = "a number or a 0-dim floating-point tensor, got {} {}"
         _expect(is_scalar, name, words, value.dtype, value.shape)
         _check_no_gradient(name, value)
-        value = value.item() if has_values(value) else 0.0
+        number = value.item() if has_values(value) else 0.0
     elif torch.compiler.is_compiling():
-        _check_symbolic(name, value)
-        return
+        return _check_symbolic(name, value)
     else:
-        value = _real(name, value)
-    _expect(0 <= value < inf, name, "a finite number of at least 0, got {}", value)
+        number = value = _real(name, value)
+    _expect(0 <= number < inf, name, "a finite number of at least 0, got {}", number)
+    return value
 
 
-def _check_symbolic(name: str, value: Any) -> None:
-    """Check a coefficient that may be symbolic: as far as possible during tracing, otherwise when the code runs."""
+def _check_symbolic(name: str, value: Any) -> float:
+    """Check a number that may be symbolic: as far as possible during tracing, otherwise when the code runs."""
     from torch.fx.experimental.symbolic_shapes import guard_or_true  # this imports sympy
 
     number: Any = value
@@ -105,6 +106,7 @@ def _check_symbolic(name: str, value: Any) -> None:
     _expect(fits, name, "a finite number of at least 0, got {}", number)
     torch._check(number * 1.0 >= 0)  # torch 2.11 would drop a check of the value itself
     torch._check(number < inf)
+    return number
 
 
 def check_unchanged(before: Sequence[int], now: Sequence[int]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 
 from fastreg.call.key import PLANS
-from fastreg.call.torch_state import has_float64, level_of_caller
+from fastreg.call.torch_state import has_float64, warn_of_the_formula
 from fastreg.kernels import cpu
 from fastreg.kernels.backend import Backend
 
@@ -43,15 +41,9 @@ def backend_for(device: torch.device) -> Backend | None:
     if device.type not in DEVICES or not has_float64(device):
         installed = chosen = None
     if installed is None and chosen is None:
-        warn_of_the_formula(device.type)
+        devices = DEVICES.get(device.type, device.type)
+        warn_of_the_formula(f"fastreg runs the plain formula on {devices}: {why_formula(device)}")
     return chosen
-
-
-@cache
-def warn_of_the_formula(kind: str) -> None:
-    """Warn, once in a process for each kind of device, that calls are slower than necessary."""
-    devices, why = DEVICES.get(kind, kind), why_formula(torch.device(kind))
-    warnings.warn(f"fastreg runs the plain formula on {devices}: {why}", stacklevel=level_of_caller())
 
 
 def why_formula(device: torch.device) -> str:

@@ -21,7 +21,7 @@ from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Operands, Tensors, Values, allocator, layout_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 BACKWARDS = 16  # backwards that a plan keeps: for layouts of dropped's gradient, with and without the penalty's
 
@@ -176,20 +176,14 @@ class DropoutPlan(Plan):
         backwards: the launches of backwards, one for each kind of upstream gradients.
     """
 
-    def __init__(self, *facts: Any) -> None:
-        super().__init__(*facts)
+    def __init__(self, inputs: Inputs, options: Options, layer: int | None) -> None:
+        raw, mask, alpha, beta = inputs
+        super().__init__((raw, None, alpha, beta), options, layer)
         self.row = [*self.shape]
         self.row[self.time_dim] = 1
         self.backwards: dict[object, Backward] = {}
-
-    @classmethod
-    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
-        """Check raw and the mask, and return the plan of their calls."""
-        raw, mask, alpha, beta = inputs
-        plan: Any = cls.of((raw, None, alpha, beta), options, layer)  # raw is never `None`
         if isinstance(mask, Tensor):
-            check_mask(mask, raw, plan.row)  # pyright: ignore[reportArgumentType]
-        return plan
+            check_mask(mask, raw, self.row)  # pyright: ignore[reportArgumentType]
 
     def tensors_of(self, first: Any, second: Any) -> Pair:
         """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`."""

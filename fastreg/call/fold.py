@@ -35,8 +35,10 @@ class Fold(NamedTuple):
         neighbours = [*pairwise(self.outer), *pairwise([*self.inner, -1])]
         return all([stride[i] == stride[j] * shape[j] for i, j in neighbours])
 
-    def moved(self, x: Tensor) -> Tensor:
+    def moved(self, x: Tensor | None) -> Tensor | None:
         """Return a view of a tensor or of a mask as `(outer, time, inner)`, or a copy if kernels cannot read that."""
+        if x is None:
+            return None
         outer, time, inner = self.sizes()
         if x.stride(self.time) == 0 and not x.requires_grad:  # a repeated time step is copied once
             x = x.narrow(self.time, 0, 1)

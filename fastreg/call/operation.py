@@ -1,7 +1,7 @@
 """One call, by the plan under the key of its arguments.
 
-A call looks its plan up. If its key is new, `Plan.checked` checks all arguments, and the plan that they need is kept
-for later calls with the same key. Values are checked in every call.
+A call looks its plan up. If its key is new, a new plan checks all arguments, and is kept for later calls with
+the same key. Values are checked in every call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastreg.call.arguments import check_coefficient
@@ -65,8 +64,8 @@ def compute(
             key = None
     is_new = plan is None
     if plan is None:
-        plan = operation.checked(inputs, options, layer)
-        if plan is None:
+        plan = operation(inputs, options, layer)
+        if plan.is_empty:
             return None
         plan.backend = None if key is None else backend_for(plan.device)
     tensors = plan.tensors_of(inputs[0], inputs[1])
@@ -79,15 +78,6 @@ def compute(
 
 
 def checked_coefficient(name: str, value: object) -> Coefficient:
-    """Check a coefficient; return a float, or a tensor that a backward can keep."""
-    check_coefficient(name, value)
-    return keepable(plain(value)) if isinstance(value, Tensor) else coefficient(value)
-
-
-def coefficient(value: Any) -> Coefficient:
-    """Convert a checked coefficient: a number to a float, a tensor to itself."""
-    if isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling():  # a compiler treats a NumPy scalar as an array
-        return value if isinstance(value, (int, float)) else value.item()
-    return float(value)  # np.float64 is a float, but becomes one of Python's
+    """Check a coefficient; return a number, or a tensor that a backward can keep."""
+    checked = check_coefficient(name, value)
+    return keepable(plain(checked)) if isinstance(checked, Tensor) else checked

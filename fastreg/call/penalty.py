@@ -21,7 +21,6 @@ from fastreg.call.problem import (
     One,
     Options,
     Penalty,
-    TimeAxis,
     WithTerms,
     compute_dtype,
     is_list,
@@ -36,7 +35,7 @@ from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Layout, Operands, Tensors, Values, allocator, nothing
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, ...] | None
 
@@ -168,9 +167,8 @@ def penalize(
             axis_of(options.batch_first, options.time_dim)
             check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
             activations, steps = by_sequence(raw, dropped)
-            fields: Any = options  # Dynamo of PyTorch 2.8 can trace neither `_replace` nor a slice
-            _, _, *others = fields
-            options = Options(*TimeAxis(), *others)
+            # Dynamo of PyTorch 2.8 can trace neither `_replace` nor a slice.
+            options = Options(None, None, options.reduction, options.return_terms, options.predicts, options.dtype)
     results = compute(PenaltyPlan, activations, coefficients, steps, options, layer)
     return _zero(activations, options.return_terms) if results is None else results[1]
 
@@ -180,10 +178,9 @@ def _sum_of_layers(
 ) -> Penalty:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
-    axis = axis_of(options.batch_first, options.time_dim)
-    fields: Any = options
-    *others, _ = fields
-    options = Options(*others, dtype=compute_dtype(_tensors_of(activations)))
+    batch_first, time_dim, reduction, return_terms, predicts, _ = options
+    axis, dtype = axis_of(batch_first, time_dim), compute_dtype(_tensors_of(activations))
+    options = Options(batch_first, time_dim, reduction, return_terms, predicts, dtype)
     penalties: list[Penalty] = []
     for i, pair in enumerate(layers):
         if i > 0:
@@ -218,12 +215,10 @@ class PenaltyPlan(Plan):
 
     backward: Backward
 
-    @classmethod
-    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
-        """Check raw and dropped, and return the plan of their calls."""
+    def __init__(self, inputs: Inputs, options: Options, layer: int | None) -> None:
         raw, dropped, alpha, beta = inputs
         check_given(raw, dropped, is_on(beta), is_on(alpha), layer)
-        return cls.of(inputs, options, layer)
+        super().__init__(inputs, options, layer)
 
     @staticmethod
     def without_unread(

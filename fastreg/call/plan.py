@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from fastreg.call.torch_state import observed, untraced
 from fastreg.kernels.backend import Backend
 from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import EncodedSteps, Layout, Spec, Values, layout_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # Raw; dropped, or for an operation that drops units, the mask or the probability to drop a unit; alpha and beta.
 Inputs: TypeAlias = tuple[Tensor | None, Tensor | float | None, Coefficient, Coefficient]
@@ -53,16 +50,20 @@ def facts_of(values: Iterable[object]) -> list[object] | None:
 class Plan:
     """Hold the facts that all calls with one key share, and compute these calls; each operation is a subclass.
 
+    The first call with a key makes the plan, which checks the arguments of this call.
+
     Without a backend, the plan computes calls by the formula. Otherwise `finish` prepares launches. Threads share
     plans, so a plan is complete when it is kept.
 
     Args:
-        spec: what is computed.
-        x: the activations of a call.
-        time_dim: the axis of time, negative from the end.
-        predicts: whether a forward may predict gradients.
+        inputs: raw and dropped, each `None` if no term reads it, or if the operation does not take it; alpha and beta.
+        options: the other arguments of the first call.
+        layer: the number of the layer in a list, for messages.
 
     Attributes:
+        is_empty: whether no term reads anything; then the plan has no other facts.
+        spec: what is computed.
+        predicts: whether a forward may predict gradients.
         shape, device: the shape and the device of the activations.
         time_dim: the axis of time, from the end, of the tensors that kernels or the formula read.
         backend: the code that runs; `None` if plain PyTorch has to see each call, or runs it.
@@ -74,6 +75,9 @@ class Plan:
         facts: the facts of the tensors that its nodes save.
         is_differentiable: whether a tensor of a call needs a gradient.
         in_memory: whether a coefficient is a tensor, which may change before the backward.
+
+    Raises:
+        TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
     """
 
     backend: Backend | None = None
@@ -84,38 +88,16 @@ class Plan:
     saves_all = False
     facts: Sequence[object] = ()
 
-    def __init__(self, spec: Spec, x: Tensor, time_dim: int, predicts: bool) -> None:
-        self.spec, self.shape, self.device, self.time_dim, self.predicts = spec, x.shape, x.device, time_dim, predicts
-
-    @classmethod
-    def checked(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
-        """Check the arguments of the first call with a key, and return their plan, as `of` does."""
-        raise NotImplementedError
-
-    @classmethod
-    def of(cls, inputs: Inputs, options: Options, layer: int | None) -> Self | None:
-        """Check the arguments that all operations have, and return the plan of all calls with their key.
-
-        Args:
-            inputs: raw and dropped, each `None` if no term reads it, or if the operation does not take it; alpha and
-                beta.
-            options: the other arguments of the call.
-            layer: the number of the layer in a list, for messages.
-
-        Returns:
-            The plan, or `None` if no term reads anything.
-
-        Raises:
-            TypeError, ValueError: as `fused_ar_tar` and `fused_dropout_ar_tar`.
-        """
+    def __init__(self, inputs: Inputs, options: Options, layer: int | None) -> None:
         arguments.check_options(options.reduction, return_terms=options.return_terms)
         axis, (raw, dropped, alpha, beta) = arguments.axis_of(options.batch_first, options.time_dim), inputs
-        if raw is None and dropped is None:
-            return None
+        self.is_empty = raw is None and dropped is None
+        if self.is_empty:
+            return
         pair = arguments.check_pair(raw, dropped, options.time_dim, layer)
         arguments.check_devices((alpha, beta), pair)
         x, *_ = pair.values()
-        spec = Spec(
+        self.spec = Spec(
             by_ar=is_on(alpha),
             by_tar=is_on(beta),
             return_terms=options.return_terms,
@@ -123,7 +105,8 @@ class Plan:
             dtype=options.dtype or compute_dtype(pair.values()),
             reduction=options.reduction,
         )
-        return cls(spec, x, axis % x.dim() - x.dim(), options.predicts)
+        self.shape, self.device, self.time_dim = x.shape, x.device, axis % x.dim() - x.dim()
+        self.predicts = options.predicts
 
     @staticmethod
     def without_unread(
@@ -169,7 +152,7 @@ class Plan:
         self.fold, fits = fold_of(layouts, self.time_dim, is_whole)
         if not fits:
             self.mover, self.time_dim = self.fold, -2
-            tensors = moved(self.mover, tensors)
+            tensors = self.mover.moved(tensors[0]), self.mover.moved(tensors[1])
             layouts = self.layouts(tensors, self.mover.sizes())
             self.fold, _ = fold_of(layouts, -2, is_whole)
         self.prepare(self.backend, tensors, layouts)
@@ -186,7 +169,7 @@ class Plan:
         """Compute a call, and return its results."""
         mover = self.mover
         if mover is not None:
-            tensors = moved(mover, tensors)
+            tensors = mover.moved(tensors[0]), mover.moved(tensors[1])
         if self.backend is None:
             return self.formula(values, tensors)
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)[0]
@@ -199,12 +182,6 @@ class Plan:
     def saved(self, tensors: Pair) -> Sequence[Tensor | None]:
         """Return the tensors that a node saves, with `None` for others."""
         return tensors if self.saves_all else [x if need else None for x, need in zip(tensors, self.needs, strict=True)]
-
-
-def moved(mover: Fold, tensors: Pair) -> Pair:
-    """Return the tensors of a call in a form that kernels can read."""
-    first, second = tensors
-    return None if first is None else mover.moved(first), None if second is None else mover.moved(second)
 
 
 # ---- the node

@@ -120,16 +120,11 @@ def _counted_changes(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
     else:  # only x itself, which may be a DTensor, and these do not mix with other tensors
         first = x[(slice(None),) * dim + (slice(1),)]
         change = torch.cat([torch.zeros_like(first), x.diff(dim=dim)], dim)
-    return _where(change, bits, time_dim, CHANGE)
+    return _counted(change, bits, time_dim, CHANGE)
 
 
-def _counted(x: Tensor, bits: Tensor | None, time_dim: int) -> Tensor:
-    """Replace the steps that do not count by 0."""
-    return x if bits is None else _where(x, bits, time_dim, STEP)
-
-
-def _where(x: Tensor, bits: Tensor | None, time_dim: int, bit: int) -> Tensor:
-    """Replace the steps without a bit by 0; if `bits` is `None`, all have it."""
+def _counted(x: Tensor, bits: Tensor | None, time_dim: int, bit: int = STEP) -> Tensor:
+    """Replace the steps, or the changes, that do not count by 0; if `bits` is `None`, all count."""
     if bits is None:
         return x
     inside, axes = (bits & bit) != 0, axes_of(x, time_dim)

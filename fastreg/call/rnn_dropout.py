@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
-from fastreg.call.operation import coefficient
 from fastreg.call.private import current
 from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, TimeAxis, is_on
 from fastreg.call.steps import given_steps
@@ -93,11 +92,8 @@ class FusedRNNDropout(nn.Module):
     ) -> None:
         super().__init__()
         check_probability(p)
-        check_coefficient("alpha", alpha)
-        check_coefficient("beta", beta)
-        self.p, self.alpha, self.beta = float(p), coefficient(alpha), coefficient(beta)
-        time_axis = time_axis_of(batch_first, time_dim)
-        self.batch_first, self.time_dim = time_axis.batch_first is not False, time_axis.time_dim
+        self.p, self.alpha, self.beta = float(p), check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+        self.batch_first, self.time_dim = time_axis_of(batch_first, time_dim)
         self.formed: Formed | None = None  # the penalty of the last forward in training
         self._warned: tuple[str, ...] = ()
 
@@ -145,7 +141,7 @@ class FusedRNNDropout(nn.Module):
 
     def time_axis(self) -> TimeAxis:
         """Return the axis of time."""
-        return TimeAxis(self.batch_first) if self.time_dim is None else TimeAxis(None, self.time_dim)
+        return TimeAxis(self.batch_first, self.time_dim)
 
     def take(self) -> ARTAR | None:
         """Return the penalty of the last forward, once.

@@ -75,7 +75,8 @@ def observed() -> bool:
     if torch.compiler.is_dynamo_compiling():  # a compiler fuses the formula with its neighbours
         return True
     if MISSING:  # it may be tracing or transforming
-        _warn_of_missing()
+        lacks = f"this PyTorch, {torch.__version__}, lacks {', '.join(MISSING)}"
+        warn_of_the_formula(f"fastreg runs the plain formula: {lacks}; update fastreg")
         return True
     return (
         count_modes() > 0  # a mode intercepts operators, such as the mode of fake tensors in an export
@@ -86,10 +87,9 @@ def observed() -> bool:
 
 
 @functools.cache
-def _warn_of_missing() -> None:
-    """Warn, once in a process, that calls are slower than necessary."""
-    lacks = f"this PyTorch, {torch.__version__}, lacks {', '.join(MISSING)}"
-    warnings.warn(f"fastreg runs the plain formula: {lacks}; update fastreg", stacklevel=level_of_caller())
+def warn_of_the_formula(message: str) -> None:
+    """Warn, once in a process for each message, that calls are slower than necessary."""
+    warnings.warn(message, stacklevel=level_of_caller())
 
 
 def transformed() -> bool:
