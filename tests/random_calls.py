@@ -51,6 +51,15 @@ def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
     return x.detach()
 
 
+def in_double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
+    return x.new_empty([*x.shape[::-1], 2])[..., 0].permute([*reversed(range(x.dim()))]).copy_(x)
+
+
 class Kind:
     """Draw a kind of call from a seed, and compare calls of this kind with the formulas."""
 
@@ -83,9 +92,10 @@ class Kind:
         # The formula of dropout rounds each of its parts to half precision.
         rounds_parts = self.operation == "dropout" and self.dtypes[0] in (HALF, BF16)
         self.second_derivatives = not rounds_parts and choose([False] * 4 + [True])
-        self.copies_saved_tensors = choose([False] * 4 + [True])
+        self.unpacks_by: Any = choose([None] * 6 + [torch.clone, in_double, with_gaps])
         self.under_a_mode = choose([False] * 4 + [True])
-        self.rounds_parts = rounds_parts and (self.under_a_mode or backend_for(torch.device(device)) is None)
+        takes_formula = self.under_a_mode or self.unpacks_by in (in_double, with_gaps)
+        self.rounds_parts = rounds_parts and (takes_formula or backend_for(torch.device(device)) is None)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {x}" for name, x in vars(self).items() if name not in ("counts", "draw", "bits"))
@@ -160,8 +170,8 @@ class Kind:
             self.draw_steps()
             self.draw_coefficients()
             with ExitStack() as stack:
-                if self.copies_saved_tensors:
-                    stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x))
+                if self.unpacks_by is not None:
+                    stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, self.unpacks_by))
                 if self.under_a_mode:
                     stack.enter_context(Nothing())
                 (self.dropout if self.operation == "dropout" else self.penalty)()

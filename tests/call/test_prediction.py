@@ -105,27 +105,6 @@ def test_an_input_or_a_mask_changed_in_place_is_an_error(device: str) -> None:
             penalty.backward()
 
 
-def laid_out_anew(x: Tensor) -> Tensor:
-    """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
-    return x.new_empty([*x.shape[::-1], 2])[..., 0].permute([*reversed(range(x.dim()))]).copy_(x)
-
-
-@pytest.mark.parametrize("change", [laid_out_anew, Tensor.double])
-def test_the_formula_takes_saved_tensors_that_hooks_have_changed(change: Any, device: str) -> None:
-    skip_on_formula(device)
-    raw, dropped = leaves(7, device=device)
-    mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
-
-    def graphs() -> list[Tensor]:
-        out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, lengths=torch.tensor([7, 0, 3]))
-        return [fused_ar_tar(raw, dropped, 2.0, 1.0), out.sum() + penalty]
-
-    wanted = [torch.autograd.grad(x, raw) for x in graphs()]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
-        changed = graphs()
-    torch.testing.assert_close([torch.autograd.grad(x, raw) for x in changed], wanted)
-
-
 def large(device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:
     """Return tensors whose gradients take most of the memory of a call, and the call."""
     skip_on_formula(device)
