@@ -94,6 +94,7 @@ class Kind:
         self.second_derivatives = not rounds_parts and choose([False] * 4 + [True])
         self.unpacks_by: Any = choose([None] * 6 + [torch.clone, in_double, with_gaps])
         self.under_a_mode = choose([False] * 4 + [True])
+        self.gives_inference_tensors = choose([False] * 4 + [True])
         takes_formula = self.under_a_mode or self.unpacks_by in (in_double, with_gaps)
         self.rounds_parts = rounds_parts and (takes_formula or backend_for(torch.device(device)) is None)
 
@@ -159,7 +160,8 @@ class Kind:
         for i in range(2):
             if self.are_tensors[i]:
                 dtype = self.draw.choice([FLOAT, FLOAT, DOUBLE])
-                self.given[i] = torch.tensor(self.numbers[i], dtype=dtype, device=self.device)
+                with torch.inference_mode(self.gives_inference_tensors):
+                    self.given[i] = torch.tensor(self.numbers[i], dtype=dtype, device=self.device)
                 self.numbers[i] = float(self.given[i])
 
     def seen(self, x: Tensor) -> Tensor:
@@ -240,13 +242,15 @@ class Kind:
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
         torch.manual_seed(seed)
         if self.drops_by == "module":
-            module: Any = FusedRNNDropout(0.4, *self.given, **self.layout)
+            module: Any = FusedRNNDropout(0.4, 0, 0, **self.layout)
+            module.alpha, module.beta = self.given
             dropped, got = module(self.seen(raw), **self.steps), module.take()
         else:
             options: Any = {"p": 0.4, **self.steps, **self.options}
             if self.drops_by == "mask":
-                mask = memory(mask, self.draw, expands=False)
-                options |= {"p": 0, "mask": self.seen(mask)}
+                with torch.inference_mode(self.gives_inference_tensors):
+                    given = memory(mask, self.draw, expands=False)
+                options |= {"p": 0, "mask": self.seen(given)}
             dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=self.given[0], beta=self.given[1], **options)
         values = exact(raw)
         want = self.truth(values, assert_dropped(dropped, raw, mask, values))

@@ -85,16 +85,12 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     x = torch.randn(4, 7, 3, 2, 5, device=device).movedim(2, 1).requires_grad_()  # (batch, channels, time, ...)
     leaf = x.detach().requires_grad_()
     fused_ar_tar(leaf, leaf, 2.0, 1.0, time_dim=2).backward()
-    assert leaf.grad is not None
     assert leaf.grad.stride() == leaf.stride()
     dropped, penalty = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
     assert dropped.stride() == x.stride()
     assert torch.equal(dropped != 0, (dropped[:, :, :1] != 0).expand_as(dropped))  # the mask has one row
     (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
     assert gradient.stride() == x.stride()
-    repeated = torch.randn(3, 2, device=device).t()[:, None].expand(2, 4, 3).requires_grad_()  # so that TAR is 0
-    (gradient,) = torch.autograd.grad(fused_ar_tar(repeated, repeated, 12.0, 1.0), repeated)
-    torch.testing.assert_close(gradient, repeated.detach())
 
 
 # Lengths and masks of valid steps

@@ -240,17 +240,6 @@ def test_a_dropout_whose_coefficients_are_0_or_that_samples_or_is_evaluated_or_a
                 lm.run(rnn, dropout)
 
 
-def test_a_schedule_may_set_a_coefficient_also_to_0() -> None:
-    dropout, raw = FusedRNNDropout(0.3, 0, 0), own()
-    assert str(dropout) == "FusedRNNDropout(p=0.3, alpha=0.0, beta=0.0)"
-    for alpha in (ALPHA, 0.0):
-        dropout.alpha = alpha
-        dropped, taken = dropout(raw), dropout.take()
-        torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 1, alpha, 0.0))
-        assert taken is not None
-        assert taken.ar > 0
-
-
 # Mistakes of newcomers: activations that are given to a regularizer
 
 
