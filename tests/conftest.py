@@ -8,7 +8,6 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,7 +15,6 @@ from pathlib import Path
 from subprocess import CompletedProcess, run
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -129,14 +127,6 @@ def by_triton(device: str) -> bool:
     return TRITON is not None and backend_for(torch.device(device)) is TRITON
 
 
-@contextmanager
-def without(*packages: str) -> Iterator[None]:
-    """Let every import of some packages fail, as where they are not installed."""
-    modules = [name for name in sys.modules if name.split(".")[0] in packages]
-    with mock.patch.dict(sys.modules, dict.fromkeys([*packages, *modules])):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def start() -> None:
     """Let every test begin with the same seed and without plans, so that a failure repeats."""
@@ -165,13 +155,6 @@ class Poison(TorchFunctionMode):
         x = function(*args, **(kwargs or {}))
         is_new = function in (torch.empty, torch.empty_like, torch.empty_strided)
         return x.fill_(torch.nan) if is_new and x.is_floating_point() else x
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Run a test in memory that is full of NaN."""
-    with Poison():
-        yield
 
 
 def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:
