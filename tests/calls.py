@@ -1,4 +1,4 @@
-"""The ways to call fastreg that the tests of PyTorch's own features go through."""
+"""The ways to call fastreg that tests of several features go through, and what they give to these calls."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from tests.samples import DOUBLE, FLOAT
 
+HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Call = Callable[..., Any]  # of raw and dropped
+
+
+class Decorated(Tensor):
+    """A subclass without its own operators, as fastai has them."""
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Swap batch and time in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
+from tests.calls import BF16, DOUBLE, FLOAT, HALF
 from tests.conftest import INTERPRETED
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 
 def exact(x: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ from torch import Tensor
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
 from fastreg.call.reference import encoded
-from tests.calls import lengths_for, marks_for
+from tests.calls import lengths_for, marks_for, transposed
 from tests.conftest import INTERPRETED, Poison, gpu, memory_of, skip_on_formula
 from tests.exact import spoil, steps_of, truth
 from tests.random_calls import Kind
-from tests.samples import transposed
 
 pytestmark = pytest.mark.numbers
 

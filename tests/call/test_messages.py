@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from fastreg.call import backends
 from tests import language_model as lm
+from tests.calls import Decorated
 from tests.conftest import ROOT, python, skip_without
 from tests.language_model import ALPHA, BETA, HIDDEN
-from tests.samples import Decorated
 
 # Right calls are silent.
 pytestmark = pytest.mark.filterwarnings("error", "ignore:fastreg runs the plain formula on CPUs")

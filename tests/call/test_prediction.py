@@ -15,9 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels import prediction
-from tests.calls import CALLS, leaves
+from tests.calls import BF16, CALLS, DOUBLE, FLOAT, HALF, leaves
 from tests.conftest import INTERPRETED, PLANS, memory_of, skip_on_formula
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 pytestmark = pytest.mark.numbers
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastreg import fused_ar_tar
+from tests.calls import BF16, FLOAT
 from tests.conftest import gpu, skip_without
-from tests.samples import BF16, FLOAT
 
 skip_without("triton")
 
