@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from tests.conftest import DOUBLE, FLOAT
 
-HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 Call = Callable[..., Any]  # of raw and dropped
 
 

@@ -1,4 +1,4 @@
-"""Devices, fixtures and settings of the tests."""
+"""Devices, dtypes, fixtures and settings of the tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ from pathlib import Path
 from subprocess import CompletedProcess, run
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +45,7 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
+HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 STDERR = pytest.StashKey[int]()
 
 
@@ -125,6 +128,14 @@ def skip_on_formula(device: str) -> None:
 def by_triton(device: str) -> bool:
     """Return whether the Triton kernels take tensors of a device."""
     return TRITON is not None and backend_for(torch.device(device)) is TRITON
+
+
+@contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """Let every import of some packages fail, as where they are not installed."""
+    modules = [name for name in sys.modules if name.split(".")[0] in packages]
+    with mock.patch.dict(sys.modules, dict.fromkeys([*packages, *modules])):
+        yield
 
 
 @pytest.fixture(autouse=True)

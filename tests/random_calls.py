@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
-from tests.calls import BF16, DOUBLE, FLOAT, HALF, Decorated, Nothing
-from tests.conftest import INTERPRETED, by_triton
+from tests.calls import Decorated, Nothing
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, INTERPRETED, by_triton
 from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, steps_of, truth
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # the interpreter truncates bfloat16

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels import prediction
-from tests.calls import BF16, CALLS, DOUBLE, FLOAT, HALF, leaves
-from tests.conftest import INTERPRETED, PLANS, memory_of, skip_on_formula
+from tests.calls import CALLS, leaves
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, INTERPRETED, PLANS, memory_of, skip_on_formula
 
 pytestmark = pytest.mark.numbers
 

@@ -23,22 +23,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fastreg import RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import (
-    BF16,
-    CALLS,
-    DOUBLE,
-    FLOAT,
-    HALF,
-    Call,
-    calls,
-    everything,
-    flat,
-    from_seed,
-    leaves,
-    packed,
-    total,
-)
-from tests.conftest import more, skip_without
+from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, packed, total
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, more, skip_without
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
 DRAWN = ("drawn", "module")  # a wrapper draws a mask for each of its tensors, and vmap in its own way

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from tests import language_model as lm
-from tests.calls import BF16, DOUBLE, FLOAT, HALF
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF
 from tests.language_model import ALPHA, BETA, HIDDEN
 
 X, LEAF = torch.randn(3, 4), torch.tensor(2.0, requires_grad=True)

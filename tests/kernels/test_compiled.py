@@ -20,8 +20,7 @@ from packaging.version import Version
 
 from bench.offline import registers
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import BF16, DOUBLE, FLOAT, HALF
-from tests.conftest import more, python, skip_without
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, more, python, skip_without
 from tests.kernels.stand_in import StandInDriver, active, h100
 
 skip_without("triton")

@@ -9,8 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.calls import HALF
-from tests.conftest import gpu, interpreted
+from tests.conftest import HALF, gpu, interpreted
 from tests.exact import truth
 
 ALL = slice(None)
