@@ -7,6 +7,7 @@ import os
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -158,13 +159,20 @@ def test_terms_in_the_place_of_their_penalty_are_an_error_that_names_it(add: Any
         add(X.sum(), terms)
 
 
-def test_a_device_without_kernels_warns_once() -> None:
+WITHOUT_KERNELS = [("mps", r"mps: there are no kernels for mps$"), ("xpu", "GPUs: the kernels need float64")]
+
+
+@pytest.mark.parametrize(("kind", "message"), WITHOUT_KERNELS)
+def test_a_device_without_kernels_warns_once(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's Arc has no float64; no other test asks for the properties of these devices."""
+    if kind == "xpu" and backends.TRITON is None:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: SimpleNamespace(has_fp64=device.index == 9))
     backends.warn_of_the_formula.cache_clear()
-    with pytest.warns(
-        UserWarning, match="^fastreg runs the plain formula on mps: there are no kernels for mps$"
-    ) as got:
-        assert [backends.backend_for(torch.device("mps", i)) for i in range(2)] == [None, None]
+    with pytest.warns(UserWarning, match=f"^fastreg runs the plain formula on {message}") as got:
+        assert [backends.backend_for(torch.device(kind, i)) for i in (7, 8)] == [None, None]
     assert [warning.filename for warning in got] == [__file__]
+    assert (backends.backend_for(torch.device(kind, 9)) is None) == (kind == "mps")
 
 
 def test_numbers_of_numpy_are_coefficients_and_axes() -> None:

@@ -192,15 +192,6 @@ def test_the_page_of_coefficients_agrees_with_the_study() -> None:
     assert re.search(r"the gap between them from .*? \(not significant\)\. TAR", study)
 
 
-@more
-def test_random_calls_give_the_numbers_of_the_formula() -> None:
-    ((command, calls),) = re.findall(
-        r"`python (-m tests.random_calls [^`]*)` compares (\d+) random calls", (ROOT / "CONTRIBUTING.md").read_text()
-    )
-    output = python(*command.split()).stdout
-    assert re.findall(r" 0 wrong: .*'calls': (\d+)", output) == [calls]
-
-
 def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
     of_code, api = runpy.run_path(str(ROOT / "docs" / "api.py")), (ROOT / "docs" / "api.md").read_text()
     assert of_code["render"](api) == api, "run `python docs/api.py`"
