@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from tests.conftest import DOUBLE, FLOAT
 
 Call = Callable[..., Any]  # of raw and dropped
+Nothing = BaseTorchDispatchMode  # it changes nothing; fastreg runs the formula, so that modes see its operators
 
 
 class Decorated(Tensor):
@@ -36,13 +37,6 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-class Nothing(TorchDispatchMode):
-    """A dispatch mode that changes nothing; fastreg runs the formula, so that modes see its operators."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
 
 
 def mask_for(x: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Kind:
         self.second_derivatives = not rounds_parts and choose([False] * 4 + [True])
         self.unpacks_by: Any = choose([None] * 6 + [torch.clone, in_double, with_gaps])
         self.under_a_mode = choose([False] * 4 + [True])
+        self.under_autocast = self.operation != "packed" and choose([False] * 4 + [True])  # PyTorch packs no halves
         self.gives_inference_tensors = choose([False] * 4 + [True])
         takes_formula = self.under_a_mode or self.unpacks_by in (in_double, with_gaps)
         self.rounds_parts = rounds_parts and (takes_formula or backend_for(torch.device(device)) is None)
@@ -171,6 +172,7 @@ class Kind:
             self.draw_steps()
             self.draw_coefficients()
             with ExitStack() as stack:
+                stack.enter_context(torch.autocast(self.device, torch.bfloat16, enabled=self.under_autocast))
                 if self.unpacks_by is not None:
                     stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, self.unpacks_by))
                 if self.under_a_mode:
@@ -241,9 +243,10 @@ class Kind:
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
         torch.manual_seed(seed)
         if self.drops_by == "module":
-            module: Any = FusedRNNDropout(0.4, 0, 0, **self.layout)
+            p_of_call = self.draw.choice([None, 0.4])
+            module: Any = FusedRNNDropout(0.4 if p_of_call is None else 0.1, 0, 0, **self.layout)
             module.alpha, module.beta = self.given
-            dropped, got = module(self.seen(raw), **self.steps), module.take()
+            dropped, got = module(self.seen(raw), p_of_call, **self.steps), module.take()
         else:
             options: Any = {"p": 0.4, **self.steps, **self.options}
             if self.drops_by == "mask":

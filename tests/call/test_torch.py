@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
 from tests.calls import CALLS, Call, calls, everything, flat, from_seed, leaves, packed, total
-from tests.conftest import BF16, DOUBLE, FLOAT, HALF, more, skip_without
+from tests.conftest import BF16, DOUBLE, more, skip_without
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("dynamo")]
 DRAWN = ("drawn", "module")  # a wrapper draws a mask for each of its tensors, and vmap in its own way
@@ -180,16 +180,6 @@ class TestCompile:
         assert_close(got, fused_ar_tar(r, d, 2.0, 1.0, lengths=torch.tensor([5, 0, 2]), return_terms=True))
         packed = pack_padded_sequence(r.detach(), [3, 5, 4], True, enforce_sorted=False)
         assert_close(call(packed, packed, 2.0, 1.0), fused_ar_tar(packed, packed, 2.0, 1.0))
-
-
-@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
-@by_few
-def test_the_penalty_is_float32_in_autocast(call: Call, dtype: torch.dtype) -> None:
-    want, xs = everything(call, leaves(dtype=dtype)), leaves(dtype=dtype)
-    with torch.autocast("cpu", BF16):
-        got = everything(call, xs)
-    assert flat(call(*xs))[-1].dtype == FLOAT
-    assert_close(got, want, rtol=0, atol=0)
 
 
 @calls(but=DRAWN)
