@@ -81,8 +81,8 @@ class Kind:
         self.coefficient_of_0 = choose([None, None, None, "alpha", "beta"])
         self.marks = ("lengths",) if self.operation == "packed" else choose(STEPS)
         self.dtype_of_batch_sizes = choose(INTEGERS)
-        self.drops_by = choose(["mask", "mask", "draw", "module"])
-        if self.operation == "dropout" and self.drops_by == "module":  # which has fewer options
+        self.drops_by = choose(["mask", "mask", "draw", "module", "forward"])
+        if self.operation == "dropout" and self.drops_by in ("module", "forward"):  # which have fewer options
             self.marks = tuple(name for name in self.marks if name != "lengths")
             self.options |= {"reduction": "mean", "return_terms": True}
         self.spoils_padding = choose([False, True])
@@ -242,13 +242,16 @@ class Kind:
         torch.manual_seed(seed := self.draw.getrandbits(16))
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
         torch.manual_seed(seed)
-        if self.drops_by == "module":
-            p_of_call = self.draw.choice([None, 0.4])
-            module: Any = FusedRNNDropout(0.4 if p_of_call is None else 0.1, 0, 0, **self.layout)
+        options: Any = {}
+        if self.drops_by in ("module", "forward"):
+            module: Any = FusedRNNDropout(0.4, 0, 0, **self.layout)
             module.alpha, module.beta = self.given
-            dropped, got = module(self.seen(raw), p_of_call, **self.steps), module.take()
+            if self.drops_by == "forward":  # whose arguments take precedence
+                module = FusedRNNDropout(0.1, 5.0, 5.0, time_dim=-1)
+                options = {"p": 0.4, "coefficients": self.given, "time_dim": self.axis}
+            dropped, got = module(self.seen(raw), **options, **self.steps), module.take()
         else:
-            options: Any = {"p": 0.4, **self.steps, **self.options}
+            options = {"p": 0.4, **self.steps, **self.options}
             if self.drops_by == "mask":
                 with torch.inference_mode(self.gives_inference_tensors):
                     given = memory(mask, self.draw, expands=False)

@@ -92,21 +92,6 @@ def test_p_of_one_call_takes_precedence() -> None:
     assert dropout.take() is None
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("compiles", [False, True])
-def test_coefficients_and_an_axis_of_one_forward(compiles: bool) -> None:
-    dropout, raw = FusedRNNDropout(0.4, 0, 0), lm.inputs().requires_grad_()
-    run = torch.compile(dropout, backend="eager") if compiles else dropout
-    dropped, taken = run(raw, coefficients=(3.0, 5.0), time_dim=0), dropout.take()
-    torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 0, 3.0, 5.0))
-    assert taken.penalty.requires_grad
-    run(raw)
-    of_its_own: Any = dropout.collect()
-    assert of_its_own.value == 0
-    assert dropout.collect() is None
-
-
 def test_a_module_is_loaded_from_a_file_that_may_contain_its_class_and_weights_only() -> None:
     dropout = FusedRNNDropout(0.3, 3.0, 5.0)
     dropout(lm.inputs().requires_grad_())
