@@ -148,15 +148,6 @@ def test_a_change_in_place_counts_in_the_next_call_and_is_an_error_before_the_ba
         total(results).backward()
 
 
-def test_the_formula_takes_a_tensor_for_the_number_that_it_has() -> None:
-    """The factor of a sum is computed in float64, and rounded once, for both."""
-    with cpu_tensors_by(None):
-        for alpha, beta in torch.rand(50, 2):
-            raw, dropped = torch.randn(2, 3, int(100 * alpha) + 1, 7).unbind()
-            got = fused_ar_tar(raw, dropped, alpha, beta)
-            assert torch.equal(got, fused_ar_tar(raw, dropped, alpha.item(), beta.item()))
-
-
 def test_a_large_upstream_gradient_overflows_in_no_product_with_a_coefficient(device: str) -> None:
     raw, dropped = (x.detach().requires_grad_() for x in torch.randn(2, 3, 50, 40, device=device))
     upstream, coefficients = torch.tensor(1e38, device=device), torch.tensor([20.0, 30.0], device=device)
