@@ -66,7 +66,7 @@ test-interpreted: $(VENV)/test
 
 test-ptx: $(VENV)/test
 	@echo "== the kernels as compiled for an H100, run on the CPU instruction by instruction"
-	$(PYTEST) $(PARALLEL) -p tests.kernels.ptx -m numbers -k "not forwards" $(EXECUTED) tests/kernels tests/call
+	$(PYTEST) $(PARALLEL) -p tests.kernels.ptx -m "numbers and not gpu" -k "not forwards" $(EXECUTED) tests/kernels tests/call
 
 # glibc's allocator reads these variables when a process starts. Without them it returns large blocks to the system.
 KEPT = MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824

@@ -1,4 +1,4 @@
-"""The ways to call fastreg that the tests of PyTorch's own features go through."""
+"""The ways to call fastreg that tests of several features go through, and what they give to these calls."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
-from tests.samples import DOUBLE, FLOAT
+from tests.conftest import DOUBLE, FLOAT
 
 Call = Callable[..., Any]  # of raw and dropped
+Nothing = BaseTorchDispatchMode  # it changes nothing; fastreg runs the formula, so that modes see its operators
+
+
+class Decorated(Tensor):
+    """A subclass without its own operators, as fastai has them."""
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Swap batch and time in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 @contextmanager
@@ -27,13 +37,6 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-class Nothing(TorchDispatchMode):
-    """A dispatch mode that changes nothing; fastreg runs the formula, so that modes see its operators."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {}))
 
 
 def mask_for(x: Tensor) -> Tensor:
@@ -76,7 +79,6 @@ def dropout(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **o
 def module(raw: Tensor, dropped: Tensor, alpha: Any = 2.0, beta: Any = 1.0, **options: Any) -> tuple[Tensor, ...]:
     one = FusedRNNDropout(0.4, alpha, beta, **options)
     out, taken = one(raw * dropped), one.take()
-    assert taken is not None
     return out, *taken
 
 

@@ -1,4 +1,4 @@
-"""Devices, fixtures and settings of the tests."""
+"""Devices, dtypes, fixtures and settings of the tests."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ NEEDS = {
     "compiled": (not KERNELS_ON_CPU, "a run without TRITON_INTERPRET=1"),
 }
 gpu, interpreted, compiled, more = pytest.mark.gpu, pytest.mark.interpreted, pytest.mark.compiled, pytest.mark.more
+HALF, BF16, FLOAT, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 STDERR = pytest.StashKey[int]()
 
 
@@ -165,13 +166,6 @@ class Poison(TorchFunctionMode):
         x = function(*args, **(kwargs or {}))
         is_new = function in (torch.empty, torch.empty_like, torch.empty_strided)
         return x.fill_(torch.nan) if is_new and x.is_floating_point() else x
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Run a test in memory that is full of NaN."""
-    with Poison():
-        yield
 
 
 def memory_of(call: Callable[[], Any], device: str) -> tuple[int, Any]:

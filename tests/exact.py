@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreg import ARTAR, fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import INTERPRETED
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, INTERPRETED
 
 
 def exact(x: Tensor) -> Tensor:

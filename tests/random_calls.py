@@ -21,10 +21,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
-from tests.calls import Nothing
-from tests.conftest import INTERPRETED, by_triton
+from tests.calls import Decorated, Nothing
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, INTERPRETED, by_triton
 from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, steps_of, truth
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, Decorated
 
 DTYPES = [FLOAT, FLOAT, HALF, DOUBLE, *([] if INTERPRETED else [BF16])]  # the interpreter truncates bfloat16
 INTEGERS = [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
@@ -51,6 +50,15 @@ def memory(values: Tensor, draw: random.Random, expands: bool) -> Tensor:
     return x.detach()
 
 
+def in_double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
+    return x.new_empty([*x.shape[::-1], 2])[..., 0].permute([*reversed(range(x.dim()))]).copy_(x)
+
+
 class Kind:
     """Draw a kind of call from a seed, and compare calls of this kind with the formulas."""
 
@@ -73,8 +81,8 @@ class Kind:
         self.coefficient_of_0 = choose([None, None, None, "alpha", "beta"])
         self.marks = ("lengths",) if self.operation == "packed" else choose(STEPS)
         self.dtype_of_batch_sizes = choose(INTEGERS)
-        self.drops_by = choose(["mask", "mask", "draw", "module"])
-        if self.operation == "dropout" and self.drops_by == "module":  # which has fewer options
+        self.drops_by = choose(["mask", "mask", "draw", "module", "forward"])
+        if self.operation == "dropout" and self.drops_by in ("module", "forward"):  # which have fewer options
             self.marks = tuple(name for name in self.marks if name != "lengths")
             self.options |= {"reduction": "mean", "return_terms": True}
         self.spoils_padding = choose([False, True])
@@ -83,9 +91,12 @@ class Kind:
         # The formula of dropout rounds each of its parts to half precision.
         rounds_parts = self.operation == "dropout" and self.dtypes[0] in (HALF, BF16)
         self.second_derivatives = not rounds_parts and choose([False] * 4 + [True])
-        self.copies_saved_tensors = choose([False] * 4 + [True])
+        self.unpacks_by: Any = choose([None] * 6 + [torch.clone, in_double, with_gaps])
         self.under_a_mode = choose([False] * 4 + [True])
-        self.rounds_parts = rounds_parts and (self.under_a_mode or backend_for(torch.device(device)) is None)
+        self.under_autocast = self.operation != "packed" and choose([False] * 4 + [True])  # PyTorch packs no halves
+        self.gives_inference_tensors = choose([False] * 4 + [True])
+        takes_formula = self.under_a_mode or self.unpacks_by in (in_double, with_gaps)
+        self.rounds_parts = rounds_parts and (takes_formula or backend_for(torch.device(device)) is None)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {x}" for name, x in vars(self).items() if name not in ("counts", "draw", "bits"))
@@ -149,7 +160,8 @@ class Kind:
         for i in range(2):
             if self.are_tensors[i]:
                 dtype = self.draw.choice([FLOAT, FLOAT, DOUBLE])
-                self.given[i] = torch.tensor(self.numbers[i], dtype=dtype, device=self.device)
+                with torch.inference_mode(self.gives_inference_tensors):
+                    self.given[i] = torch.tensor(self.numbers[i], dtype=dtype, device=self.device)
                 self.numbers[i] = float(self.given[i])
 
     def seen(self, x: Tensor) -> Tensor:
@@ -160,8 +172,9 @@ class Kind:
             self.draw_steps()
             self.draw_coefficients()
             with ExitStack() as stack:
-                if self.copies_saved_tensors:
-                    stack.enter_context(torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x))
+                stack.enter_context(torch.autocast(self.device, torch.bfloat16, enabled=self.under_autocast))
+                if self.unpacks_by is not None:
+                    stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, self.unpacks_by))
                 if self.under_a_mode:
                     stack.enter_context(Nothing())
                 (self.dropout if self.operation == "dropout" else self.penalty)()
@@ -229,14 +242,20 @@ class Kind:
         torch.manual_seed(seed := self.draw.getrandbits(16))
         mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
         torch.manual_seed(seed)
-        if self.drops_by == "module":
-            module: Any = FusedRNNDropout(0.4, *self.given, **self.layout)
-            dropped, got = module(self.seen(raw), **self.steps), module.take()
+        options: Any = {}
+        if self.drops_by in ("module", "forward"):
+            module: Any = FusedRNNDropout(0.4, 0, 0, **self.layout)
+            module.alpha, module.beta = self.given
+            if self.drops_by == "forward":  # whose arguments take precedence
+                module = FusedRNNDropout(0.1, 5.0, 5.0, time_dim=-1)
+                options = {"p": 0.4, "coefficients": self.given, "time_dim": self.axis}
+            dropped, got = module(self.seen(raw), **options, **self.steps), module.take()
         else:
-            options: Any = {"p": 0.4, **self.steps, **self.options}
+            options = {"p": 0.4, **self.steps, **self.options}
             if self.drops_by == "mask":
-                mask = memory(mask, self.draw, expands=False)
-                options |= {"p": 0, "mask": self.seen(mask)}
+                with torch.inference_mode(self.gives_inference_tensors):
+                    given = memory(mask, self.draw, expands=False)
+                options |= {"p": 0, "mask": self.seen(given)}
             dropped, got = fused_dropout_ar_tar(self.seen(raw), alpha=self.given[0], beta=self.given[1], **options)
         values = exact(raw)
         want = self.truth(values, assert_dropped(dropped, raw, mask, values))

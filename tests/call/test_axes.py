@@ -11,27 +11,27 @@ from torch import Tensor
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
 from fastreg.call.reference import encoded
-from tests.calls import lengths_for, marks_for
-from tests.conftest import INTERPRETED, gpu, memory_of, skip_on_formula
+from tests.calls import lengths_for, marks_for, transposed
+from tests.conftest import INTERPRETED, Poison, gpu, memory_of, skip_on_formula
 from tests.exact import spoil, steps_of, truth
 from tests.random_calls import Kind
-from tests.samples import transposed
 
 pytestmark = pytest.mark.numbers
 
 KINDS = 5  # a test
-FIRST = range(0, 60 if INTERPRETED else 200, KINDS)
+FIRST = range(0, 60 if INTERPRETED else 300, KINDS)  # the number in CONTRIBUTING.md
 X = torch.randn(2, 5, 80)
 NARROW = 64  # time steps from which kernels on a CPU read the innermost axis in place, as docs/functions.md says
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_random_calls_give_the_results_of_the_formulas(first: int, device: str, poison: None) -> None:
+def test_random_calls_give_the_results_of_the_formulas(first: int, device: str) -> None:
     compared = 0
     for seed in range(first, first + KINDS):
         kind = Kind(seed, device)
         try:
-            kind.play()
+            with Poison():
+                kind.play()
         finally:
             print(f"seed {seed}: {kind}")  # pytest shows it if the test fails
         compared += kind.counts["gradients"]
@@ -85,16 +85,12 @@ def test_gradients_are_in_the_order_of_their_tensors(device: str) -> None:
     x = torch.randn(4, 7, 3, 2, 5, device=device).movedim(2, 1).requires_grad_()  # (batch, channels, time, ...)
     leaf = x.detach().requires_grad_()
     fused_ar_tar(leaf, leaf, 2.0, 1.0, time_dim=2).backward()
-    assert leaf.grad is not None
     assert leaf.grad.stride() == leaf.stride()
     dropped, penalty = fused_dropout_ar_tar(x, 0.5, 2.0, 1.0, time_dim=2)
     assert dropped.stride() == x.stride()
     assert torch.equal(dropped != 0, (dropped[:, :, :1] != 0).expand_as(dropped))  # the mask has one row
     (gradient,) = torch.autograd.grad(dropped.sum() + penalty, x)
     assert gradient.stride() == x.stride()
-    repeated = torch.randn(3, 2, device=device).t()[:, None].expand(2, 4, 3).requires_grad_()  # so that TAR is 0
-    (gradient,) = torch.autograd.grad(fused_ar_tar(repeated, repeated, 12.0, 1.0), repeated)
-    torch.testing.assert_close(gradient, repeated.detach())
 
 
 # Lengths and masks of valid steps

@@ -16,9 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.key import facts_of
-from tests.calls import CALLS, Nothing, flat, leaves, marks_for, mask_for, packed, total
+from tests.calls import CALLS, Decorated, Nothing, flat, leaves, marks_for, mask_for, packed, total, transposed
 from tests.conftest import PLANS, memory_of, skip_on_formula
-from tests.samples import Decorated, transposed
 
 RAW, DROPPED = (x.detach() for x in leaves())
 MASK = mask_for(RAW)

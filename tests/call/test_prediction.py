@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.kernels import prediction
 from tests.calls import CALLS, leaves
-from tests.conftest import INTERPRETED, PLANS, memory_of, skip_on_formula
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, INTERPRETED, PLANS, memory_of, skip_on_formula
 
 pytestmark = pytest.mark.numbers
 
@@ -103,27 +102,6 @@ def test_an_input_or_a_mask_changed_in_place_is_an_error(device: str) -> None:
         changed.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             penalty.backward()
-
-
-def laid_out_anew(x: Tensor) -> Tensor:
-    """Return a copy whose axes are in the opposite order in memory, with gaps between its elements."""
-    return x.new_empty([*x.shape[::-1], 2])[..., 0].permute([*reversed(range(x.dim()))]).copy_(x)
-
-
-@pytest.mark.parametrize("change", [laid_out_anew, Tensor.double])
-def test_the_formula_takes_saved_tensors_that_hooks_have_changed(change: Any, device: str) -> None:
-    skip_on_formula(device)
-    raw, dropped = leaves(7, device=device)
-    mask = torch.rand(3, 1, 8).to(device).expand(3, 7, 8)
-
-    def graphs() -> list[Tensor]:
-        out, penalty = fused_dropout_ar_tar(raw, 0.4, 2.0, 1.0, mask=mask, lengths=torch.tensor([7, 0, 3]))
-        return [fused_ar_tar(raw, dropped, 2.0, 1.0), out.sum() + penalty]
-
-    wanted = [torch.autograd.grad(x, raw) for x in graphs()]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, change):
-        changed = graphs()
-    torch.testing.assert_close([torch.autograd.grad(x, raw) for x in changed], wanted)
 
 
 def large(device: str) -> tuple[list[Tensor], Callable[[], Tensor]]:

@@ -43,25 +43,22 @@ def test_an_attached_dropout_takes_masks_and_coefficients_of_the_regularizer(p: 
             loss = dropped.sin().sum()
             lm.check_gradients(rnn, reg.on_backward_begin(loss), loss + want.penalty)
             torch.testing.assert_close((reg.ar, reg.tar), want[1:])
-        assert str(dropout) == str(FusedRNNDropout(p, 3.0, 5.0))
+        assert str(dropout) == f"FusedRNNDropout(p={p:g}, alpha=3.0, beta=5.0)"
         check_own(dropout, lm.inputs())  # of another module's output
         assert dropout.state_dict() == {}
     check_own(dropout, rnn(lm.inputs())[0])
 
 
-@pytest.mark.parametrize("name", ["valid", "starts", "coefficients"])
+@pytest.mark.parametrize("name", ["valid", "starts"])
 @pytest.mark.parametrize("by_position", [False, True])
-def test_an_argument_of_the_call_takes_precedence(by_position: bool, name: str) -> None:
+def test_a_mask_of_the_call_takes_precedence(by_position: bool, name: str) -> None:
     dropout, rnn, reg = FusedRNNDropout(0.4, 0, 0), lm.gru(), lm.regularizer()
     reg.attach(rnn, dropout, valid=lambda _: VALID, starts=lambda _: STARTS)
     raw, _ = rnn(lm.inputs())
-    own: Any = {"p": 0.4, "valid": None, "starts": None, name: (0.5, 3.0) if name == "coefficients" else OTHER}
-    by_name = {name: own.pop(name)} if not by_position or name == "coefficients" else {}
-    dropped = dropout(raw, *own.values(), **by_name) if by_position else dropout(raw, **by_name)
-    masks: Any = {"valid": VALID, "starts": STARTS}
-    masks |= {name: OTHER} if name in masks else {}
-    coefficients = (0.5, 3.0) if name == "coefficients" else (ALPHA, BETA)
-    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, *coefficients, **masks))
+    own: Any = {"valid": None, "starts": None, name: OTHER}
+    dropped = dropout(raw, None, *own.values()) if by_position else dropout(raw, **{name: OTHER})
+    masks: Any = {"valid": VALID, "starts": STARTS, name: OTHER}
+    lm.check_gradients(rnn, lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, **masks))
     assert dropout.take() is None
 
 
@@ -82,39 +79,17 @@ def test_an_attached_dropout_takes_one_sequence_with_or_without_a_gradient(aroun
 # By itself
 
 
-@pytest.mark.parametrize(
-    ("layout", "axis"), [({"batch_first": True}, 1), ({"batch_first": False}, 0), ({"time_dim": -1}, 2)], ids=str
-)
-def test_the_arguments_of_one_call_take_precedence(layout: dict[str, Any], axis: int) -> None:
-    dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA, **layout), torch.randn(4, 5, 600).movedim(1, axis)
-    shape = (5, 4) if axis == 0 else (4, 5)
-    masks = dict(zip(("valid", "starts"), torch.rand(2, *shape) < 0.7, strict=True))
-    dropped, taken = dropout(raw, 0.25, **masks), dropout.take()
+def test_p_of_one_call_takes_precedence() -> None:
+    dropout, raw = FusedRNNDropout(0.0, ALPHA, BETA), lm.inputs()
+    assert dropout(raw, 0.25) is not raw
+    assert dropout.take() is not None
     assert dropout.take() is None  # once
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
-    torch.testing.assert_close(taken, fused_ar_tar(raw, dropped, ALPHA, BETA, return_terms=True, **layout, **masks))
     assert dropout(raw) is raw  # by its own p
-    torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, raw, axis))  # pyright: ignore
-    assert FusedRNNDropout(0.25, ALPHA, BETA, **layout)(raw, 0.0) is raw  # which is no missing p
+    torch.testing.assert_close(dropout.take().penalty, lm.formula(raw, raw, 1))  # pyright: ignore
+    assert FusedRNNDropout(0.25, ALPHA, BETA)(raw, 0.0) is raw  # which is no missing p
     dropout(raw, 0.25)
-    assert dropout.eval()(raw, 0.25, **masks) is raw
+    assert dropout.eval()(raw, 0.25, valid=VALID) is raw
     assert dropout.take() is None
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("dynamo")
-@pytest.mark.parametrize("compiles", [False, True])
-def test_coefficients_and_an_axis_of_one_forward(compiles: bool) -> None:
-    dropout, raw = FusedRNNDropout(0.4, 0, 0), lm.inputs().requires_grad_()
-    run = torch.compile(dropout, backend="eager") if compiles else dropout
-    dropped, taken = run(raw, coefficients=(3.0, 5.0), time_dim=0), dropout.take()
-    torch.testing.assert_close(taken and taken.penalty, lm.formula(raw, dropped, 0, 3.0, 5.0))
-    assert taken is not None
-    assert taken.penalty.requires_grad
-    run(raw)
-    of_its_own: Any = dropout.collect()
-    assert of_its_own.value == 0
-    assert dropout.collect() is None
 
 
 def test_a_module_is_loaded_from_a_file_that_may_contain_its_class_and_weights_only() -> None:

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from tests import language_model as lm
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF
 from tests.language_model import ALPHA, BETA, HIDDEN
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 X, LEAF = torch.randn(3, 4), torch.tensor(2.0, requires_grad=True)
 

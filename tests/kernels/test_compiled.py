@@ -20,9 +20,8 @@ from packaging.version import Version
 
 from bench.offline import registers
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import more, python, skip_without
+from tests.conftest import BF16, DOUBLE, FLOAT, HALF, more, python, skip_without
 from tests.kernels.stand_in import StandInDriver, active, h100
-from tests.samples import BF16, DOUBLE, FLOAT, HALF
 
 skip_without("triton")
 

@@ -21,9 +21,9 @@ from bench.measure.timing import threads
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import CPP
 from fastreg.kernels import cpu
-from tests.conftest import CPU, ROOT, memory_of, python
+from tests.calls import transposed
+from tests.conftest import BF16, CPU, DOUBLE, FLOAT, HALF, ROOT, memory_of, python
 from tests.exact import spoil, truth
-from tests.samples import BF16, DOUBLE, FLOAT, HALF, transposed
 
 pytestmark = [
     pytest.mark.main,

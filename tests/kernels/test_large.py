@@ -9,9 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import fused_ar_tar, fused_dropout_ar_tar
-from tests.conftest import gpu, interpreted
+from tests.conftest import HALF, gpu, interpreted
 from tests.exact import truth
-from tests.samples import HALF
 
 ALL = slice(None)
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from fastreg import fused_ar_tar
-from tests.conftest import gpu, skip_without
-from tests.samples import BF16, FLOAT
+from tests.conftest import BF16, FLOAT, gpu, skip_without
 
 skip_without("triton")
 

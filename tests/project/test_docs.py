@@ -26,6 +26,7 @@ import fastreg
 from fastreg import fused_ar_tar
 from tests.adapters.test_fastai1 import environment_with
 from tests.conftest import ROOT, more, python, skip_without
+from tests.exact import truth
 from tests.language_model import BATCH, HIDDEN, TIME, Model
 
 pytestmark = pytest.mark.main
@@ -191,15 +192,6 @@ def test_the_page_of_coefficients_agrees_with_the_study() -> None:
     assert re.search(r"the gap between them from .*? \(not significant\)\. TAR", study)
 
 
-@more
-def test_random_calls_give_the_numbers_of_the_formula() -> None:
-    ((command, calls),) = re.findall(
-        r"`python (-m tests.random_calls [^`]*)` compares (\d+) random calls", (ROOT / "CONTRIBUTING.md").read_text()
-    )
-    output = python(*command.split()).stdout
-    assert re.findall(r" 0 wrong: .*'calls': (\d+)", output) == [calls]
-
-
 def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
     of_code, api = runpy.run_path(str(ROOT / "docs" / "api.py")), (ROOT / "docs" / "api.md").read_text()
     assert of_code["render"](api) == api, "run `python docs/api.py`"
@@ -317,16 +309,6 @@ def check(ours: Loss, theirs: Loss, *shape: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(3 * value, x) for value in (got, want)))
 
 
-def squares(x: Tensor, valid: Any = None, starts: Any = None, n: int = 1) -> Tensor:
-    """Square the differences of order n of (batch, time, ...) whose steps all count, where only the first may start."""
-    parts = [(row, slice(t, t + n + 1)) for row in range(len(x)) for t in range(x.shape[1] - n)]
-    if valid is not None:
-        parts = [(row, steps) for row, steps in parts if valid[row, steps].all()]
-    if starts is not None:
-        parts = [(row, steps) for row, steps in parts if not starts[row, steps][1:].any()]
-    return torch.cat([x[part].diff(n=n, dim=0).square() for part in parts])
-
-
 PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
 DRAWN = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
 VALID, STARTS = DRAWN < 0.7, DRAWN < 0.25
@@ -346,18 +328,17 @@ def test_reconstruction_and_velocity_equal_the_loss_of_diffposetalk(mask: Any) -
 
 def test_curvature_equals_second_differences() -> None:
     """In DiffPoseTalk's, too, only the last of three steps has to count."""
-    function = recipe("curvature")
+    function, may_follow = recipe("curvature"), VALID[:, 1:] & ~STARTS[:, 1:]
+    counts = VALID[:, :-2] & may_follow[:, :-1] & may_follow[:, 1:]
     check(lambda x: function(x, 1.0, PREFIX), lambda x: x.diff(n=2, dim=1)[PREFIX[:, 2:]].square().mean(), 3, 9, 12)
     check(lambda h: function(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), 3, 9, 6)
-    check(lambda x: function(x, 1.0, VALID, STARTS), lambda x: squares(x, VALID, STARTS, n=2).mean(), 3, 12, 6)
+    check(lambda x: function(x, 1.0, VALID, STARTS), lambda x: x.diff(n=2, dim=1)[counts].square().mean(), 3, 12, 6)
 
 
 def test_action_smoothness_equals_squared_changes_within_episodes() -> None:
-    function = recipe("action_smoothness")
-    episodes = STARTS.T.float()
-    check(
-        lambda x: function(x.transpose(0, 1), episodes, 2.0), lambda x: 2 * squares(x, starts=STARTS).mean(), 3, 12, 5
-    )
+    function, episodes = recipe("action_smoothness"), STARTS.T.float()
+    smoothness = lambda x: truth(x, x, 0.0, 2.0, starts=STARTS).penalty  # noqa: E731
+    check(lambda x: function(x.transpose(0, 1), episodes, 2.0), smoothness, 3, 12, 5)
 
 
 # By words of a row, for activations that are not (batch, time, features).
@@ -407,8 +388,8 @@ def test_the_recipe_for_hubert_masks_its_frames(tmp_path: Path, monkeypatch: pyt
     mask = names["frames"]({"attention_mask": samples})
     torch.testing.assert_close(mask, model._get_feature_vector_attention_mask(x.shape[1], samples))
     assert 0 < mask.sum() < mask.numel()
-    assert entry["ar"] == pytest.approx(x[mask].square().mean().item(), rel=1e-5)
-    assert entry["tar"] == pytest.approx(squares(x, mask).mean().item(), rel=1e-5)
+    want = [term.item() for term in truth(x, x, 2.0, 1.0, valid=mask)]
+    assert [entry["ar"], entry["tar"]] == pytest.approx(want[1:], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # of gymnasium
@@ -429,11 +410,11 @@ def test_the_recipe_for_recurrent_ppo_masks_its_padding() -> None:
         x, output = kept.pop()
         mask = (data.mask > 1e-8).view(x.shape[:2])
         padded += int((~mask).sum())
-        ar, tar = x[mask].square().mean(), squares(x, mask).mean()
+        penalty, ar, tar = truth(x, x, 2.0, 1.0, valid=mask)
         logged = [ppo.logger.name_to_value[f"train/{term}"] for term in ("ar", "tar")]
         assert logged == pytest.approx([ar.item(), tar.item()], rel=1e-5)
         got, plain = torch.autograd.grad(values.mean() + log_prob.mean(), [x, output], retain_graph=True)
-        torch.testing.assert_close(got, plain + torch.autograd.grad(2.0 * ar + 1.0 * tar, x)[0])
+        torch.testing.assert_close(got, plain + torch.autograd.grad(penalty, x)[0])
     assert padded
     ppo.policy.set_training_mode(False)
     assert ppo.policy.sequence(x) is x, "no penalty while it collects experience"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,7 +14,6 @@ import torch
 
 import fastreg
 import fastreg.__main__ as main
-from fastreg.call import backends
 from tests.conftest import ROOT, more, python, skip_on_formula, without
 
 
@@ -170,16 +167,3 @@ def test_a_wrong_result_fails_the_self_test(
     status, said = report(capsys)
     assert status == 1
     assert "SELF-TEST FAILED: AssertionError" in said
-
-
-@pytest.mark.skipif(backends.TRITON is None, reason="Triton is not installed")
-def test_an_intel_gpu_without_float64_runs_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arc is such a GPU; the test replaces the properties of devices that no other test asks for."""
-    for index, has_fp64 in ((7, False), (8, True)):
-        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, own=has_fp64: SimpleNamespace(has_fp64=own))
-        device = torch.device("xpu", index)
-        backends.warn_of_the_formula.cache_clear()
-        warned = pytest.warns(UserWarning, match="the plain formula on GPUs: the kernels need float64")
-        with nullcontext() if has_fp64 else warned:
-            assert (backends.backend_for(device) is not None) == has_fp64
-        assert "float64" in backends.why_formula(device)

@@ -23,11 +23,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     early_config.add_cleanup(stack.close)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out tests that need a GPU."""
-    items[:] = [item for item in items if item.get_closest_marker("gpu") is None]
-
-
 def pytest_runtest_setup() -> None:
     """Start each test with the same schedules."""
     EXECUTOR.random.seed(0)
