@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import Options, Penalty, TimeAxis, axes_of, data_of, is_list, layers_of, sizes_of
+from fastreg.call.problem import Options, Penalty, TimeAxis, axes_of, data_of, is_list, layers_of, sizes_of, sum_of
 from fastreg.call.steps import GivenSteps
 
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
@@ -39,11 +39,15 @@ class Capture(NamedTuple):
         Raises:
             TypeError, ValueError: as `fused_ar_tar`.
         """
+        layers = [*zip(self.raw, self.dropped, strict=True)] if is_list(self.raw) else [(self.raw, self.dropped)]
+        if len({data_of(raw).device for raw, _ in layers}) == 1:
+            layers = [(self.raw, self.dropped)]
+        penalties: list[Penalty] = []
+        for pair in layers:  # one, or those of a model whose layers are on several devices
+            given = moved(coefficients, layers_of(pair[0])[0].device)
+            penalties.append(penalize(pair, given, self.steps, Options(*self.time_axis, return_terms=True)).on(device))
         first: Any = self.raw[0] if is_list(self.raw) else self.raw
-        given = moved(coefficients, data_of(first).device)
-        options = Options(*self.time_axis, return_terms=True)
-        penalty = penalize((self.raw, self.dropped), given, self.steps, options)
-        return penalty.on(device), time_steps_of(first, self.time_axis)
+        return sum_of(penalties), time_steps_of(first, self.time_axis)
 
 
 def moved(coefficients: Sequence[Any], device: torch.device) -> list[Any]:

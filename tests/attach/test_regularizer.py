@@ -81,13 +81,16 @@ def test_captures_take_layouts_and_steps_as_the_call_does(
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_captures_move_coefficients_to_their_device_and_the_penalty_to_that_of_the_loss(device: str) -> None:
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_captures_move_coefficients_and_layers_to_the_device(layers: Any) -> None:
     """The meta device stands for a GPU."""
-    reg, raw = RNNRegularizer(torch.tensor(ALPHA), 0.0), torch.randn(3, 7, 6, device=device)
-    reg.on_loss_begin((raw, raw.requires_grad_(), raw))
+    reg = RNNRegularizer(torch.tensor(ALPHA), torch.tensor(BETA), layers=layers)
+    raw = [torch.randn(BATCH, TIME, HIDDEN, device=name, requires_grad=True) for name in ("cpu", "meta")]
+    reg.on_loss_begin((raw[0], raw, raw), valid=VALID)
     terms: Any = reg.take(torch.zeros((), device="meta"))
     assert terms.penalty.device.type == terms.ar.device.type == "meta"
+    (gradient,) = torch.autograd.grad(terms.penalty, raw[1])
+    assert gradient.shape == raw[1].shape
 
 
 def test_time_steps_are_those_of_the_longest_run_of_the_last_step() -> None:
