@@ -1,8 +1,7 @@
 """Epochs of Lightning, Transformers and fastai, by each way of adding AR and TAR: `pytest bench/test_trainer.py`.
 
-A turn is an epoch, from the first step to its end, without the set-up of the fit. Small steps need long epochs, because
-an adapter attaches in its first step. Lightning and Transformers train an LSTM with an elementwise dropout, and fastai
-its own AWD-LSTM. Before a way is timed, the weights that it trains are compared with those by the formula.
+A turn is an epoch, from the first step to its end, without the set-up of the fit. Lightning and Transformers train an
+LSTM with an elementwise dropout, and fastai its own AWD-LSTM, and the weights are first compared with the formula's.
 """
 
 from __future__ import annotations
