@@ -140,7 +140,7 @@ def speed_and_memory(results: list[Result]) -> str:
     part = result.parts()[0]
     if cases := part.of(STEP, picture.MODELS):
         picture.draw(cases, with_allocator("GPU" if result.on_gpu else "CPU", cases))
-    shown = "![Bars: time and peak memory added to a step](docs/steps.svg)"
+    shown = "![Time and peak memory added to a step](docs/steps.svg)"
     return f"{shown}\n\n{uses_table(part, OF_STEPS, span)}\nMeasured on {result.machine['device']}.\n"
 
 
