@@ -273,8 +273,7 @@ class Adapter:
             shown = [f"{rnn}: {x!r}" for (rnn, _), x in zip(self.paths.pairs(), self.handles, strict=False)]
             self.say("\n".join(shown or [self._captured]))
         if size:
-            terms: Any = penalty.terms if isinstance(penalty.terms, Tensor) else torch.stack(penalty.terms or [])
-            self.sums = torch.add(self.sums[0], terms, alpha=size), self.sums[1] + size
+            self.sums = torch.add(self.sums[0], penalty.stacked(), alpha=size), self.sums[1] + size
         return loss + (penalty.value if parts == 1 else penalty.value / parts)
 
     def means(self, reduce: Callable[[Tensor], Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class RNNRegularizer:
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
         self.time_steps = 0
-        self._terms: Tensor | list[Tensor] | None = None  # of the last training step: AR and TAR, (2,)
+        self._terms: Tensor | list[Tensor] | None = None  # AR and TAR of the last training step
         self._capture: Capture | None = None
         self._warned = set[str]()  # the warnings that were given
         self._attachments = list[Attachment]()
@@ -220,7 +220,7 @@ class RNNRegularizer:
         return None if penalty is None else penalty.split()
 
     def collect(self, loss: Tensor) -> Penalty | None:
-        """Return the penalty of this step as `take` does, with its terms in one tensor, which no operator has split."""
+        """Return the penalty of this step as `take` does, with its terms as they were computed."""
         capture, self._capture, taken = self._capture, None, None
         try:
             if not isinstance(loss, Tensor):

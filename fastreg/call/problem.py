@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial, reduce
 from operator import add
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypedDict, TypeGuard
 
@@ -58,24 +58,30 @@ class Penalty(NamedTuple):
         terms: Any = self.terms
         return ARTAR(self.value, *terms)
 
+    def stacked(self) -> Tensor:
+        """Return the terms in one tensor, (2,); the caller must have wanted them."""
+        terms: Any = self.terms
+        return terms if isinstance(terms, Tensor) else torch.stack(terms)
+
     def on(self, device: torch.device) -> Penalty:
         """Return the penalty on a device."""
         if self.value.device == device:
             return self
-        return Penalty(self.value.to(device), None if self.terms is None else [x.to(device) for x in self.terms])
+        terms = None if self.terms is None else _combined(lambda x: x.to(device), self.terms)
+        return Penalty(self.value.to(device), terms)
 
 
 def sum_of(penalties: Sequence[Penalty]) -> Penalty:
     """Add up penalties, which are on one device, and either all have terms or none has."""
     values, terms = zip(*penalties, strict=True)
-    return Penalty(reduce(add, values), None if terms[0] is None else reduce(_sum_of_terms, terms))
+    return Penalty(reduce(add, values), None if terms[0] is None else reduce(partial(_combined, add), terms))
 
 
-def _sum_of_terms(one: Tensor | list[Tensor], other: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """Add up the terms of two penalties."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one + other
-    return [x + y for x, y in zip(one, other, strict=True)]
+def _combined(function: Callable[..., Tensor], *terms: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Apply a function to the terms of penalties: at once if each has one tensor, otherwise to AR and to TAR."""
+    if all([isinstance(x, Tensor) for x in terms]):
+        return function(*terms)
+    return [function(*each) for each in zip(*terms, strict=True)]
 
 
 class TimeAxis(NamedTuple):
