@@ -1,11 +1,11 @@
 """A recurrent policy over episodes, with TAR that stops at their starts: `python examples/recurrent_policy.py`.
 
-An episode may end at any time step, and the next episode then starts in the same row of the rollout. The policy resets
-its state there, and TAR must not penalize the change into a start: `starts` leaves out this change, and no other. Each
-episode shows a cue only at its first step. The policy is rewarded as long as it acts on the cue.
+An episode may end at any time step, and the next episode then starts in the same sequence of the rollout. The policy
+resets its state there, and TAR must not penalize the change into a start: `starts` leaves out this change, and no
+other. Each episode shows a cue only at its first step. The policy is rewarded as long as it acts on the cue.
 
-The flags here mark the first step of an episode. docs/masks.md says what to do with flags that mark the last step, and
-with the flags of CleanRL and Stable-Baselines3.
+The flags here mark the first step of an episode. docs/reinforcement-learning.md says what to do with flags that mark
+the last step, and with the flags of CleanRL and Stable-Baselines3.
 
 The trainer, `update`, does not expose its loss, like the `train()` of Stable-Baselines3. So a forward hook adds the
 penalty: `with_penalty` returns a view of the policy's states, and the backward through the view also differentiates the
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fastreg import ARTAR, fused_ar_tar, with_penalty
 
-CUES, HIDDEN, ROWS, TIME = 3, 32, 32, 24
+CUES, HIDDEN, SEQUENCES, TIME = 3, 32, 32, 24
 
 
 class ResettingGRU(nn.Module):
@@ -51,12 +51,12 @@ class Policy(nn.Module):
 
 def rollout() -> tuple[Tensor, Tensor, Tensor]:
     """Return observations, the starts of episodes, and the cue of each step's episode."""
-    starts = torch.rand(ROWS, TIME) < 0.15
+    starts = torch.rand(SEQUENCES, TIME) < 0.15
     starts[:, 0] = True
     episode = starts.cumsum(1) - 1
-    cues = torch.randint(CUES, (ROWS, TIME)).gather(1, episode)
+    cues = torch.randint(CUES, (SEQUENCES, TIME)).gather(1, episode)
     shown = F.one_hot(cues, CUES) * starts[..., None]
-    return torch.cat([shown + 0.3 * torch.randn(ROWS, TIME, CUES), starts[..., None]], -1), starts, cues
+    return torch.cat([shown + 0.3 * torch.randn(SEQUENCES, TIME, CUES), starts[..., None]], -1), starts, cues
 
 
 def regularize(rnn: nn.Module, alpha: float, beta: float, log: Callable[[ARTAR], None]) -> None:

@@ -13,7 +13,7 @@ for release in 1.0.61 1.0.42; do  # meanwhile
 done
 "${pip[@]}" 'transformers>=4.57,<6' 'accelerate<2'
 "${pip[@]}" lightning torchvision scikit-learn pandas matplotlib requests pyyaml scipy packaging rich
-# stable-baselines3 and what follows it are for docs/recipes.md.
+# stable-baselines3 and what follows it are for docs/reinforcement-learning.md.
 "${pip[@]}" --no-deps fastai==2.8.12 fastcore fasttransform fastdownload cloudpickle beartype 'plum-dispatch<2.10' \
     fastprogress==1.0.3 stable-baselines3 sb3-contrib gymnasium farama-notifications
 for process in "${processes[@]}"; do wait "$process"; done

@@ -99,8 +99,8 @@ def fused_ar_tar(
         starts: a mask of the time steps at which a segment starts, such as an episode, or a document in a stream. Its
             shape and dtype are as for valid, and it may be given beside lengths or valid. The change into such a step
             does not count. The step itself counts in AR and in the change that follows. A rollout of `(time, batch)`
-            takes `batch_first=False, starts=dones.bool()` if its flags mark the first step of an episode; "Starts of
-            segments" in docs/functions.md says whose flags do. It cannot be given with a `PackedSequence`.
+            needs `batch_first=False, starts=dones.bool()` if its flags mark the first step of an episode;
+            docs/reinforcement-learning.md says whose flags do. It cannot be given with a `PackedSequence`.
         reduction: `"mean"` divides AR by the number of elements and TAR by the number of changes, without padding;
             `"sum"` does not divide.
         return_terms: also return the two terms.

@@ -289,14 +289,14 @@ def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
     python("-m", "pyright", "--pythonpath", sys.executable, "pages.py", folder=tmp_path)
 
 
-RECIPES = ROOT / "docs" / "recipes.md"
+RECIPES, RL = ROOT / "docs" / "recipes.md", ROOT / "docs" / "reinforcement-learning.md"
 Loss = Callable[[Tensor], Tensor]
 
 
-def recipe(name: str) -> Any:
-    """Run the snippet of the page that defines a function, and return the function."""
-    (code,) = [snippet for snippet in snippets(RECIPES) if f"def {name}(" in snippet]
-    return run(code, RECIPES)[name]
+def recipe(name: str, page: Path = RECIPES) -> Any:
+    """Run the snippet of a page that defines a function, and return the function."""
+    (code,) = [snippet for snippet in snippets(page) if f"def {name}(" in snippet]
+    return run(code, page)[name]
 
 
 def check(ours: Loss, theirs: Loss, *shape: int) -> None:
@@ -336,7 +336,7 @@ def test_curvature_equals_second_differences() -> None:
 
 
 def test_action_smoothness_equals_squared_changes_within_episodes() -> None:
-    function, episodes = recipe("action_smoothness"), STARTS.T.float()
+    function, episodes = recipe("action_smoothness", RL), STARTS.T.float()
     smoothness = lambda x: truth(x, x, 0.0, 2.0, starts=STARTS).penalty  # noqa: E731
     check(lambda x: function(x.transpose(0, 1), episodes, 2.0), smoothness, 3, 12, 5)
 
@@ -396,7 +396,7 @@ def test_the_recipe_for_hubert_masks_its_frames(tmp_path: Path, monkeypatch: pyt
 def test_the_recipe_for_recurrent_ppo_masks_its_padding() -> None:
     """Compare the gradient that the hook adds in padded minibatches, and the logged terms, with the formula."""
     skip_without("sb3_contrib")
-    names = recipe("regularize").__globals__
+    names = recipe("regularize", RL).__globals__
     options = {"n_steps": 64, "batch_size": 32, "n_epochs": 1, "seed": 1}
     ppo = names["RecurrentPPO"](names["RegularizedPolicy"], "CartPole-v1", **options)
     names["regularize"](ppo, 2.0, 1.0)
