@@ -35,9 +35,8 @@ class Launch:
     """Launch a kernel on one device, with arguments that are the same in every call.
 
     The first call goes through Triton's JIT launcher, which finds or compiles the code for the tensors of that call.
-    Later calls launch that code directly, which takes 3 us of host time instead of 14 us (Triton 3.6). Therefore the
-    tensors of all calls must agree in the facts that compiled code depends on: dtypes, alignment to 16 bytes, and which
-    of them are `None`.
+    Later calls launch that code directly, which needs less host time. Therefore the tensors of all calls must agree in
+    the facts that compiled code depends on: dtypes, alignment to 16 bytes, and which of them are `None`.
 
     Triton does not document the launcher of compiled code. So only the releases of Triton that were tried launch
     directly, and all launches go through the JIT launcher with other releases, or while a profiler has hooked launches.
