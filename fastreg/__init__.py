@@ -1,7 +1,6 @@
 """Fused activation regularization (AR) and temporal activation regularization (TAR) for RNNs."""
 
-__version__ = "0.9.0"
-__distribution__ = "fastreg-rnn"  # see fastreg/call/__init__.py
+__version__ = "0.10.0"
 
 import sys
 import warnings

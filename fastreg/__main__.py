@@ -7,7 +7,8 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,6 @@ from fastreg.call.dropout import fused_dropout_ar_tar
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.reference import ar_tar, encoded
 from fastreg.call.torch_state import has_float64
-from fastreg.installation import FOLDER, remarks
 from fastreg.kernels import cpu
 from fastreg.kernels.backend import Backend
 from fastreg.kernels.view import Spec, Values
@@ -28,7 +28,9 @@ def main() -> int:
     argparse.ArgumentParser(prog="python -m fastreg", description=__doc__).parse_args()
     python = platform.python_version()
     print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, {triton()}")
-    print(f"imported from {FOLDER}", *remarks(), sep="; ")
+    print(f"imported from {Path(__file__).parent}")
+    if any(distributions(name="fastreg")):
+        print("the unrelated distribution fastreg is installed, too, in the same folder: run `pip uninstall fastreg`")
     if CPP is not None:
         print(f"library for CPUs: {cpu.description()}")
     warnings.simplefilter("ignore")  # the report tells the same, in more words

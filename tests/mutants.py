@@ -36,7 +36,7 @@ ROOMS = {  # the folder of the code -> the folders of its tests
     "fastreg/attach": ["tests/attach", "tests/adapters"],
     "fastreg": ["tests/adapters"],
 }
-ELSEWHERE = ("__init__.py", "__main__.py", "installation.py")  # tests/project tests these
+ELSEWHERE = ("__init__.py", "__main__.py")  # tests/project tests these
 OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-k", "not repeats_bitwise"]  # which takes long
 OPTIONS += ["-W", "error:fastreg runs the plain formula on CPUs"]  # which would hide mutants of the kernels
 TIME, MEMORY = ["timeout", "--signal=KILL", "900"], ["prlimit", f"--data={2**32}"]  # seconds, also of a hang, and bytes
