@@ -1,12 +1,10 @@
-"""The README, docs/ and docstrings: snippets and recipes run, figures are right; `make docs` checks the links."""
+"""The README, docs/ and docstrings: snippets, recipes and examples run; `make docs` checks the links."""
 
 from __future__ import annotations
 
 import ast
 import doctest
-import inspect
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,9 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-import fastreg
 from fastreg import fused_ar_tar
 from tests.adapters.test_fastai1 import environment_with
 from tests.conftest import ROOT, more, python, skip_without
@@ -32,7 +28,6 @@ from tests.language_model import BATCH, HIDDEN, TIME, Model
 pytestmark = pytest.mark.main
 
 README = ROOT / "README.md"
-README_TEXT = README.read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "NOTES.md"])
 V1 = "fastai1"  # It runs in another process, because its package has the name of fastai.
 
@@ -108,7 +103,7 @@ class Checker(doctest.OutputChecker):
 def check_examples(module: str, setup: Callable[[], dict[str, Any]]) -> None:
     """Run the docstring of each name in docs/api.md, with names that it may use in addition to the module's."""
     api, owner = (ROOT / "docs" / "api.md").read_text(), import_module(module)
-    names = re.findall(rf"^### `{re.escape(module)}\.(\w+)`$", api, re.MULTILINE)
+    names = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", api, re.MULTILINE)
     assert names
     assert set(names) == set(getattr(owner, "__all__", names))
     for name in names:
@@ -143,63 +138,6 @@ def test_snippets_and_examples_of_docstrings_of_fastai_1_run(tmp_path: Path) -> 
         + "check_examples('fastreg.fastai1', lambda: {'learn1': learner()})\n"
     )
     python("-c", program, folder=tmp_path, **environment)
-
-
-def test_the_ways_of_the_readme_add_the_formula() -> None:
-    """The third way is a trainer, whose own tests compare weights."""
-    (code,) = snippets(README)
-    imports, call, hooks, _ = re.split(r"^# \d\. .*\n", code, flags=re.MULTILINE)
-    assert "penalty = alpha * mean(dropped ** 2) + beta * mean((raw[t+1] - raw[t]) ** 2)\n" in README_TEXT
-    for way in call, hooks:
-        kept = list[Tensor]()
-        names = run(imports, README)
-        names["dropout"].register_forward_hook(lambda module, args, output, kept=kept: kept.extend([*args, output]))
-        exec(way, names)
-        raw, dropped = kept
-        penalty = 2.0 * dropped.square().mean() + raw.diff(dim=1).square().mean()
-        assert penalty > 0.01
-        torch.testing.assert_close(names["loss"], dropped.abs().mean() + penalty)
-        assert names["lstm"].weight_hh_l0.grad is not None
-
-
-def test_the_usual_mean_depends_on_the_padding_and_the_fused_one_does_not() -> None:
-    torch.manual_seed(0)
-    lengths = torch.randint(5, 50, (16,))
-    states = [torch.randn(int(x), 64).cumsum(0).mul(0.1).tanh() for x in lengths]  # in place of an RNN's outputs
-    padded, usual, fused = pad_sequence(states, batch_first=True), list[str](), list[str]()
-    for time in (50, 200):
-        raw = F.pad(padded, (0, 0, 0, time - padded.shape[1]))
-        usual.append(f"{raw.diff(dim=1).square().mean():.4f}")
-        fused.append(f"{fused_ar_tar(raw, None, 0.0, 1.0, lengths=lengths):.4f}")
-    (said,) = re.findall(r"^## Padding\n\n(.*?)\n\n", README_TEXT, re.MULTILINE | re.DOTALL)
-    assert re.findall(r"\d\.\d+", said) == [*usual, fused[0]]
-    assert fused[0] == fused[1]
-
-
-def test_the_page_of_coefficients_agrees_with_the_study() -> None:
-    page = " ".join((ROOT / "docs" / "coefficients.md").read_text().split())
-    study = (ROOT / "bench" / "results" / "study.md").read_text()
-    ((low, high),) = re.findall(r"the penalty was (\d+) to (\d+)% of the loss of the training text", page)
-    (shares,) = re.findall(
-        r"the loss of the training text at the best epochs, the penalty is (.*)\.$", study, re.MULTILINE
-    )
-    percents = [round(float(share)) for share in re.findall(r"([\d.]+)%", shares)]
-    assert [int(low), int(high)] == [min(percents), max(percents)]
-    assert "TAR lowered the training loss and the validation loss" in page
-    losses = re.findall(r"loss of the (?:training|validation) text from ([\d.]+) to ([\d.]+)", study)
-    assert [float(before) > float(after) for before, after in losses] == [True, True]
-    assert "The gap between them did not change significantly" in page
-    assert re.search(r"the gap between them from .*? \(not significant\)\. TAR", study)
-
-
-def test_the_api_page_shows_the_docstrings_of_the_code() -> None:
-    of_code, api = runpy.run_path(str(ROOT / "docs" / "api.py")), (ROOT / "docs" / "api.md").read_text()
-    assert of_code["render"](api) == api, "run `python docs/api.py`"
-    for name in fastreg.__all__:
-        value, section = getattr(fastreg, name), api.split(f"### `fastreg.{name}`\n")[1].split("\n### ")[0]
-        parameters = inspect.signature(value).parameters
-        assert all(re.search(rf"^.*\b{parameter}: .+$", section, re.MULTILINE) for parameter in parameters), name
-        assert " ".join(inspect.getdoc(value).partition("\n\n")[0].split()) in section
 
 
 def test_the_page_of_messages_quotes_the_code() -> None:
