@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench.conftest import in_turns, name
 from bench.measure import before, figures, formulas
+from bench.measure.before import ELEMENTWISE, VARIATIONAL
 from bench.measure.formulas import ALPHA, BETA
 from bench.measure.timing import DEVICE
 from fastreg import fused_ar_tar
@@ -31,6 +33,7 @@ Way = Callable[..., Tensor]
 # The ways that are compared: (raw, dropped, alpha, beta) -> penalty, where raw and dropped are (batch, time, hidden).
 WAYS: dict[str, Way] = {
     "eager": formulas.fastai,
+    "tight": formulas.tight,
     "compiled": torch.compile(formulas.fastai),
     **before.both(lambda package: {"fastreg": package.fused_ar_tar}),
 }
@@ -104,16 +107,15 @@ def run(
     formula: Way,
     make: Callable[[], Inputs],
     about: dict[str, Any],
-    slopes: tuple[float, ...] = (1.0,),
 ) -> None:
-    """Measure penalties, each time with the next upstream gradient, unless it is a forward."""
-    upstream = itertools.cycle([torch.full((), x, device=DEVICE) for x in slopes])
+    """Measure penalties and, unless it is a forward, their gradients."""
+    one = torch.ones((), device=DEVICE)
 
     def call(way: str, inputs: Inputs) -> Inputs:
         penalty = ways[way](*inputs)
         if about["pass"] == "forward":
             return (penalty,)
-        return torch.autograd.grad(penalty, leaves_of(inputs), next(upstream).to(penalty.dtype))
+        return torch.autograd.grad(penalty, leaves_of(inputs), one.to(penalty.dtype))
 
     @functools.cache
     def want(inputs: Inputs) -> list[Tensor]:
@@ -180,12 +182,10 @@ def test_penalty(measure: Measure, shape: Any, dtype: Any, layout: str) -> None:
 @pytest.mark.parametrize("way", WAYS, ids=name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
-@pytest.mark.parametrize("only", ["forward", "changing upstream gradient"], ids=name)
-def test_unpredicted(measure: Measure, only: str, shape: Any, dtype: Any) -> None:
-    """A forward without a backward, and an upstream gradient that changes in each call, so that fastreg mispredicts."""
-    about = {"pass": only, "shape": shape, "dtype": name(dtype)}
-    make = partial(penalty_inputs, shape, dtype)
-    run(measure, with_coefficients(WAYS), formulas.penalty, make, about, slopes=(1.0, 2.0))
+def test_forward(measure: Measure, shape: Any, dtype: Any) -> None:
+    """A forward without a backward."""
+    about = {"pass": "forward", "shape": shape, "dtype": name(dtype)}
+    run(measure, with_coefficients(WAYS), formulas.penalty, partial(penalty_inputs, shape, dtype), about)
 
 
 def with_lengths(package: Any) -> Way:
@@ -268,30 +268,52 @@ def test_sweep(measure: Measure, monkeypatch: pytest.MonkeyPatch, shape: Any, dt
 P = 0.4  # AWD-LSTM's output dropout
 
 
-def dropped_by(raw: Tensor) -> tuple[Tensor, ...]:
-    return (formulas.rnn_dropout(raw, P),)
+OWN_DROPOUT: dict[str, Callable[[Tensor], Tensor]] = {
+    VARIATIONAL: partial(formulas.rnn_dropout, p=P),
+    ELEMENTWISE: partial(F.dropout, p=P),
+}
+Dropping = Callable[[Tensor], tuple[Tensor, ...]]  # raw -> dropped and, if there is one, the penalty
 
 
-def dropout_then(penalty: Way) -> Callable[[Tensor], tuple[Tensor, ...]]:
+def alone(dropout: Callable[[Tensor], Tensor]) -> Dropping:
+    return lambda raw: (dropout(raw),)
+
+
+def followed_by(penalty: Way, dropout: Callable[[Tensor], Tensor]) -> Dropping:
     def both(raw: Tensor) -> tuple[Tensor, ...]:
-        (dropped,) = dropped_by(raw)
+        dropped = dropout(raw)
         return dropped, penalty(raw, dropped, ALPHA, BETA)
 
     return both
 
 
-def dropouts_of(package: Any) -> dict[str, Any]:
-    fused = partial(package.fused_dropout_ar_tar, p=P, alpha=ALPHA, beta=BETA)
-    return {"fused_ar_tar": dropout_then(package.fused_ar_tar), "fastreg": fused}
+def dropouts_of(kind: str, package: Any) -> dict[str, Dropping]:
+    found = {"fused_ar_tar": followed_by(package.fused_ar_tar, OWN_DROPOUT[kind])}
+    if before.fused_dropout(package, kind) is None:
+        return found
+    fused = partial(package.fused_dropout_ar_tar, p=P, **({} if kind == VARIATIONAL else {"locked": False}))
+    without = partial(fused, alpha=0, beta=0)
+    return found | {
+        "fused dropout alone": lambda raw: without(raw)[:1],
+        "fastreg": partial(fused, alpha=ALPHA, beta=BETA),
+    }
 
 
-DROPOUT_WAYS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {  # raw -> dropped and, if there is one, the penalty
-    "dropout alone": dropped_by,
-    "eager": dropout_then(formulas.fastai),
-    "compiled dropout alone": torch.compile(dropped_by),
-    "compiled with dropout": torch.compile(dropout_then(formulas.fastai)),
-    **before.both(dropouts_of),
-}
+def dropping_ways(kind: str) -> dict[str, Dropping]:
+    own = OWN_DROPOUT[kind]
+    two_lines = {"two-line dropout": alone(partial(formulas.two_line_dropout, p=P))}
+    return {
+        "dropout alone": alone(own),
+        **(two_lines if kind == ELEMENTWISE else {}),
+        "eager": followed_by(formulas.fastai, own),
+        "tight": followed_by(formulas.tight, own),
+        "compiled dropout alone": torch.compile(alone(own)),
+        "compiled with dropout": torch.compile(followed_by(formulas.fastai, own)),
+        **before.both(partial(dropouts_of, kind)),
+    }
+
+
+DROPOUT_WAYS = {kind: dropping_ways(kind) for kind in OWN_DROPOUT}
 
 
 def dropout_inputs(shape: Any, dtype: torch.dtype) -> Inputs:
@@ -299,29 +321,36 @@ def dropout_inputs(shape: Any, dtype: torch.dtype) -> Inputs:
     return tensor(shape, dtype).requires_grad_(), tensor(shape, dtype)
 
 
-@pytest.mark.parametrize("way", DROPOUT_WAYS, ids=name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", [SMALL, MIDDLE], ids=name)
-def test_dropout(measure: Measure, shape: Any, dtype: Any) -> None:
-    """Variational dropout, forward and backward: by itself, followed by the penalty, and fused with it."""
+DROPOUT_CASES = [
+    (shape, dtype, kind, way)
+    for kind, ways in DROPOUT_WAYS.items()
+    for shape, dtype, way in product([SMALL, MIDDLE], DTYPES, ways)
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "kind", "way"), DROPOUT_CASES, ids=name)
+def test_dropout(measure: Measure, shape: Any, dtype: Any, kind: str) -> None:
+    """Dropout, forward and backward: by itself, followed by the penalty, and fused with it."""
 
     def call(way: str, inputs: Inputs) -> Inputs:
         raw, slope = inputs
-        results = DROPOUT_WAYS[way](raw)
+        results = DROPOUT_WAYS[kind][way](raw)
         ones = [torch.ones_like(penalty) for penalty in results[1:]]
         return *results, *torch.autograd.grad(results, raw, [slope, *ones])
 
     def compare(way: str, inputs: Inputs) -> None:
-        check_dropout(list(call(way, inputs)), *inputs)
+        check_dropout(list(call(way, inputs)), *inputs, kind=kind)
 
-    about = {"pass": "dropout", "shape": shape, "dtype": name(dtype), "dropout": "variational"}
+    about = {"pass": "dropout", "shape": shape, "dtype": name(dtype), "dropout": kind}
     measure_calls(measure, partial(dropout_inputs, shape, dtype), call, compare, about)
 
 
-def check_dropout(got: list[Tensor], raw: Tensor, slope: Tensor) -> None:
+def check_dropout(got: list[Tensor], raw: Tensor, slope: Tensor, kind: str) -> None:
     """Compare dropped, the penalty and the gradient of raw with those in float64 by the same mask."""
     x = raw.detach().double().requires_grad_()
-    mask = (got[0].detach() != 0).any(1, keepdim=True).double() / (1 - P)
+    kept = got[0].detach() != 0
+    kept = kept.any(1, keepdim=True) if kind == VARIATIONAL else kept
+    mask = kept.double() / (1 - P)
     assert abs(mask.count_nonzero() / mask.numel() - (1 - P)) < 0.02, "drops another share of the units"
     dropped = x * mask
     penalty = [formulas.penalty(x, dropped, ALPHA, BETA)] * (len(got) - 2)

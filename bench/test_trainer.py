@@ -1,7 +1,8 @@
 """Epochs of Lightning, Transformers and fastai, by each way of adding AR and TAR: `pytest bench/test_trainer.py`.
 
 A turn is an epoch, from the first step to its end, without the set-up of the fit. Lightning and Transformers train an
-LSTM with an elementwise dropout, and fastai its own AWD-LSTM, and the weights are first compared with the formula's.
+LSTM with an elementwise dropout, and fastai its own AWD-LSTM. The weights are first compared with those that the
+formula gives by the same dropout masks.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from torch.utils.data import DataLoader
 
 from bench.conftest import in_turns, name
 from bench.measure import before, figures, formulas, nets, timing
+from bench.measure.before import ELEMENTWISE, VARIATIONAL
 from bench.measure.formulas import ALPHA, BETA
 from bench.measure.timing import DEVICE
-from bench.test_step import LEARNING_RATE, STEP_THREADS, WITHOUT
+from bench.test_step import LEARNING_RATE, OWN, STEP_THREADS, WITHOUT
 
 pytestmark = in_turns
 Shape = tuple[int, int, int]  # of raw, (batch, time, hidden)
@@ -41,21 +43,32 @@ class Way(NamedTuple):
 
     penalty: Callable[..., Tensor] | None = None  # in the loss, by hand; fastai has its own callback for the formula
     adapter: Any = None  # the package whose adapter adds it
-    fused: bool = False  # whether the adapter also replaces the dropout
+    fused: Any = None  # the package whose fused dropout replaces the user's own
 
 
 FORMULA = {WITHOUT: Way(), "eager": Way(formulas.fastai)}
-BY_HAND = FORMULA | before.both(lambda of: {"fused_ar_tar": Way(of.fused_ar_tar), "adapter": Way(adapter=of)})
-FUSED = before.both(lambda of: {"adapter": Way(adapter=of), "adapter with fused dropout": Way(adapter=of, fused=True)})
-WAYS = {"Lightning": BY_HAND, "Transformers": BY_HAND, "fastai": FORMULA | FUSED}  # the ways that are compared
+
+
+def of_fastai(package: Any) -> dict[str, Way]:
+    return {"adapter": Way(adapter=package), "adapter with fused dropout": Way(adapter=package, fused=package)}
+
+
+def by_hand(package: Any) -> dict[str, Way]:
+    found = {"fused_ar_tar": Way(package.fused_ar_tar), **of_fastai(package)}
+    return {way: found[way] for way in found if not found[way].fused or before.fused_dropout(package, ELEMENTWISE)}
+
+
+BY_HAND = FORMULA | {"tight": Way(formulas.tight)} | before.both(by_hand)
+WAYS = {"Lightning": BY_HAND, "Transformers": BY_HAND, "fastai": FORMULA | before.both(of_fastai)}
 
 
 class Model(nn.Module):
     """A language model that returns its loss without the penalty, and raw and dropped."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, way: Way, hidden: int) -> None:
         super().__init__()
-        self.net = nets.LSTM(hidden, partial(nn.Dropout, nets.P))
+        fused = way.fused and partial(before.fused_dropout(way.fused, ELEMENTWISE), nets.P, 0, 0)
+        self.net = nets.LSTM(hidden, fused or OWN[ELEMENTWISE])
 
     def forward(self, input_ids: Tensor) -> dict[str, Any]:
         layers: nets.Activations = []
@@ -82,7 +95,7 @@ def lightning(way: Way, shape: Shape, steps: int) -> Training:
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = Model(shape[2])
+            self.model = Model(way, shape[2])
 
         def training_step(self, ids: Tensor) -> Tensor:
             loss, layer = self.model(ids).values()
@@ -121,7 +134,7 @@ def transformers(way: Way, shape: Shape, steps: int) -> Training:
     if way.adapter:
         paths = {"rnn": "net.rnn", "dropout": "net.dropout"}
         make = partial(before.adapter(way.adapter, "transformers").RegularizedTrainer, alpha=ALPHA, beta=BETA, **paths)
-    model, ids = Model(shape[2]), torch.randint(nets.LSTM.words, (steps * shape[0], shape[1] + 1))
+    model, ids = Model(way, shape[2]), torch.randint(nets.LSTM.words, (steps * shape[0], shape[1] + 1))
     data = [{"input_ids": row} for row in ids]
     sizes = {"num_train_epochs": 1, "per_device_train_batch_size": shape[0]}
     device = {"use_cpu": DEVICE == "cpu", "dataloader_pin_memory": DEVICE == "cuda"}
@@ -164,27 +177,37 @@ def fastai(way: Way, shape: Shape, steps: int) -> Training:
 MAKE = {"Lightning": lightning, "Transformers": transformers, "fastai": fastai}
 
 
-def made(trainer: str, shape: Shape, way: str, steps: int) -> Training:
+def made(trainer: str, shape: Shape, way: Way, steps: int) -> Training:
     torch.manual_seed(0)
-    return MAKE[trainer](WAYS[trainer][way], shape, steps)
+    return MAKE[trainer](way, shape, steps)
 
 
-@functools.lru_cache(maxsize=2)  # those without the penalty and by the formula
-def trained(trainer: str, shape: Shape, way: str) -> Tensor:
+def trained(trainer: str, shape: Shape, way: Way) -> Tensor:
     """Return the weights that a way trains from one seed, as one vector."""
     model, epoch = made(trainer, shape, way, CHECKED)
     epoch(nullcontext())
     return torch.cat([x.detach().flatten() for x in model.parameters()]).double()
 
 
-def check(trainer: str, shape: Shape, way: str) -> None:
+@functools.lru_cache(maxsize=2)
+def expected(trainer: str, shape: Shape, fused: Any) -> list[Tensor]:
+    """Return the weights without the penalty and by the formula, where a package's dropout draws the masks."""
+    return [trained(trainer, shape, way._replace(fused=fused)) for way in FORMULA.values()]
+
+
+def check(trainer: str, shape: Shape, way: Way) -> None:
     """Compare the change that a way makes to the weights with that by the formula."""
-    without, want = (trained(trainer, shape, formula) for formula in FORMULA)
-    off = ((trained.__wrapped__(trainer, shape, way) - want).norm() / (want - without).norm()).item()
+    drawn_by = None if trainer == "fastai" else way.fused  # fastai's fused dropout draws the masks of its own
+    without, want = expected(trainer, shape, drawn_by)
+    off = ((trained(trainer, shape, way) - want).norm() / (want - without).norm()).item()
     assert off < ERROR, f"trains other weights than the formula: off by {off:.1e}"
 
 
-CASES = [(trainer, *rest) for trainer in WAYS for rest in product(STEPS, WAYS[trainer])]
+CASES = [
+    pytest.param(trainer, *rest, marks=pytest.mark.headline)
+    for trainer in WAYS
+    for rest in product(STEPS, WAYS[trainer])
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
@@ -194,9 +217,10 @@ def test_trainer(measure: Callable[..., None], trainer: str, shape: Any) -> None
         pytest.skip(f"{trainer} is not installed")
 
     def prepare(way: str) -> Any:
+        chosen = WAYS[trainer][way]
         if way not in FORMULA:
-            check(trainer, shape, way)
-        _, epoch = made(trainer, shape, way, STEPS[shape])
+            check(trainer, shape, chosen)
+        _, epoch = made(trainer, shape, chosen, STEPS[shape])
         found: dict[str, float] = {}
 
         def turn() -> timing.Turn | None:
@@ -209,7 +233,7 @@ def test_trainer(measure: Callable[..., None], trainer: str, shape: Any) -> None
 
         return turn, found
 
-    model, dropout = ("AWD-LSTM", "variational") if trainer == "fastai" else ("LSTM", "elementwise")
+    model, dropout = ("AWD-LSTM", VARIATIONAL) if trainer == "fastai" else ("LSTM", ELEMENTWISE)
     about = {"pass": trainer, "model": model, "shape": shape, "dropout": dropout}
     with timing.threads(STEP_THREADS):
         measure(prepare, about, seconds=6.0, own=DEVICE == "cpu")

@@ -16,6 +16,8 @@ import fastreg
 from bench.measure.machine import ROOT
 from bench.measure.timing import DEVICE
 
+VARIATIONAL, ELEMENTWISE = "variational", "elementwise"  # kinds of dropout
+FUSED = {VARIATIONAL: "FusedRNNDropout", ELEMENTWISE: "FusedDropout"}
 BEFORE = " before"  # at the end of the name of a way by the other package
 package: Any = None  # the other one, where `--before=CHECKOUT` was given
 
@@ -68,6 +70,11 @@ def adapter(of: Any, framework: str) -> Any:
     """Return the adapter of one of the packages for a framework, which is imported only here."""
     with nullcontext() if of is fastreg else the_others():
         return importlib.import_module(f"fastreg.{framework}")
+
+
+def fused_dropout(of: Any, kind: str) -> Any:
+    """Return the class of the fused dropout of a kind, or None, as earlier commits lack one."""
+    return getattr(of, FUSED[kind], None)
 
 
 def refuse_formula(measured: Any = fastreg, checkout: Path = ROOT) -> None:

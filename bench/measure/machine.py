@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 # Two settings of glibc's allocator, read when a process starts. By default it returns large blocks to the system, so
 # that every temporary of an eager formula is fetched anew, with a page fault every 4 KB.
-ALLOCATORS = KEPT, DEFAULT = "memory kept", "default allocator"
+ALLOCATORS = DEFAULT, KEPT = "default allocator", "memory kept"
 KEEPING = {"MALLOC_TRIM_THRESHOLD_": "4073741824", "MALLOC_MMAP_THRESHOLD_": "1073741824"}
 
 

@@ -1,8 +1,8 @@
 """Tables of results in README and docs: `python -m bench.measure.report [FILE...]`.
 
-It merges the runs of one machine, as JSON or lines, into bench/results/DEVICE.json, and writes a page with all rows.
-Between markers it renders tables in docs/performance.md, and the picture and a table in README.md. tests/project fails
-when a page disagrees with a result, and when a sentence of the README does.
+It merges the runs of one machine, as JSON or lines, into bench/results/DEVICE.json, writes a page with all rows, and
+renders tables between markers of README.md and docs/performance.md. tests/project fails when a page disagrees with a
+result.
 """
 
 from __future__ import annotations
@@ -13,37 +13,50 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.measure import picture, results
+from bench.measure import results
 from bench.measure.machine import RESULTS, ROOT, commit_name, file_name
-from bench.measure.results import BOTH, COMPILED, FORMULAS, OURS, STEP, TRAINERS, Case, Figure, Result, geometric_mean
+from bench.measure.results import (
+    BASES,
+    BOTH,
+    COMPILED,
+    FORMULAS,
+    OURS,
+    STEP,
+    TRAINERS,
+    WITHOUT,
+    Case,
+    Figure,
+    Result,
+    geometric_mean,
+)
 
-BEGIN, END = "<!-- from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
-BEGIN_SUMMARY = "<!-- summary, from bench/results by python -m bench.measure.report -->\n"
-BEGIN_LOSING = "<!-- rows that lose, from bench/results by python -m bench.measure.report -->\n"
-WITHOUT = "no penalty"
+MARKER, END = "<!-- {}, from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
 STEPS |= {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
 CALLS = {  # the pass of calls -> its title
     BOTH: "Forward and backward",
     "forward": "Forward without backward",
-    "changing upstream gradient": "Changing upstream gradient",
     "padded": "Half padding",
     "changes": "Squared changes",
     "dropout": "Dropout with penalty",
 }
 TITLES = STEPS | CALLS
-# Where one uses fastreg: in steps with layers that are cheap, small or slow, in calls, and in calls behind a dropout.
-OF_STEPS = CHEAP, SMALL, SLOW = "cheap layers", "small LSTM", "slow layers"
-MEANS = "calls, mean", "dropout and call, mean"
-USES = {  # the pass of a case and the way -> what one uses
-    (BOTH, "fastreg"): "`fused_ar_tar`",
-    ("dropout", "fused_ar_tar"): "`fused_ar_tar`",
-    **{(STEP, way): OURS[way] for way in ("fused_ar_tar", "attach", "FusedRNNDropout")},
-    ("dropout", "fastreg"): "`FusedRNNDropout`",
-    **{(trainer, "adapter"): trainer for trainer in TRAINERS},
-    **{(trainer, "adapter with fused dropout"): f"{trainer}, fused dropout" for trainer in TRAINERS},
+# The columns of the README: several ways are one column, which shows the fastest.
+COLUMNS = {
+    "formula": ["eager"],
+    "two lines": ["tight"],
+    "compiled": ["compiled", "compiled with dropout", "compiled step"],
+    "call": ["fused_ar_tar"],
+    "attach or adapter": ["attach", "adapter"],
+    "fused dropout": ["fused dropout", "adapter with fused dropout"],
 }
-Uses = dict[str, dict[str, list[Figure]]]
+ROWS = [  # of the README, by pass and label
+    *((STEP, f"LSTM, {shape}, elementwise dropout") for shape in ("(8, 40, 64)", "(16, 70, 200)", "(20, 70, 400)")),
+    *((trainer, "LSTM, (16, 70, 200), elementwise dropout") for trainer in ("Lightning", "Transformers")),
+    ("fastai", "AWD-LSTM, (16, 70, 200), variational dropout"),
+    (STEP, "8 elementwise layers, (4, 512, 512), elementwise dropout"),
+    (STEP, "8 elementwise layers, (4, 512, 512), variational dropout"),
+]
 MOST_NAMES = 5  # that a sentence names of tests
 Part = tuple[Path, str, Callable[[Any], str]]  # a page, the marker before a part, and the renderer of the part
 
@@ -71,47 +84,47 @@ def latest(results: list[Result]) -> Result:
     return max(results, key=lambda result: (result.on_gpu, result.date))
 
 
-def uses(part: Result) -> Uses:
-    """Return ratios to the fastest formula by what one uses and where: a figure for each case, and a mean of calls."""
-    found: Uses = {use: {} for use in USES.values()}
-    for case, way in product(part.cases, OURS):
-        use = USES.get((case.info["pass"], way))
-        if use and (figure := case.over_fastest(way)):
-            found[use].setdefault(place_of(case), []).append(figure)
-    for places in found.values():
-        places.update({place: [geometric_mean(places[place])] for place in MEANS if place in places})
-    return {use: places for use, places in found.items() if places}
+def words(case: Case) -> str:
+    kind = case.info["pass"]
+    return case.label + f", in {kind}" * (kind in TRAINERS)
 
 
-def place_of(case: Case) -> str:
-    if "model" not in case.info:
-        return MEANS[case.info["pass"] == "dropout"]
-    if case.info["model"] == "8 elementwise layers":
-        return CHEAP
-    return SMALL if case.info["shape"][-1] < 100 else SLOW
+def fastest(case: Case, ways: Iterable[str]) -> Figure | None:
+    """Return the time of the fastest of some ways over that of the step without a penalty."""
+    ratios = [case.over(way, WITHOUT) for way in ways if way in case.ways]
+    return min(ratios, default=None)
 
 
-def span(figures: list[Figure]) -> str:
-    """Render the range of ratios, in which one that cannot be told from 1 is 1."""
-    medians = [figure.median if figure.differs_from(1) else 1.0 for figure in figures]
-    return "\N{EN DASH}".join(dict.fromkeys(f"{x:.2f}" for x in (min(medians), max(medians))))
+def added(cases: list[Case], columns: dict[str, list[str]], first: str) -> str:
+    """Render what each way adds to a step, in percent of the step without a penalty and with the user's own dropout."""
+    shown = {name: ways for name, ways in columns.items() if ways_of(cases, ways)}
+    rows = [[first, *shown]]
+    for case in cases:
+        ratios = [fastest(case, ways) for ways in shown.values()]
+        rows.append([words(case), *(ratio.percent() if ratio else "" for ratio in ratios)])
+    return table(rows)
 
 
-def uses_table(part: Result, columns: Iterable[str], render: Callable[[list[Figure]], str]) -> str:
-    """Render the ratios to the fastest formula, a row for each thing that one uses."""
-    found = uses(part)
-    places = [place for place in columns if any(place in row for row in found.values())]
-    cells = {use: [render(row[place]) if place in row else "" for place in places] for use, row in found.items()}
-    rows = [[use, *row] for use, row in cells.items() if any(row)]
-    return table([[with_allocator("over the fastest formula", part.cases), *places], *rows])
+def in_brief(results: list[Result]) -> str:
+    """Render the table of the README, with the default allocator."""
+    result = latest(results)
+    part = result.parts()[0]
+    cases = [case for row in ROWS for case in part.cases if (case.info["pass"], case.label) == row]
+    machine = f"{result.machine['device']}, PyTorch {result.machine['torch']}"
+    shown = added(cases, COLUMNS, "(batch, time, hidden)") if cases else ""
+    return f"{shown}\nMeasured on {with_allocator(machine, part.cases)}; {clock(result)}.\n"
 
 
-def summary(results: list[Result]) -> str:
-    """Render the part in docs/performance.md about what one uses."""
-    each = latest(results).parts()
-    return "\n".join(
-        uses_table(part, (*OF_STEPS, *MEANS), lambda figures: "; ".join(map(str, figures))) for part in each
-    )
+def in_full(results: list[Result]) -> str:
+    """Render what each way adds to the steps in docs/performance.md, the default allocator first."""
+    ways = {words: [way] for way, words in (BASES | FORMULAS | OURS).items()}
+    parts = [[case for kind in (STEP, *TRAINERS) for case in part.of(kind)] for part in latest(results).parts()]
+    return "\n".join(added(cases, ways, with_allocator("added to a step", cases)) for cases in parts if cases)
+
+
+def memory(results: list[Result]) -> str:
+    """Render the peak memory that each way adds to a step."""
+    return peak_table(latest(results).parts()[0].of(STEP))
 
 
 def with_allocator(text: str, cases: list[Case]) -> str:
@@ -132,16 +145,6 @@ def losing(results: list[Result]) -> str:
     above = sorted(row for row in known if row[-1].median > 1 and row[-1].differs_from(1))
     shown = table([["", "", "", "over the fastest formula"], *([*row[:-1], f"{row[-1]}"] for row in above)])
     return f"On {latest(results).machine['device']}, {len(above)} of {len(known)} ratios are above 1:\n\n{shown}"
-
-
-def speed_and_memory(results: list[Result]) -> str:
-    """Draw the picture of the README, and render the table below it, and the machine."""
-    result = latest(results)
-    part = result.parts()[0]
-    if cases := part.of(STEP, picture.MODELS):
-        picture.draw(cases, with_allocator("GPU" if result.on_gpu else "CPU", cases))
-    shown = "![Time and peak memory added to a step](docs/steps.svg)"
-    return f"{shown}\n\n{uses_table(part, OF_STEPS, span)}\nMeasured on {result.machine['device']}.\n"
 
 
 def all_rows(result: Result) -> str:
@@ -169,8 +172,7 @@ def tables(result: Result) -> Iterator[str]:
         if cases := result.of(kind):
             yield f"## {title}\n"
             yield call_table(cases, result.on_gpu)
-            if len(ways_of(cases, OURS)) > 1:
-                yield from (fastest_table(part.of(kind)) for part in result.parts() if part.of(kind))
+            yield from (fastest_table(part.of(kind)) for part in result.parts() if part.of(kind))
     if cases := result.of("sweep"):
         yield "## Other values of the kernels' constants\n"
         yield sweep_table(cases)
@@ -204,22 +206,26 @@ def ways_of(cases: list[Case], ways: Iterable[str]) -> list[str]:
 
 def step_table(cases: list[Case]) -> str:
     """Render the time of steps without the penalty, and the time that each way of adding it adds."""
-    ways = ways_of(cases, names := FORMULAS | OURS)
+    ways = ways_of(cases, names := BASES | FORMULAS | OURS)
     rows = [["(batch, time, hidden)", "without", *(names[way] for way in ways)]]
     for case in cases:
         without = 1e3 * case.ways[WITHOUT]["median"]
         digits = 1 if without > 100 else 2 if without > 10 else 3
-        added = [case.added(way) if way in case.ways else None for way in ways]
-        ms = [f"{1e3 * x.median:+.{digits}f}±{1e3 * x.error:.{digits}f}" if x else "" for x in added]
+        more = [case.added(way) if way in case.ways else None for way in ways]
+        ms = [f"{1e3 * x.median:+.{digits}f}±{1e3 * x.error:.{digits}f}" if x else "" for x in more]
         rows.append([case.label, number(without), *ms])
     return table(rows)
 
 
 def fastest_table(cases: list[Case]) -> str:
-    """Render the ratio of each way that calls fastreg to the fastest formula."""
+    """Render the ratio of each way that calls fastreg to the fastest formula, and the geometric means over cases."""
     ways = ways_of(cases, OURS)
-    rows = [[case.label, *(f"{case.over_fastest(way) or ''}" for way in ways)] for case in cases]
-    return table([[with_allocator("over the fastest formula", cases), *(OURS[way] for way in ways)], *rows])
+    found = {case.label: [case.over_fastest(way) for way in ways] for case in cases}
+    rows = [[label, *(f"{ratio or ''}" for ratio in ratios)] for label, ratios in found.items()]
+    columns = [[ratio for ratio in column if ratio] for column in zip(*found.values(), strict=True)]
+    means = [f"{geometric_mean(column)}" if column else "" for column in columns]
+    head = [with_allocator("over the fastest formula", cases), *(OURS[way] for way in ways)]
+    return table([head, *rows, *[["geometric mean", *means]] * (len(cases) > 1)])
 
 
 def trainer_table(cases: list[Case]) -> str:
@@ -237,7 +243,7 @@ def trainer_table(cases: list[Case]) -> str:
 
 def peak_table(cases: list[Case]) -> str:
     """Render the peak memory of steps without the penalty, and the share that each way of adding it adds."""
-    ways = ways_of(cases, names := FORMULAS | OURS)
+    ways = ways_of(cases, names := BASES | FORMULAS | OURS)
     rows = [["peak memory", "without, MB", *(names[way] for way in ways)]]
     for case in cases:
         first, *peaks = [case.ways.get(way, {}).get("peak_bytes", 0) for way in (WITHOUT, *ways)]
@@ -277,10 +283,11 @@ def clock(result: Result) -> str:
 
 
 PARTS: list[Part] = [
-    (ROOT / "README.md", BEGIN, speed_and_memory),
-    (ROOT / "docs" / "performance.md", BEGIN_SUMMARY, summary),
-    (ROOT / "docs" / "performance.md", BEGIN, sources),
-    (ROOT / "docs" / "performance.md", BEGIN_LOSING, losing),
+    (ROOT / "README.md", MARKER.format("added"), in_brief),
+    *(
+        (ROOT / "docs" / "performance.md", MARKER.format(name), part)
+        for name, part in {"added": in_full, "memory": memory, "sources": sources, "losing": losing}.items()
+    ),
 ]
 
 

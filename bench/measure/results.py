@@ -16,19 +16,27 @@ from bench.measure.timing import MOST_WAITING
 BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
 BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
 TRAINERS = "Lightning", "Transformers", "fastai"  # passes, too, of steps that a trainer makes
-FORMULAS = {  # in this order in all tables
-    "compiled with dropout": "formula compiled with dropout",
-    "compiled": "compiled formula",
+WITHOUT = "no penalty"
+# The ways as tables name them, and in this order: the formulas, and those that call fastreg.
+FORMULAS = {
     "eager": "formula",
+    "tight": "two lines",
+    "compiled": "formula compiled",
+    "compiled with dropout": "dropout and formula compiled",
+    "compiled step": "whole step compiled",
 }
-OURS = {  # the ways that call fastreg, as tables name them
+OURS = {
     "fastreg": "fastreg",
     "fused_ar_tar": "`fused_ar_tar`",
     "attach": "`attach`",
-    "FusedRNNDropout": "`FusedRNNDropout`",
+    "fused dropout": "fused dropout",
     "adapter": "adapter",
     "adapter with fused dropout": "adapter, fused dropout",
 }
+BASES = {
+    "two-line dropout": "two-line dropout alone",
+    "fused dropout alone": "fused dropout alone",
+}  # without a penalty
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
@@ -44,9 +52,22 @@ class Figure(NamedTuple):
         return abs(self.median - value) > 2 * self.error
 
     def __str__(self) -> str:
-        """Render a ratio, or a dash if it cannot be told from 1."""
+        """Render a ratio, or say that it cannot be told from 1."""
         digits = 1 if self.median >= 10 else 2 if self.error >= 0.005 else 3
-        return f"{self.median:.{digits}f}±{self.error:.{digits}f}" if self.differs_from(1) else "-"
+        return f"{self.median:.{digits}f}±{self.error:.{digits}f}" if self.differs_from(1) else self.lost()
+
+    def percent(self) -> str:
+        """Render by how many percent a ratio is above 1 or below it."""
+        text = f"{100 * (self.median - 1):+.{self.digits}f} ± {100 * self.error:.{self.digits}f}%"
+        return text.replace("-", "\N{MINUS SIGN}") if self.differs_from(1) else self.lost()
+
+    def lost(self) -> str:
+        return f"no difference seen, ±{100 * self.error:.{self.digits}f}%"
+
+    @property
+    def digits(self) -> int:
+        """Return the decimals of a percentage."""
+        return 0 if self.error >= 0.0095 else 1
 
 
 def geometric_mean(figures: list[Figure]) -> Figure:
@@ -107,7 +128,7 @@ class Result:
         return [case for label in labels for case in cases if case.label == label] if labels else cases
 
     def parts(self) -> list[Result]:
-        """Split the cases of a CPU by allocator, memory kept first; a GPU's cases stay together."""
+        """Split the cases of a CPU by allocator, the default one first; a GPU's cases stay together."""
         parts = [[case for case in self.cases if case.info.get("allocator") == allocator] for allocator in ALLOCATORS]
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
 

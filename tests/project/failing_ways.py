@@ -39,4 +39,5 @@ def pytest_collection() -> None:
     error = Mock(side_effect=ValueError("no\nsuch"))
     test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "wrong": wrong, "raises": error}
     test_call.WAYS |= {"is_too_large": late(full), "aborts_late": late(os.abort)}
-    test_step.WAYS |= {"wrong": test_step.by(wrong)}
+    test_step.WAYS["variational"] |= {"wrong": test_step.by(wrong)}
+    test_step.CASES.append(("LSTM", (8, 10, 16), "variational", "wrong"))

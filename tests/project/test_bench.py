@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tests.conftest import ROOT, gpu, more, python, skip_on_formula, skip_withou
 
 skip_without("matplotlib", "pytest_benchmark")
 
-from bench.measure import before, figures, lines, machine, nets, picture, report, results, timing  # noqa: E402
+from bench.measure import before, figures, lines, machine, nets, report, results, timing  # noqa: E402
 from bench.measure.timing import Rounds  # noqa: E402
 
 pytestmark = pytest.mark.main
@@ -120,7 +120,7 @@ def test_each_way_of_fastreg_in_each_benchmark_has_one_of_the_other_checkout() -
     ways: dict[str, set[str]] = {}
     for test, way in re.findall(r"::(\w+)\[(?:.*-)?(\w+)\]$", said, re.MULTILINE):
         ways.setdefault(test, set()).add(way)
-    ours = {way.replace(" ", "_") for way in results.OURS}
+    ours = {way.replace(" ", "_") for way in [*results.OURS, "fused dropout alone"]}
     assert len(ways) == 10
     for test, found in ways.items():
         assert {way for way in found if way.endswith("_before")} == {f"{way}_before" for way in found & ours}, test
@@ -150,15 +150,15 @@ def test_each_way_of_a_step_adds_the_penalty_as_its_name_says() -> None:
     from bench import test_step
 
     kinds = {}
-    for way, chosen in test_step.WAYS.items():
-        net = nets.LSTM(8, chosen.dropout)
+    for way, chosen in test_step.WAYS["variational"].items():
+        net = nets.LSTM(8, chosen.dropout or test_step.OWN["variational"])
         chosen.start(net)
         ((rnn, dropout),) = net.pairs
         hooked = bool({**rnn._forward_hooks, **rnn._forward_pre_hooks})
-        kinds[way] = "hooks" if hooked else type(dropout).__name__ if chosen.in_hand is False else "activations"
-    in_hand = dict.fromkeys(["eager", "compiled", "fused_ar_tar"], "activations")
+        kinds[way] = "hooks" if hooked else "activations" if chosen.in_hand else type(dropout).__name__
+    in_hand = dict.fromkeys(["eager", "tight", "compiled", "compiled step", "fused_ar_tar"], "activations")
     own = {"no penalty": "LockedDropout", "compiled with dropout": "CompiledDropout", "attach": "hooks"}
-    assert kinds == in_hand | own | {"FusedRNNDropout": "FusedRNNDropout"}
+    assert kinds == in_hand | own | dict.fromkeys(["fused dropout", "fused dropout alone"], "FusedRNNDropout")
 
 
 def test_what_a_way_adds_is_printed_in_milliseconds_and_its_ratio_to_its_counterpart() -> None:
@@ -193,8 +193,8 @@ def test_ways_that_fail_lose_no_other_row(tmp_path: Path) -> None:
     assert found["missing"] == {f"{case}/{way}": reason for way, reason in why.items()}
     assert f"{case}/hangs: {lines.DIED}" in output
     assert re.search(rf"{case}: fastreg before: [\d.]+ ± [\d.]+ of fastreg", output)
-    assert [row["name"] for row in found["benchmarks"]] == ["eager", "fastreg", "fastreg before"]
-    own = found["benchmarks"][1]
+    assert [row["name"] for row in found["benchmarks"]] == ["eager", "tight", "fastreg", "fastreg before"]
+    own = found["benchmarks"][2]
     assert own["extra_info"]["peak_bytes"] < 20 * 70 * 96 * 4, "no temporary is as large as raw"
     assert own["options"]["timer"] == "seconds of turns"
     with file.open("a") as cut_off:
@@ -208,7 +208,7 @@ def test_steps_are_checked() -> None:
     options = "-k", "LSTM-8x10x16", "--benchmark-disable", "--limit=300"
     output = python("-m", "pytest", "bench", *FAILING, *options, fails=True, **ENVIRONMENT).stdout
     assert "adds something else than the formula" in output
-    assert "1 failed, 7 passed" in output
+    assert "1 failed, 10 passed" in output
 
 
 @more
@@ -239,17 +239,18 @@ def test_rows_of_a_busy_machine_are_missing() -> None:
 
 
 def test_each_table_shows_what_is_computed_by_hand() -> None:
-    """The fastest formula of the step is the eager one, and the mean of 1/2 and 1/8 is 1/4."""
+    """The fastest formula of the step is the eager one, and the geometric mean of 1/2 and 1/8 is 1/4."""
     kept, bf16 = {"shape": [2, 3, 4], "allocator": machine.KEPT}, {"dtype": "bfloat16"}
     call, sweep = (kept | {"pass": kind, "dtype": "float32"} for kind in (results.BOTH, "sweep"))
     step = kept | {"pass": "step", "model": "LSTM", "dropout": "variational"}
-    trainer = step | {"pass": "Lightning", "dropout": "elementwise"}
+    trainer = step | {"pass": "Lightning", "shape": [16, 70, 200], "dropout": "elementwise"}
     by_default = call | {"pass": "dropout", "dropout": "variational", "allocator": machine.DEFAULT}
+    without, lost = {"no penalty": [1.2, 0.005]}, {"no penalty": [1.03, 0.02]}
     made_up: list[tuple[str, str, dict[str, Any], float, dict[str, Any]]] = [  # case, way, facts, seconds, figures
         ("a", "no penalty", step, 0.010, {"peak_bytes": 100e6}),
-        ("a", "compiled", step, 0.016, {"peak_bytes": 150e6, "added": [0.006, 0.001]}),
-        ("a", "eager", step, 0.010, {"peak_bytes": 160e6, "added": [0.0, 0.0]}),
-        ("a", "attach", step, 0.012, {"peak_bytes": 125e6, "added": [0.0017, 0.0001], "over": {"eager": [1.2, 0.02]}}),
+        ("a", "compiled", step, 0.016, {"peak_bytes": 150e6, "added": [0.006, 0.001], "over": lost}),
+        ("a", "eager", step, 0.010, {"peak_bytes": 160e6, "added": [0.0, 0.0], "over": without}),
+        ("a", "attach", step, 0.012, {"added": [0.0017, 0.0001], "over": without | {"eager": [1.2, 0.02]}}),
         ("b", "compiled", call, 0.004, {}),
         ("b", "fastreg", call, 0.002, {"over": {"compiled": [0.5, 0.0]}}),
         ("c", "compiled", call | bf16, 0.004, {}),
@@ -260,7 +261,14 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
         ("e", "8", sweep | {"programs": 1024}, 0.001, {"graph_rotated_seconds": 5e-6}),
         ("f", "no penalty", trainer, 0.010, {"operators": 60}),
         ("f", "eager", trainer, 0.011, {"operators": 92, "over": {"no penalty": [1.1, 0.01]}}),
-        ("f", "adapter", trainer, 0.0105, {"operators": 72.4, "over": {"eager": [0.95, 0.01]}}),
+        ("f", "tight", trainer, 0.011, {"operators": 92, "over": lost}),
+        (
+            "f",
+            "adapter",
+            trainer,
+            0.0105,
+            {"operators": 72.4, "over": {"no penalty": [0.95, 0.01], "eager": [0.9, 0.01]}},
+        ),
     ]
     rows = [
         {"group": case, "name": way, "extra_info": about | {"over": {}} | found, "stats": {"median": seconds}}
@@ -269,68 +277,31 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
     result = results.result_of(results.read(next(machine.RESULTS.glob("*.json"))) | {"missing": {}, "benchmarks": rows})
     page = "\n".join(report.tables(result)).splitlines()
     for line in (
-        "| LSTM, (2, 3, 4), variational dropout | 10 | +6.000±1.000 | +0.000±0.000 | +1.700±0.100 |",  # milliseconds
+        "| LSTM, (2, 3, 4), variational dropout | 10 | +0.000±0.000 | +6.000±1.000 | +1.700±0.100 |",  # milliseconds
         "| LSTM, (2, 3, 4), variational dropout | 1.20±0.02 |",
-        "| LSTM, (2, 3, 4), variational dropout | 100 | +50% | +60% | +25% |",  # peak memory
-        "| LSTM, (2, 3, 4), elementwise dropout | formula | 11 | 1.10±0.01 |  | +32.0 |",  # operators
-        "| LSTM, (2, 3, 4), elementwise dropout | adapter | 10.5 |  | 0.95±0.01 | +12.4 |",
+        "| LSTM, (2, 3, 4), variational dropout | 100 | +60% | +50% |  |",  # peak memory
+        "| LSTM, (16, 70, 200), elementwise dropout | formula | 11 | 1.10±0.01 |  | +32.0 |",  # operators
+        "| LSTM, (16, 70, 200), elementwise dropout | adapter | 10.5 | 0.95±0.01 | 0.90±0.01 | +12.4 |",
         "| (2, 3, 4), bfloat16 | 0.5 | 0.125±0.000 | memory kept |",
-        "| (2, 3, 4), float32, variational dropout | - | 2.300±0.000 |",
+        "| geometric mean | 0.250±0.000 |",
+        "| (2, 3, 4), float32, variational dropout | no difference seen, ±0.0% | 2.300±0.000 |",
         "| (2, 3, 4), float32 | 1024 |  | 5 |  |",  # microseconds with other constants
     ):
         assert line in page, line
     assert "2 of 6 ratios are above 1" in report.losing([result])
     assert "| (2, 3, 4), float32, variational dropout | default allocator | 2.300±0.000 |" in report.losing([result])
-    kept, by_default = report.summary([result]).split("\n\n")
-    assert "| `fused_ar_tar` |  | 0.250±0.000 |\n| `attach` | 1.20±0.02 |  |\n| Lightning | 0.95±0.01 |  |" in kept
-    assert "| `fused_ar_tar` | 2.300±0.000 |\n| `FusedRNNDropout` | - |" in by_default
-    in_steps = report.speed_and_memory([result])  # without calls
-    assert "| small LSTM |\n| --- | --- |\n| `attach` | 1.20 |\n| Lightning | 0.95 |\n\nMeasured" in in_steps
-    drawn = picture.shares(result.cases[0])
-    assert (drawn["time"]["attach"], drawn["peak memory"]["attach"]) == (pytest.approx((17, 1)), pytest.approx((25, 0)))
-
-
-def test_a_bar_of_the_picture_says_its_error_and_if_it_cannot_be_told_from_none() -> None:
-    shares = [results.Figure(*share) for share in ((-2.4, 2.7), (37.0, 2.0), (12.3, 0.4), (0.2, 0.0))]
-    assert [*map(picture.words, shares)] == ["\N{MINUS SIGN}2 ± 3%, not significant", "+37 ± 2%", "+12%", "0%"]
-
-
-def less(ratios: list[results.Figure]) -> str:
-    """Say by how many percent steps are shorter, as in "2 to 8%"."""
-    percents = sorted(round(100 * (1 - ratio.median)) for ratio in ratios)
-    return " to ".join(dict.fromkeys(f"{x}" for x in (percents[0], percents[-1]))) + "%"
-
-
-def most(uses: report.Uses, place: str, *without: str) -> str:
-    """Say by how many percent the step is longer of what lengthens it most, but for some uses."""
-    return f"{round(100 * max(x.median - 1 for use in uses.keys() - without for x in uses[use].get(place, [])))}%"
-
-
-# Parts of the README's sentences, with {} for a figure, and the figure: by row and column of the README's table.
-README = ROOT / "README.md"
-SAID: dict[str, Callable[[report.Uses], str]] = {
-    "a step of cheap layers with `FusedRNNDropout` takes {} less time than with the fastest formula": (
-        lambda uses: less(uses["`FusedRNNDropout`"][report.CHEAP])
-    ),
-    "`attach` and the adapters make small steps up to {} longer": (
-        lambda uses: most(uses, report.SMALL, "`fused_ar_tar`", "`FusedRNNDropout`")
-    ),
-}
-
-
-def test_the_figures_in_sentences_of_the_readme_are_those_that_were_measured() -> None:
-    text = " ".join(re.sub(r"<!-- from .*?<!-- end -->|```.*?```", "", README.read_text(), flags=re.DOTALL).split())
-    uses = report.uses(report.latest([results.load(file) for file in machine.RESULTS.glob("*.json")]).parts()[0])
-    for part, figure in SAID.items():
-        said = part.format(figure(uses))
-        assert said in text, f"README: expected {said!r}"
-        text = text.replace(said, "")
-    assert not re.findall(r".*(?:\d%|\b[01]\.\d\d\b).*", text), "SAID lacks the figures that are left"
+    lstm, lightning = report.in_full([result]).splitlines()[2:]
+    assert lstm.startswith("| LSTM, (2, 3, 4), variational dropout | +20.0 ± 0.5% |  | no difference seen, ±2% | +20.0")
+    assert lightning.endswith(
+        " dropout, in Lightning | +10 ± 1% | no difference seen, ±2% |  |  | \N{MINUS SIGN}5 ± 1% |"
+    )
+    brief = report.in_brief([dataclasses.replace(result, cases=result.cases[-1:])])
+    assert "| formula | two lines | attach or adapter |\n" in brief, "each column shows the fastest of its ways"
 
 
 def test_what_is_committed_is_what_was_measured() -> None:
     """Every row is on the page of its machine."""
-    found, drawn = [results.load(file) for file in machine.RESULTS.glob("*.json")], picture.FILE.read_text()
+    found = [results.load(file) for file in machine.RESULTS.glob("*.json")]
     for result in found:
         assert "Fake" not in result.machine["device"], "kernels that do nothing take no time"
         page = report.all_rows(result)
@@ -340,7 +311,7 @@ def test_what_is_committed_is_what_was_measured() -> None:
         for kind, label, _, figure in report.ratios(result):
             row = rf"^\| {re.escape(label)} \|.* {figure} \|"
             assert re.search(row, page, re.MULTILINE), f"{kind} is not on the page"
-    for page, text in (report.pages(found) | {picture.FILE: drawn}).items():
+    for page, text in report.pages(found).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
 
 
