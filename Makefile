@@ -27,7 +27,7 @@ EXECUTES = $(and $(filter Linux,$(shell uname)),$(shell command -v gcc 2>/dev/nu
 
 .PHONY: help demo test test-more test-fast pytest test-interpreted test-ptx bench bench-all lint docs clean
 help:
-	@echo "make demo    train an AWD-LSTM with and without TAR, and plot both (ARGS='--epochs 1' for options)"
+	@echo "make demo    train an AWD-LSTM with AR and TAR and without, and print the difference (ARGS='--epochs 1' for options)"
 	@echo "make test    run the tests that most changes need, in five minutes: CPU, interpreted kernels, kernels compiled"
 	@echo "             for an H100 and run on the CPU, kernels on a GPU if there is one, one release of each framework"
 	@echo "make test-more   run the others: more releases of fastai, the study, the notebook, builds, longer sequences"
@@ -41,7 +41,7 @@ help:
 	@echo "VENV=folder takes another environment than .venv. .ci/run --help lists more checks, and .ci/run runs all of them."
 
 demo: $(VENV)/demo
-	@echo "== demo: a word-level AWD-LSTM learns the King James text, with TAR and without"
+	@echo "== demo: a word-level AWD-LSTM learns the King James text, with AR and TAR and without"
 	$(VENV)/bin/python -m bench.study.demo $(ARGS)
 
 test: $(VENV)/test $(VENV)/frameworks
@@ -93,7 +93,7 @@ lint: $(VENV)/lint
 
 # The site has the layout of the checkout, so that each relative link works in both.
 # Each example gets a page with its code. A warning fails the build, but not with --quiet. The theme announces its successor.
-PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md bench/results/*.svg examples/*.py examples/*.ipynb)
+PAGES = $(wildcard *.md docs/*.md docs/*.png docs/*.css bench/*.md bench/results/*.md examples/*.py examples/*.ipynb)
 docs: $(VENV)/docs
 	rm -rf build/docs build/site
 	mkdir -p build/docs

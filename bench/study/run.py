@@ -1,8 +1,8 @@
 """Find out whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both, over several seeds.
 
 `python -m bench.study.run` adds each finished training as a line to bench/results/study.jsonl. Trainings that the file
-has are not repeated, so an interrupted study continues. Then it renders the page and the plot beside that file, and the
-part in README.md. The whole study takes less than two hours on two cores.
+has are not repeated, so an interrupted study continues. Then it renders the page beside that file, and the part in
+README.md. The whole study takes less than two hours on two cores.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import functools
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -55,21 +54,23 @@ class Job:
         return facts | model | training.DROPOUTS._asdict() | optimizer | schedule
 
 
+def machine_facts() -> dict[str, Any]:
+    """Describe the machine and the code; trainings are on the processor, even if there is a GPU."""
+    facts = machine.facts() | {"device": machine.processor_name(), "source": machine.source()}
+    return facts | {"commit": machine.commit_name(machine.commit_facts())}
+
+
 def train(job: Job) -> Run:
     return train_model(job)[0]
 
 
-def train_model(job: Job, told: Callable[..., object] = lambda *_: None) -> tuple[Run, training.Training]:
-    """Train one model until it stops improving; return it, too, with the weights of its best epoch.
-
-    After each epoch `told` gets the job, the epoch's number, and its loss, AR, TAR and validation loss.
-    """
+def train_model(job: Job) -> tuple[Run, training.Training]:
+    """Train one model until it stops improving; return it, too, with the weights of its best epoch."""
     corpus = build_corpus(read_text(job.text), WORDS, torch.device(job.device))
     trained = training.Training(corpus, *job.coefficients, job.seed)
     epochs: list[tuple[float, ...]] = []
-    for epoch in range(1, job.epochs + 1):
+    for _ in range(job.epochs):
         epochs.append((*trained.epoch().mean(0).tolist(), training.evaluate(trained.model, corpus.valid)))
-        told(job, epoch, *epochs[-1])
         if trained.stopping.ends(epochs[-1][-1]):
             break
     trained.stopping.restore()
@@ -84,14 +85,14 @@ def train_model(job: Job, told: Callable[..., object] = lambda *_: None) -> tupl
         best_train_loss=round(training.evaluate(trained.model, corpus.train), 6),
         test_loss=round(training.evaluate(trained.model, corpus.test), 6),
         settings=job.settings(),
-        machine=report.machine_facts() | {"commit": machine.commit_name(machine.commit_facts())},
+        machine=machine_facts(),
     )
     return run, trained
 
 
 def run_all(file: Path) -> None:
     """Do the trainings that the file lacks, each in a process of one thread, and append each to it."""
-    runs = load(file).runs
+    runs = load(file)
     jobs = [Job(coefficients, seed) for seed in SEEDS for coefficients in PENALTIES.values()]
     if any(run.settings != jobs[0].settings() for run in runs):
         raise ValueError(f"{file} has trainings of other settings: remove it, and all are trained anew")

@@ -24,7 +24,7 @@ DIVISOR, DIVISIONS = 4, 2
 
 
 class EarlyStopping:
-    """Keep the weights of the epoch with the lowest validation loss; METHOD in report.py describes the rule."""
+    """Keep the weights of the epoch with the lowest validation loss; PAGE in report.py describes the rule."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
         self.model, self.optimizer = model, optimizer
