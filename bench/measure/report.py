@@ -8,7 +8,8 @@ result.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ ROWS = [  # of the README, by pass and label
     (STEP, "8 elementwise layers, (4, 512, 512), elementwise dropout"),
     (STEP, "8 elementwise layers, (4, 512, 512), variational dropout"),
 ]
+WAYS = {WITHOUT: "without"} | BASES | FORMULAS | OURS
 MOST_NAMES = 5  # that a sentence names of tests
 Part = tuple[Path, str, Callable[[Any], str]]  # a page, the marker before a part, and the renderer of the part
 
@@ -84,47 +86,61 @@ def latest(results: list[Result]) -> Result:
     return max(results, key=lambda result: (result.on_gpu, result.date))
 
 
+def steps(part: Result, *kinds: str) -> list[Case]:
+    """Return the cases of steps whose base was measured."""
+    return [case for kind in kinds for case in part.of(kind) if WITHOUT in case.ways]
+
+
 def words(case: Case) -> str:
     kind = case.info["pass"]
     return case.label + f", in {kind}" * (kind in TRAINERS)
 
 
-def fastest(case: Case, ways: Iterable[str]) -> Figure | None:
-    """Return the time of the fastest of some ways over that of the step without a penalty."""
-    ratios = [case.over(way, WITHOUT) for way in ways if way in case.ways]
-    return min(ratios, default=None)
+def by_way(cases: list[Case], first: str, cell: Callable[[Case, str], str]) -> str:
+    """Render a row for each case, and a column for each way that at least one of the cases was measured with."""
+    ways = [way for way in WAYS if any(way in case.ways for case in cases)]
+    rows = [[words(case), *(cell(case, way) if way in case.ways else "" for way in ways)] for case in cases]
+    return table([[first, *(WAYS[way] for way in ways)], *rows])
 
 
-def added(cases: list[Case], columns: dict[str, list[str]], first: str) -> str:
-    """Render what each way adds to a step, in percent of the step without a penalty and with the user's own dropout."""
-    shown = {name: ways for name, ways in columns.items() if ways_of(cases, ways)}
-    rows = [[first, *shown]]
-    for case in cases:
-        ratios = [fastest(case, ways) for ways in shown.values()]
-        rows.append([words(case), *(ratio.percent() if ratio else "" for ratio in ratios)])
-    return table(rows)
+def added(case: Case, way: str) -> str:
+    """Render what a way adds to the time of a step without a penalty and with the user's own dropout."""
+    return f"{number(1e3 * case.ways[way]['median'])} ms" if way == WITHOUT else case.over(way, WITHOUT).percent()
+
+
+def added_peak(case: Case, way: str) -> str:
+    first, peak = (case.ways[x].get("peak_bytes", 0) for x in (WITHOUT, way))
+    if not first or not peak:
+        return ""  # adding 0 makes a positive zero of a negative one
+    return f"{number(first / 1e6)} MB" if way == WITHOUT else f"{round(peak / first - 1, 2) + 0:+.0%}"
+
+
+def added_count(what: str, case: Case, way: str) -> str:
+    first, count = (case.ways[x][what] for x in (WITHOUT, way))
+    return f"{first:.1f}" if way == WITHOUT else f"{count - first:+.1f}"
 
 
 def in_brief(results: list[Result]) -> str:
     """Render the table of the README, with the default allocator."""
-    result = latest(results)
-    part = result.parts()[0]
-    cases = [case for row in ROWS for case in part.cases if (case.info["pass"], case.label) == row]
-    machine = f"{result.machine['device']}, PyTorch {result.machine['torch']}"
-    shown = added(cases, COLUMNS, "(batch, time, hidden)") if cases else ""
-    return f"{shown}\nMeasured on {with_allocator(machine, part.cases)}; {clock(result)}.\n"
+    part = latest(results).parts()[0]
+    measured = {(case.info["pass"], case.label): case for case in steps(part, *STEPS)}
+    rows = [["(batch, time, hidden)", *COLUMNS]]
+    for case in (measured[row] for row in ROWS if row in measured):
+        found = [[case.over(way, WITHOUT) for way in ways if way in case.ways] for ways in COLUMNS.values()]
+        rows.append([words(case), *(min(ratios).percent() if ratios else "" for ratios in found)])
+    machine = f"{part.machine['device']}, PyTorch {part.machine['torch']}"
+    return f"{table(rows)}\nMeasured on {with_allocator(machine, part.cases)}; {clock(part)}.\n"
 
 
 def in_full(results: list[Result]) -> str:
     """Render what each way adds to the steps in docs/performance.md, the default allocator first."""
-    ways = {words: [way] for way, words in (BASES | FORMULAS | OURS).items()}
-    parts = [[case for kind in (STEP, *TRAINERS) for case in part.of(kind)] for part in latest(results).parts()]
-    return "\n".join(added(cases, ways, with_allocator("added to a step", cases)) for cases in parts if cases)
+    parts = [steps(part, STEP, *TRAINERS) for part in latest(results).parts()]
+    return "\n".join(by_way(cases, with_allocator("added to a step", cases), added) for cases in parts if cases)
 
 
 def memory(results: list[Result]) -> str:
     """Render the peak memory that each way adds to a step."""
-    return peak_table(latest(results).parts()[0].of(STEP))
+    return by_way(steps(latest(results).parts()[0], STEP), "peak memory added", added_peak)
 
 
 def with_allocator(text: str, cases: list[Case]) -> str:
@@ -163,11 +179,14 @@ def tables(result: Result) -> Iterator[str]:
     yield f"{where(result)}.\n"
     yield from filter(None, [caveats(result)])
     for part, kind in product(result.parts(), STEPS):
-        if cases := [case for case in part.of(kind) if WITHOUT in case.ways]:
+        if cases := steps(part, kind):
             yield f"## {with_allocator(STEPS[kind], cases)}\n"
-            yield f"Milliseconds, {clock(result)}:\n"
-            renderers = (trainer_table,) if kind in TRAINERS else (step_table, fastest_table, peak_table)
-            yield from (render(cases) for render in renderers)
+            yield f"In percent, {clock(result)}:\n"
+            yield by_way(cases, "added to a step", added)
+            yield fastest_table(cases)
+            yield by_way(cases, "peak memory added", added_peak) if kind not in TRAINERS else ""
+            counts = [what for what in ("operators", "launches") if what in cases[0].ways[WITHOUT]]
+            yield from (by_way(cases, f"{what} added", partial(added_count, what)) for what in counts)
     for kind, title in CALLS.items():
         if cases := result.of(kind):
             yield f"## {title}\n"
@@ -199,58 +218,15 @@ def caveats(result: Result) -> str:
     return "".join(f"- Not measured, {why}: {named[why]}{more[why]}.\n" for why in tests)
 
 
-def ways_of(cases: list[Case], ways: Iterable[str]) -> list[str]:
-    """Return the ways that at least one of the cases was measured with."""
-    return [way for way in ways if any(way in case.ways for case in cases)]
-
-
-def step_table(cases: list[Case]) -> str:
-    """Render the time of steps without the penalty, and the time that each way of adding it adds."""
-    ways = ways_of(cases, names := BASES | FORMULAS | OURS)
-    rows = [["(batch, time, hidden)", "without", *(names[way] for way in ways)]]
-    for case in cases:
-        without = 1e3 * case.ways[WITHOUT]["median"]
-        digits = 1 if without > 100 else 2 if without > 10 else 3
-        more = [case.added(way) if way in case.ways else None for way in ways]
-        ms = [f"{1e3 * x.median:+.{digits}f}±{1e3 * x.error:.{digits}f}" if x else "" for x in more]
-        rows.append([case.label, number(without), *ms])
-    return table(rows)
-
-
 def fastest_table(cases: list[Case]) -> str:
     """Render the ratio of each way that calls fastreg to the fastest formula, and the geometric means over cases."""
-    ways = ways_of(cases, OURS)
+    ways = [way for way in OURS if any(way in case.ways for case in cases)]
     found = {case.label: [case.over_fastest(way) for way in ways] for case in cases}
     rows = [[label, *(f"{ratio or ''}" for ratio in ratios)] for label, ratios in found.items()]
     columns = [[ratio for ratio in column if ratio] for column in zip(*found.values(), strict=True)]
     means = [f"{geometric_mean(column)}" if column else "" for column in columns]
     head = [with_allocator("over the fastest formula", cases), *(OURS[way] for way in ways)]
     return table([head, *rows, *[["geometric mean", *means]] * (len(cases) > 1)])
-
-
-def trainer_table(cases: list[Case]) -> str:
-    """Render what each way makes of a trainer's step: ratios of times, and the operators and launches that it adds."""
-    counts = [what for what in ("operators", "launches") if what in cases[0].ways[WITHOUT]]
-    heads = "(batch, time, hidden)", "way", "ms", "over no penalty", "over the formula"
-    rows = [[*heads, *(f"adds {what}" for what in counts)]]
-    for case, (way, words) in product(cases, ({WITHOUT: WITHOUT} | FORMULAS | OURS).items()):
-        if found := case.ways.get(way):
-            over = [f"{case.over(way, other)}" if other in found["over"] else "" for other in (WITHOUT, "eager")]
-            added = [f"{found[what] - case.ways[WITHOUT][what]:+.1f}" for what in counts]
-            rows.append([case.label, words, number(1e3 * found["median"]), *over, *added])
-    return table(rows)
-
-
-def peak_table(cases: list[Case]) -> str:
-    """Render the peak memory of steps without the penalty, and the share that each way of adding it adds."""
-    ways = ways_of(cases, names := BASES | FORMULAS | OURS)
-    rows = [["peak memory", "without, MB", *(names[way] for way in ways)]]
-    for case in cases:
-        first, *peaks = [case.ways.get(way, {}).get("peak_bytes", 0) for way in (WITHOUT, *ways)]
-        if first:  # adding 0 makes a positive zero of a negative one
-            more = [f"{round(peak / first - 1, 2) + 0:+.0%}" if peak else "" for peak in peaks]
-            rows.append([case.label, number(first / 1e6), *more])
-    return table(rows)
 
 
 def call_table(cases: list[Case], on_gpu: bool) -> str:
