@@ -1,12 +1,13 @@
 """`ActivationRegularization`: AR and TAR for PyTorch Lightning, as a callback; the module needs no change.
 
-The callback wraps two functions of a trainer, and none of the module: the loop of its fits, in which the modules are
-attached, and, within this loop, the training step of its strategy, to whose loss the penalty is added.
+The callback wraps functions of a trainer, and none of the module: the loop of its fits, in which the modules are
+attached, and, within this loop, three functions of its strategy: the training step, for its batch; the backward, which
+gets the penalty; and the step of the optimizer, whose closure returns the loss with the penalty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
@@ -29,11 +30,11 @@ except ImportError as error:
 
 
 class ActivationRegularization(Adapter, Callback):
-    """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that `training_step` returns.
+    """Add `alpha * AR + beta * TAR` of the named RNNs to the loss that Lightning differentiates.
 
-    Lightning scales, accumulates and clips the sum as it would the loss. The loss that the module logs does not contain
-    the penalty. When an epoch of training ends, `ar` and `tar` are logged, as means over its steps, over all processes,
-    and over all callbacks of this class that log.
+    Lightning scales, accumulates and clips the sum as it would the loss. What the module logs, and what callbacks get
+    from its step, such as a learning rate finder, is the loss without the penalty. When an epoch of training ends, `ar`
+    and `tar` are logged, as means over its steps, over all processes, and over all callbacks of this class that log.
 
     Args:
         alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
@@ -93,29 +94,59 @@ def regularized_fit(trainer: Any, callbacks: Sequence[Any], run: Callable[[], An
             "ActivationRegularization: the loss of a module with automatic_optimization=False never passes a callback; "
             "use fastreg.RNNRegularizer in its training_step"
         )
-    strategy, step = trainer.strategy, trainer.strategy.training_step  # which another callback may have wrapped
     with ExitStack() as undo:
         for callback in callbacks:
             callback.start(trainer.lightning_module)
             undo.callback(callback.end)
-        undo.callback(setattr, strategy, "training_step", step)
-        # A search for a learning rate runs this loop within itself.
-        strategy.training_step = partial(regularized_step, trainer, callbacks, without(regularized_step, step))
+        if not isinstance(getattr(trainer.strategy.backward, "__self__", None), Steps):
+            Steps(trainer, callbacks).wrap(undo)  # once, as a search for a learning rate runs this loop within itself
         return run()
 
 
-def regularized_step(trainer: Any, callbacks: Sequence[Any], step: Callable[..., Any], batch: Any, *args: Any) -> Any:
-    """Make a training step, and return its output with the penalties of all callbacks added to the loss."""
-    for callback in callbacks:
-        callback.begin(trainer.lightning_module)
-        callback.batch = [batch]
-    output = step(batch, *args)
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(loss, Tensor):  # None skips the step; Lightning refuses anything else
-        return output
-    for callback in callbacks:
-        loss = callback.add_penalty(loss, size=int(callback.logged))
-    return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+class Steps:
+    """Add the penalties of all callbacks to the losses of a fit, in functions that replace those of the strategy.
+
+    Attributes:
+        trainer: the trainer.
+        callbacks: the callbacks of this module.
+        training_step, backward, optimizer_step: the functions of the strategy, which another callback may have wrapped.
+        total: the loss of the last backward with the penalties; `None` if the last step had no backward.
+    """
+
+    def __init__(self, trainer: Any, callbacks: Sequence[Any]) -> None:
+        self.trainer, self.callbacks, strategy = trainer, callbacks, trainer.strategy
+        self.training_step, self.backward = strategy.training_step, strategy.backward
+        self.optimizer_step, self.total = strategy.optimizer_step, None
+
+    def wrap(self, undo: ExitStack) -> None:
+        """Replace the functions of the strategy."""
+        for name in ("training_step", "backward", "optimizer_step"):
+            undo.callback(setattr, self.trainer.strategy, name, getattr(self, name))
+            setattr(self.trainer.strategy, name, getattr(self, f"regularized_{name}"))
+
+    def regularized_training_step(self, batch: Any, *args: Any) -> Any:
+        """Make a training step, for whose batch all callbacks are attached."""
+        for callback in self.callbacks:
+            callback.begin(self.trainer.lightning_module)
+            callback.batch = [batch]
+        return self.training_step(batch, *args)
+
+    def regularized_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Differentiate a loss, which Lightning has divided by the number of batches to accumulate, with penalties."""
+        for callback in self.callbacks:
+            loss = callback.add_penalty(loss, int(callback.logged), self.trainer.accumulate_grad_batches)
+        self.total = loss.detach()
+        return self.backward(loss, *args, **kwargs)
+
+    def regularized_optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """Make a step of an optimizer, whose closure returns what was differentiated, as a line search needs it."""
+
+        def total() -> Any:
+            self.total = None
+            loss = closure()
+            return loss if self.total is None else self.total
+
+        return self.optimizer_step(optimizer, total, *args, **kwargs)
 
 
 def without(wrapper: Callable[..., Any], function: Any) -> Any:

@@ -77,7 +77,8 @@ def fit(module: Any, *callbacks: Any, validate: bool = False, fits: int = 1, **o
 
 def assert_clean(module: Any, trainer: Any) -> None:
     """Check that a fit has left nothing behind."""
-    assert trainer.strategy.training_step == pl.strategies.Strategy.training_step.__get__(trainer.strategy)
+    for name in ("training_step", "backward", "optimizer_step"):
+        assert getattr(trainer.strategy, name) == getattr(type(trainer.strategy), name).__get__(trainer.strategy)
     assert lm.hooks_of(module) == 0
 
 
@@ -136,6 +137,34 @@ def test_logs_the_means_of_an_epoch_over_all_callbacks_that_log() -> None:
         callback(log=1)
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])  # of six batches, so that the last window is not full
+def test_callbacks_and_searches_get_the_loss_of_the_module_without_the_penalty(accumulated: int) -> None:
+    class Own(Module):
+        def training_step(self, batch: Any) -> Any:  # pyright: ignore
+            returned.append(super().training_step(batch))
+            return {"loss": returned[-1]}
+
+    def look(_trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
+        seen.append(outputs["loss"] * accumulated)
+
+    returned, seen, module, formula = list[Any](), list[Any](), lm.seeded(Own), lm.seeded(Module, "rnn")
+    fit(module, callback(), pl.callbacks.LambdaCallback(on_train_batch_end=look), accumulate_grad_batches=accumulated)
+    torch.testing.assert_close(seen, [x.detach() for x in returned])
+    fit(formula, accumulate_grad_batches=accumulated)
+    assert_same_weights(module, formula)
+
+
+def test_a_line_search_gets_the_loss_with_the_penalty() -> None:
+    class Searched(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+
+    module, formula = lm.seeded(Searched), lm.seeded(Searched, "rnn")
+    fit(module, callback())
+    fit(formula)
+    assert_same_weights(module, formula, rtol=0, atol=0)
+
+
 def test_a_module_that_optimizes_by_hand_is_refused() -> None:
     module = lm.seeded(Module)
     module.automatic_optimization = False
@@ -166,12 +195,8 @@ class FineTune(pl.callbacks.LearningRateFinder):
     """
 
     def __init__(self) -> None:
-        super().__init__(num_training_steps=3, update_attr=False)
-        self.losses: list[float] = []
-
-    def lr_find(self, trainer: Any, pl_module: Any) -> None:
-        super().lr_find(trainer, pl_module)
-        self.losses += self.optimal_lr.results["loss"]
+        # Without a threshold: the loss of the formula, which contains the penalty, would stop a search elsewhere.
+        super().__init__(num_training_steps=3, update_attr=False, early_stop_threshold=None)
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 1:
@@ -179,9 +204,17 @@ class FineTune(pl.callbacks.LearningRateFinder):
 
 
 def test_searches_for_a_learning_rate_have_the_penalty_and_no_part_in_the_means(tmp_path: Path) -> None:
-    search = FineTune()
-    terms, logged, _ = fit_both(callback(), others=[search], max_epochs=3, default_root_dir=tmp_path)
-    torch.testing.assert_close(*torch.tensor(search.losses).chunk(2))
+    class Recorded(Module):
+        def forward(self, input_ids: Any) -> Any:  # pyright: ignore
+            outputs = super().forward(input_ids)
+            plain.append(outputs["plain"])
+            return outputs
+
+    plain = list[Any]()
+    options: dict[str, Any] = {"kind": Recorded, "others": [FineTune()], "default_root_dir": tmp_path}
+    terms, logged, _ = fit_both(callback(), max_epochs=3, **options)
+    torch.testing.assert_close(*torch.stack(plain).chunk(2))
+    assert len(plain) > 2 * 3 * len(loader())  # the steps of searches, too
     assert_means(logged, terms[-6:])
 
 
