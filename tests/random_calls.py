@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
+from fastreg.call.problem import TimeAxis
+from fastreg.call.rnn_dropout import Request
 from tests.calls import Decorated, Nothing
 from tests.conftest import BF16, DOUBLE, FLOAT, HALF, INTERPRETED, by_triton
 from tests.exact import assert_dropped, assert_gradient, assert_terms, exact, gradients_of, spoil, steps_of, truth
@@ -248,7 +250,7 @@ class Kind:
             module.alpha, module.beta = self.given
             if self.drops_by == "forward":  # whose arguments take precedence
                 module = FusedRNNDropout(0.1, 5.0, 5.0, time_dim=-1)
-                options = {"p": 0.4, "coefficients": self.given, "time_dim": self.axis}
+                options = {"p": 0.4, "request": Request(self.given, TimeAxis(None, self.axis))}
             dropped, got = module(self.seen(raw), **options, **self.steps), module.take()
         else:
             options = {"p": 0.4, **self.steps, **self.options}

@@ -10,7 +10,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.penalty import penalize
-from fastreg.call.problem import Options, Penalty, TimeAxis, axes_of, data_of, is_list, layers_of, sizes_of, sum_of
+from fastreg.call.problem import (
+    Options,
+    Penalty,
+    TimeAxis,
+    axes_of,
+    data_of,
+    is_list,
+    layers_of,
+    moved,
+    sizes_of,
+    sum_of,
+)
 from fastreg.call.steps import GivenSteps
 
 MASKED = {"valid": "only valid steps count", "starts": "changes into starts do not count"}
@@ -48,11 +59,6 @@ class Capture(NamedTuple):
             penalties.append(penalize(pair, given, self.steps, Options(*self.time_axis, return_terms=True)).on(device))
         first: Any = self.raw[0] if is_list(self.raw) else self.raw
         return sum_of(penalties), time_steps_of(first, self.time_axis)
-
-
-def moved(coefficients: Sequence[Any], device: torch.device) -> list[Any]:
-    """Return coefficients with those that are tensors on a device."""
-    return [x.to(device) if isinstance(x, Tensor) else x for x in coefficients]
 
 
 def check_output(output: Any) -> Any:

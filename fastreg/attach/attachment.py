@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -20,22 +19,20 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastreg.attach.activations import MASKED, described, moved, time_steps_of
+from fastreg.attach.activations import described, time_steps_of
 from fastreg.attach.mark import mapped, mark, tensors_in
 from fastreg.attach.runs import Alarm, Last, Run, Stage
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
 from fastreg.call.private import current, hooks_on_saved, is_view, version_of
-from fastreg.call.problem import Options, Penalty, data_of, is_on
-from fastreg.call.rnn_dropout import FusedRNNDropout
-from fastreg.call.steps import given_steps
+from fastreg.call.problem import Options, data_of, moved
+from fastreg.call.rnn_dropout import DropoutWithPenalty, Formed, Request
 from fastreg.call.torch_state import transformed, untraced
 
 SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
     "would be lost. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment"
 )
-POSITIONAL = "p", "valid", "starts"  # the arguments of a `FusedRNNDropout` after raw
 CHANGED = (
     "attach: the output of the {module} was changed in place before its dropout, or by it; use Dropout(inplace=False)"
 )
@@ -71,7 +68,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
         self._raw: Callable[[], Tensor | None] = lambda: None  # raw of the last run, whose node may be another by now
         self.handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
-        if isinstance(source.dropout, FusedRNNDropout):
+        if isinstance(source.dropout, DropoutWithPenalty):
             self.handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
         attachments.append(self)
 
@@ -111,27 +108,24 @@ class Attachment(AbstractContextManager["Attachment"]):
         self._runs = [*map(ref, held)]
         return held
 
-    def _hook(self, module: nn.Module, args: Any, kwargs: Any, *result: Any, compiles: bool = False) -> Any:
+    @untraced
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *result: Any) -> Any:
         """Run after the forward of the module or its dropout, and, without a result, before that of a fused dropout."""
         if module is self.source.module:
             return self._after_module(args, kwargs, *result)
         if module is self.source.dropout:
-            if result:
-                return self._after_dropout(args, kwargs, *result)
-            return self._before_dropout(args, kwargs, compiles)
+            return self._after_dropout(args, kwargs, *result) if result else self._before_dropout(args, kwargs)
         if module.training:
             raise RuntimeError(SHARED.format(type(module).__name__))
         return None
-
-    __call__ = untraced(_hook, within_compiler=partial(_hook, compiles=True))
 
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Begin a run, and return the output with marks."""
         source, regularizer, again = self.source, self.regularizer, current() != -1
         if not torch.is_grad_enabled() or transformed():
-            if source.module.training and self.last in (Last.IDLE, Last.TAKEN):
-                self.last = Last.WITHOUT_GRADIENTS
-            self.alarm.losses = 0
+            if source.module.training:  # a validation excuses nothing
+                self.last = Last.WITHOUT_GRADIENTS if self.last in (Last.IDLE, Last.TAKEN) else self.last
+                self.alarm.losses = 0
             return None
         if not source.module.training:
             if any(x.requires_grad for x in tensors_in(result)):  # it takes part in a training
@@ -144,12 +138,10 @@ class Attachment(AbstractContextManager["Attachment"]):
         if not rows.requires_grad:
             self._note_constant()
             return None
-        coefficients = regularizer.alpha, regularizer.beta
+        coefficients = moved((regularizer.alpha, regularizer.beta), rows.device)
         run = Run(
             attachment=self,
-            coefficients=moved(coefficients, rows.device) if Tensor in map(type, coefficients) else coefficients,
-            masks=source.masks.of(*args, **kwargs),
-            time_axis=source.time_axis_of_raw(raw),
+            request=Request(coefficients, source.time_axis_of_raw(raw), **source.masks.of(*args, **kwargs)),
             packed=None if raw is rows else raw._replace(data=None),  # pyright: ignore
             version=version_of(rows),
         )
@@ -159,7 +151,7 @@ class Attachment(AbstractContextManager["Attachment"]):
             _notes_of(rows)[self, rows.output_nr], self._raw = run, ref(rows)
         if again:  # a backward computes this run again, and needs no marks
             # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
-            if any(map(is_on, run.coefficients)) and not hooks_on_saved(False):
+            if run.request.is_on() and not hooks_on_saved(False):
                 self.alarm.add(backwards=1)
             return None
         if self.last is not Last.CONSTANT:
@@ -214,54 +206,44 @@ class Attachment(AbstractContextManager["Attachment"]):
                 return raw, note
         return None, None
 
-    def _before_dropout(self, args: Any, kwargs: Any, compiles: bool) -> Any:
-        """Return the arguments with which a fused dropout computes the penalty of the run whose raw it gets.
-
-        The caller's arguments take precedence. Where a compiler runs, the hook after the dropout computes the penalty,
-        as each number would be compiled anew.
-        """
-        run = self._found(args, kwargs)[1]
+    def _before_dropout(self, args: Any, kwargs: Any) -> Any:
+        """Return the arguments with which a fused dropout computes the penalty of the run whose raw it gets."""
+        run, dropout, raw = self._found(args, kwargs)[1], self.source.dropout, (*args, kwargs.get("raw"))[0]
         if run is None:
-            raw = (*args, kwargs.get("raw"))[0]
-            if getattr(raw, "requires_grad", True):
+            axis = self.source.time_axis_of_raw(raw)
+            if axis == self.source.time_axis or raw.requires_grad:
                 return None
-            return args, {"time_dim": self.source.time_axis_of_raw(raw).time_dim, **kwargs}
-        self.source.dropout.formed = None  # of another call, whose penalty nobody wants  # pyright: ignore
-        given = {"coefficients": run.coefficients, "time_dim": run.time_axis.time_dim, **run.masks}
-        for name, x in (*zip(POSITIONAL, args[1:], strict=False), *kwargs.items()):
-            if x is not None:
-                given[name] = x
-        run.coefficients, run.masks = given["coefficients"], {name: given[name] for name in MASKED if name in given}
-        return None if compiles and "coefficients" not in kwargs else ((*args[:1], *args[4:]), given)
+            request = Request((dropout.alpha, dropout.beta), axis)  # one sequence without gradients # pyright: ignore
+        elif run.packed is not None and not dropout.training:  # pyright: ignore
+            return None
+        else:
+            request = run.request
+        return args, {"request": request, **kwargs}
 
     def _after_dropout(self, args: Any, kwargs: Any, result: Any) -> Any:
         """Compute the penalty of the run whose raw is the input of the dropout, and return dropped behind a mark."""
         raw, run = self._found(args, kwargs)
         if run is None:
             return None
-        again, dropout, penalty = current() != -1, self.source.dropout, None
-        if run.penalty is Stage.WAITS:
-            run.penalty = Stage.TAKEN  # an error ends the run
-            _notes_of(raw)[self, raw.output_nr] = ref(run)  # as raw must not own the penalty
-        elif not again:  # it was cleared
+        again, dropout = current() != -1, self.source.dropout
+        formed = dropout.collect() if isinstance(dropout, DropoutWithPenalty) else None
+        if again:
+            if "request" not in kwargs:  # otherwise the forward has computed the penalty again
+                self._form(run, raw, data_of(result))
             return None
+        if run.penalty is not Stage.WAITS:  # it was cleared
+            return None
+        run.penalty = Stage.TAKEN  # an error ends the run
+        _notes_of(raw)[self, raw.output_nr] = ref(run)  # as raw must not own the penalty
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
         dropped = result if type(result) is Tensor else data_of(result)
-        if isinstance(dropout, FusedRNNDropout):
-            penalty = dropout.collect()
-            if not dropout.training or "coefficients" not in kwargs:
-                penalty = None
-            elif again:  # the forward has computed the penalty again
-                return None
-        self._form(run, raw, dropped, penalty)
-        if again:
-            return None
+        self._form(run, raw, dropped, formed)
         marked = mark(run, True, dropped)
         return marked if dropped is result else result._replace(data=marked)  # pyright: ignore
 
-    def _form(self, run: Run, raw: Tensor, dropped: Tensor, penalty: Penalty | None = None) -> None:
+    def _form(self, run: Run, raw: Tensor, dropped: Tensor, formed: Formed | None = None) -> None:
         """Compute the penalty of a run, unless a fused dropout has done so, and keep it for a loss.
 
         A recomputation computes the penalty, too, to save the same tensors as the forward, but keeps nothing.
@@ -269,14 +251,15 @@ class Attachment(AbstractContextManager["Attachment"]):
         pair: Any = raw, dropped
         if run.packed is not None:
             pair = [run.packed._replace(data=x) for x in pair]
-        if penalty is None:
-            options = Options(*run.time_axis, return_terms=True, predicts=False)
-            steps = given_steps(None, run.masks.get("valid"), run.masks.get("starts")) if run.masks else None
-            penalty = penalize(pair, run.coefficients, steps, options)
+        if formed is None:
+            options = Options(*run.request.time_axis, return_terms=True, predicts=False)
+            penalty = penalize(pair, run.request.coefficients, run.request.steps(), options)
+        else:
+            penalty, _, run.request = formed
         if current() == -1:
-            run.penalty, run.time_steps = penalty, time_steps_of(pair[0], run.time_axis)
-            self.shown = self.shown or described(pair[0], run.time_axis, run.masks)
-            self.alarm.is_called |= any(map(is_on, run.coefficients))
+            run.penalty, run.time_steps = penalty, time_steps_of(pair[0], run.request.time_axis)
+            self.shown = self.shown or described(pair[0], run.request.time_axis, run.request.masks())
+            self.alarm.is_called |= run.request.is_on()
 
 
 def _notes_of(raw: Tensor) -> dict[Any, Any]:

@@ -8,7 +8,7 @@ alarm counts how often a module was without effect.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.attach.mark import runs_of
-from fastreg.call.problem import Penalty, TimeAxis, is_on, sum_of
+from fastreg.call.problem import Penalty, sum_of
+from fastreg.call.rnn_dropout import Request
 from fastreg.call.torch_state import level_of_caller, untraced
 
 TAKEN_OVER = (
@@ -80,9 +81,7 @@ class Run:
 
     Attributes:
         attachment: the attachment of the module.
-        coefficients: alpha and beta, on the device of raw.
-        masks: the masks of valid steps and of starts, by their names, where there is one.
-        time_axis: the axis of time of raw.
+        request: the coefficients, on the device of raw, the axis of time and the masks.
         packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
         version: how often raw had been changed in place.
         penalty: the penalty and its terms; before that and after that, the stage.
@@ -90,9 +89,7 @@ class Run:
     """
 
     attachment: Any
-    coefficients: Sequence[Any]
-    masks: Mapping[str, Tensor]
-    time_axis: TimeAxis
+    request: Request
     packed: PackedSequence | None
     version: int
     penalty: Penalty | Stage = Stage.WAITS
@@ -179,7 +176,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     if not found:
         return None
     penalty: Any = sum_of([run.penalty.on(loss.device) for run in found])  # pyright: ignore
-    single = [run.attachment for run in found if run.time_steps == 1 and is_on(run.coefficients[1])]
+    single = [run.attachment for run in found if run.time_steps == 1]
     for x in reached:
         if (count := single.count(x)) > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))

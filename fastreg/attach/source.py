@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import TimeAxis, is_list
-from fastreg.call.rnn_dropout import FusedRNNDropout
+from fastreg.call.rnn_dropout import DropoutWithPenalty
 
 ONE_SEQUENCE = TimeAxis(None, 0)  # (time, hidden)
 
@@ -134,12 +134,13 @@ def source_of(module: Any, dropout: Any, output: Callable[[Any], Any] | None, gi
     elif isinstance(module, nn.RNNBase) and time_dim is not None:
         raise ValueError(f"time_dim: expected None, as the {name} has batch_first={own}, got {time_dim}")
     time_axis = time_axis_of(batch_first, time_dim)
-    if isinstance(dropout, FusedRNNDropout):
-        if type(dropout).forward is not FusedRNNDropout.forward:
-            words = "the forward of FusedRNNDropout, whose result the penalty is of; derive it from nn.Module instead"
-            raise TypeError(f"dropout: expected {words}, got the forward of {type(dropout).__name__}")
+    if isinstance(dropout, DropoutWithPenalty):
+        kind = type(dropout).__name__
+        if type(dropout).forward is not DropoutWithPenalty.forward:
+            words = "a forward without changes, as the penalty is of its result; derive it from nn.Module instead"
+            raise TypeError(f"dropout: expected {words}, got the forward of {kind}")
         if (its := dropout.time_axis()) != time_axis:
-            raise ValueError(f"dropout: expected a FusedRNNDropout with {time_axis}, as the {name} has it, got {its}")
+            raise ValueError(f"dropout: expected a {kind} with {time_axis}, as the {name} has it, got {its}")
     return Source(module, dropout, output, time_axis, masks)
 
 

@@ -156,6 +156,11 @@ def is_on(coefficient: Coefficient) -> bool:
     return not guard_or_false(coefficient == 0)
 
 
+def moved(coefficients: Sequence[Coefficient], device: torch.device) -> list[Coefficient]:
+    """Return coefficients with those that are tensors on a device."""
+    return [x.to(device) if isinstance(x, Tensor) else x for x in coefficients]
+
+
 def compute_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
     """Return the dtype in which squares and sums are computed: float64 if any tensor is float64, else float32."""
     return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32

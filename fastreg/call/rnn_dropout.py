@@ -1,4 +1,7 @@
-"""`FusedRNNDropout`: variational dropout that computes the penalty in the same pass, and keeps it until `take()`."""
+"""`FusedRNNDropout`: variational dropout that computes the penalty in the same pass, and keeps it until `take()`.
+
+`DropoutWithPenalty` is all of it except for the mask; attached modules accept any dropout that is derived from it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastreg.call.arguments import check_coefficient, check_probability, time_axis_of
+from fastreg.call.arguments import check_coefficient, check_probability, check_tensor, time_axis_of
 from fastreg.call.dropout import Drop, drop_and_penalize
 from fastreg.call.private import current
-from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, TimeAxis, is_on
-from fastreg.call.steps import given_steps
+from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, TimeAxis, is_on, moved
+from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.call.torch_state import level_of_caller
 
 UNTAKEN = (
@@ -25,31 +28,178 @@ WITHOUT_GRADIENT = (
     "use_reentrant=False, otherwise run the forward outside torch.no_grad()"
 )
 REPLICATED = (
-    "FusedRNNDropout: DataParallel runs a replica on each device, and the penalty of a replica is lost. Use "
+    "DataParallel runs a replica on each device, and the penalty of a replica is lost. Use "
     "DistributedDataParallel. Or set alpha and beta of this module to 0, let the model return (decoded, raw, dropped), "
     "which DataParallel gathers, and pass them to RNNRegularizer.on_loss_begin"
 )
 
 
+class Request(NamedTuple):
+    """Say which penalty a forward computes.
+
+    Attributes:
+        coefficients: alpha and beta.
+        time_axis: the axis of time of raw.
+        valid: a mask of the time steps that count, as for `fused_ar_tar`, or `None`.
+        starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`, or `None`.
+    """
+
+    coefficients: Sequence[Coefficient]
+    time_axis: TimeAxis
+    valid: Tensor | None = None
+    starts: Tensor | None = None
+
+    def steps(self) -> GivenSteps | None:
+        """Return the time steps that count, or `None` if all do."""
+        return given_steps(None, self.valid, self.starts)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return the masks of valid steps and of starts, by their names, where there is one."""
+        return {name: x for name, x in (("valid", self.valid), ("starts", self.starts)) if x is not None}
+
+    def is_on(self) -> bool:
+        """Return whether any term is in the penalty."""
+        return any(map(is_on, self.coefficients))
+
+
 class Formed(NamedTuple):
-    """Hold the penalty of a forward in training.
+    """Hold the penalty of a forward.
 
     Attributes:
         penalty: the penalty and its terms.
         grad_enabled: whether gradients were enabled.
-        coefficients: alpha and beta.
+        request: what the forward has computed.
     """
 
     penalty: Penalty
     grad_enabled: bool
-    coefficients: Sequence[Coefficient]
+    request: Request
 
     def has_gradient(self) -> bool:
         """Return whether the penalty may have a gradient."""
-        return self.grad_enabled and any(map(is_on, self.coefficients))
+        return self.grad_enabled and self.request.is_on()
 
 
-class FusedRNNDropout(nn.Module):
+class DropoutWithPenalty(nn.Module):
+    """Compute the penalty in the forward of a dropout, whose units `drop` drops, and keep it until `take()`.
+
+    Args:
+        p, alpha, beta, batch_first, time_dim: as for `FusedRNNDropout`.
+
+    Attributes:
+        formed: the penalty of the last forward in training, until it is taken.
+
+    Raises:
+        TypeError, ValueError: as `FusedRNNDropout`.
+    """
+
+    _is_replica = False  # DataParallel sets it on its replicas
+
+    def __init__(
+        self,
+        p: float,
+        alpha: Coefficient,
+        beta: Coefficient,
+        *,
+        batch_first: bool | None = None,
+        time_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_probability(p)
+        self.p, self.alpha, self.beta = float(p), check_coefficient("alpha", alpha), check_coefficient("beta", beta)
+        self.batch_first, self.time_dim = time_axis_of(batch_first, time_dim)
+        self.formed: Formed | None = None
+        self._warned: tuple[str, ...] = ()
+
+    def forward(
+        self,
+        raw: Tensor,
+        p: float | None = None,
+        valid: Tensor | None = None,
+        starts: Tensor | None = None,
+        *,
+        request: Request | None = None,
+    ) -> Tensor:
+        """Drop units and compute the penalty in training; return `raw` itself in evaluation.
+
+        Args:
+            raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or any
+                tensor with `time_dim`. It is 0 for one sequence, `(time, hidden)`.
+            p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
+            valid: a mask of the time steps that count, as for `fused_ar_tar`.
+            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
+            request: the penalty that a regularizer wants, in evaluation, too, with its coefficients, axis of time and
+                masks, if there are no others above; `None` for the module's coefficients and axis.
+
+        Warns:
+            UserWarning: the penalty of the last forward was not taken; the module warns once.
+        """
+        untaken, self.formed = self.formed, None
+        if untaken is not None and getattr(raw, "requires_grad", False) and untaken.has_gradient():
+            self._warn_once(UNTAKEN)
+        if request is None:
+            if not self.training:
+                return raw
+            request = Request((self.alpha, self.beta), self.time_axis())
+        coefficients = moved(request.coefficients, check_tensor("raw", raw).device)
+        valid, starts = request.valid if valid is None else valid, request.starts if starts is None else starts
+        request = Request(coefficients, request.time_axis, valid, starts)
+        if self._is_replica and request.is_on():
+            raise RuntimeError(f"{type(self).__name__}: {REPLICATED}")
+        dropped, penalty = self.drop(raw, self.p if p is None else p, request)
+        # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
+        # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
+        if torch.compiler.is_compiling() or current() == -1:
+            self.formed = Formed(penalty, torch.is_grad_enabled(), request)
+        return dropped
+
+    def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
+        """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
+        raise NotImplementedError
+
+    def time_axis(self) -> TimeAxis:
+        """Return the axis of time."""
+        return TimeAxis(self.batch_first, self.time_dim)
+
+    def take(self) -> ARTAR | None:
+        """Return the penalty of the last forward, once.
+
+        Returns:
+            The penalty, and its terms, which are detached. `None` if the last forward was in evaluation, or if its
+                penalty went to a regularizer, or to an earlier `take()`.
+
+        Warns:
+            UserWarning: the forward ran without gradients, and now gradients are enabled; the module warns once.
+        """
+        formed = self.collect()
+        if formed is None:
+            return None
+        if torch.is_grad_enabled() and not formed.grad_enabled:
+            self._warn_once(WITHOUT_GRADIENT)
+        return formed.penalty.split()
+
+    def collect(self) -> Formed | None:
+        """Return the penalty of the last forward as `take` does, with what it was computed of."""
+        formed, self.formed = self.formed, None
+        return formed
+
+    def _warn_once(self, message: str) -> None:
+        """Give a warning the first time; compiled code gives none."""
+        if message not in self._warned and not torch.compiler.is_compiling():
+            self._warned = (*self._warned, message)
+            warnings.warn(f"{type(self).__name__}: {message}", stacklevel=level_of_caller())
+
+    def extra_repr(self) -> str:
+        """Describe the module's arguments for `print(module)`."""
+        extra = [] if self.time_axis() == TimeAxis() else [str(self.time_axis())]
+        return ", ".join([f"p={self.p:g}", f"alpha={self.alpha}", f"beta={self.beta}", *extra])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the penalty of the last forward out of a copy or a pickle."""
+        return {**self.__dict__, "formed": None, "_warned": ()}
+
+
+class FusedRNNDropout(DropoutWithPenalty):
     """Apply variational dropout, and compute AR and TAR in the same pass.
 
     Use it instead of fastai's `RNNDropout` or a `LockedDropout`. Until `take()`, the module keeps the penalty of its
@@ -79,103 +229,7 @@ class FusedRNNDropout(nn.Module):
         >>> loss.backward()
     """
 
-    _is_replica = False  # DataParallel sets it on its replicas
-
-    def __init__(
-        self,
-        p: float,
-        alpha: Coefficient,
-        beta: Coefficient,
-        *,
-        batch_first: bool | None = None,
-        time_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        check_probability(p)
-        self.p, self.alpha, self.beta = float(p), check_coefficient("alpha", alpha), check_coefficient("beta", beta)
-        self.batch_first, self.time_dim = time_axis_of(batch_first, time_dim)
-        self.formed: Formed | None = None  # the penalty of the last forward in training
-        self._warned: tuple[str, ...] = ()
-
-    def forward(
-        self,
-        raw: Tensor,
-        p: float | None = None,
-        valid: Tensor | None = None,
-        starts: Tensor | None = None,
-        *,
-        coefficients: Sequence[Coefficient] | None = None,
-        time_dim: int | None = None,
-    ) -> Tensor:
-        """Drop units and compute the penalty in training; return `raw` itself in evaluation.
-
-        Args:
-            raw: the RNN's output: `(batch, time, hidden)`, or `(time, batch, hidden)` with `batch_first=False`, or any
-                tensor with `time_dim`. It is 0 for one sequence, `(time, hidden)`.
-            p: the probability to drop a unit in this forward, as a `LockedDropout` takes it; `None` for the module's.
-            valid: a mask of the time steps that count, as for `fused_ar_tar`.
-            starts: a mask of the time steps at which a segment starts, as for `fused_ar_tar`.
-            coefficients: alpha and beta in this forward; `None` for the module's.
-            time_dim: the axis of time in this forward; `None` for the module's.
-
-        Warns:
-            UserWarning: the penalty of the last forward was not taken; the module warns once.
-        """
-        untaken, self.formed = self.formed, None
-        if untaken is not None and getattr(raw, "requires_grad", False) and untaken.has_gradient():
-            self._warn_once(UNTAKEN)
-        if not self.training:
-            return raw
-        coefficients = (self.alpha, self.beta) if coefficients is None else coefficients
-        if self._is_replica and any(map(is_on, coefficients)):
-            raise RuntimeError(REPLICATED)
-        batch_first, axis = self.time_axis() if time_dim is None else (None, time_dim)
-        options = Options(batch_first, axis, return_terms=True)
-        steps, drop = given_steps(None, valid, starts), Drop(self.p if p is None else p)
-        dropped, penalty = drop_and_penalize(raw, coefficients, steps, options, drop)
-        # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
-        # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
-        if torch.compiler.is_compiling() or current() == -1:
-            self.formed = Formed(penalty, torch.is_grad_enabled(), coefficients)
-        return dropped
-
-    def time_axis(self) -> TimeAxis:
-        """Return the axis of time."""
-        return TimeAxis(self.batch_first, self.time_dim)
-
-    def take(self) -> ARTAR | None:
-        """Return the penalty of the last forward, once.
-
-        Returns:
-            The penalty, and its terms, which are detached. `None` if the last forward was in evaluation, or if its
-                penalty went to a regularizer, or to an earlier `take()`.
-
-        Warns:
-            UserWarning: the forward ran without gradients, and now gradients are enabled; the module warns once.
-        """
-        penalty = self.collect()
-        return None if penalty is None else penalty.split()
-
-    def collect(self) -> Penalty | None:
-        """Return the penalty of the last forward as `take` does, with its terms in one tensor."""
-        formed, self.formed = self.formed, None
-        if formed is None:
-            return None
-        if torch.is_grad_enabled() and not formed.grad_enabled:
-            self._warn_once(WITHOUT_GRADIENT)
-        return formed.penalty
-
-    def _warn_once(self, message: str) -> None:
-        """Give a warning the first time; compiled code gives none."""
-        if message not in self._warned and not torch.compiler.is_compiling():
-            self._warned = (*self._warned, message)
-            warnings.warn(f"FusedRNNDropout: {message}", stacklevel=level_of_caller())
-
-    def extra_repr(self) -> str:
-        """Describe the module's arguments for `print(module)`."""
-        extra = [] if self.time_axis() == TimeAxis() else [str(self.time_axis())]
-        return ", ".join([f"p={self.p:g}", f"alpha={self.alpha}", f"beta={self.beta}", *extra])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the penalty of the last forward out of a copy or a pickle."""
-        return {**self.__dict__, "formed": None, "_warned": ()}
+    def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
+        """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
+        options = Options(*request.time_axis, return_terms=True)
+        return drop_and_penalize(raw, request.coefficients, request.steps(), options, Drop(p, training=self.training))

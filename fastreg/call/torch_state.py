@@ -39,16 +39,12 @@ def level_of_caller() -> int:
     return level
 
 
-def untraced(function: Function, within_compiler: Callable[..., object] | None = None) -> Function:
+def untraced(function: Function) -> Function:
     """Run a function, and everything it calls, outside Dynamo.
 
     Dynamo would compile each function that it calls as a separate frame. Such a frame would find that it is being
     compiled, and take the formula. Unlike `torch.compiler.disable`, this decorator takes no time without a compiler,
     and does not import the compiler, which would take seconds.
-
-    Args:
-        function: the function.
-        within_compiler: a function to call in its place where a compiler runs; `None` for the same one.
     """
 
     @functools.wraps(function)
@@ -57,7 +53,7 @@ def untraced(function: Function, within_compiler: Callable[..., object] | None =
         if is_traced:
             break_graph(WHY_OUTSIDE)
         if is_traced or compiler_of_frames() is not None:
-            return _outside(run, within_compiler or function, args)
+            return _outside(run, function, args)
         return function(*args)
 
     return run  # pyright: ignore[reportReturnType]

@@ -138,6 +138,20 @@ def test_a_penalty_that_is_lost_beside_another_module_is_warned_of_once(step: st
     assert "train() on it, or remove() the handle" in message
 
 
+@pytest.mark.parametrize("step", BESIDE)
+def test_a_validation_excuses_no_lost_penalty(step: str) -> None:
+    m = Model(nn.LSTM, PLAIN)
+
+    def with_validation() -> None:
+        BESIDE[step](m)
+        no_grad(m.eval())(inputs())
+        m.train()
+
+    ((at, message),) = alarms(with_validation).items()
+    assert LIMIT - 10 <= at <= LIMIT + 12
+    assert "through the attached LSTM, or losses without it" in message
+
+
 class Right(Model):
     """Steps that are right, or lose the penalties of few runs in a row."""
 

@@ -58,13 +58,12 @@ def test_a_coefficient_that_changes_compiles_no_code_anew() -> None:
     assert 0 < compilations[0] <= compilations[1] == compilations[2]
 
 
-@pytest.mark.parametrize("coefficients", [None, (0.5, 3.0)])
-def test_masks_and_coefficients_count_in_compiled_code(coefficients: Any) -> None:
+def test_masks_count_in_compiled_code() -> None:
     model, own = Attached(nn.GRU, FUSED, valid=lambda *_: VALID, starts=lambda *_: STARTS), ~VALID
-    model.begin = lambda x, _: (raw := model.rnn(x)[0], model.dropout(raw, None, own, coefficients=coefficients), None)
+    model.begin = lambda x, _: (raw := model.rnn(x)[0], model.dropout(raw, None, own), None)
     for run in (model, torch.compile(model, backend="eager")):
         raw, dropped, _, loss = run(lm.inputs())
-        want = fused_ar_tar(raw, dropped, *(coefficients or (ALPHA, BETA)), valid=own, starts=STARTS)
+        want = fused_ar_tar(raw, dropped, ALPHA, BETA, valid=own, starts=STARTS)
         lm.check_gradients(model, model.reg.on_backward_begin(loss), loss + want)
         assert model.dropout.take() is None
 

@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from fastreg.call import backends
+from fastreg.call.problem import TimeAxis
+from fastreg.call.rnn_dropout import Request
 from tests import language_model as lm
 from tests.calls import Decorated
 from tests.conftest import ROOT, python, skip_without
@@ -219,7 +221,7 @@ def own() -> Tensor:
 @pytest.mark.parametrize("coefficients", ONES_AND_ZEROS, ids=str)
 def test_a_step_after_a_penalty_that_was_not_taken_warns_once_and_so_does_a_copy(coefficients: Any, by: str) -> None:
     dropout = FusedRNNDropout(0.3, *(coefficients if by == "the module" else (0, 0)))
-    options = {"coefficients": coefficients} if by == "the forward" else {}
+    options = {"request": Request(coefficients, TimeAxis())} if by == "the forward" else {}
     for duplicate, trains in ((copy.copy, True), (copy.deepcopy, False), (lm.pickled, True)):
         dropout(own(), **options)  # before the module is attached, maybe
         with pytest.warns(UserWarning, match=UNTAKEN) as caught:
@@ -244,8 +246,21 @@ def test_a_dropout_whose_coefficients_are_0_or_that_samples_or_is_evaluated_or_a
             dropout.train()
         with lm.regularizer().attach(rnn, dropout):
             for _ in range(2):
-                dropout(own())  # of the embeddings
+                if dropout.alpha == 0:
+                    dropout(own())  # of the embeddings
                 lm.run(rnn, dropout)
+
+
+def test_an_own_penalty_that_nobody_takes_before_an_attached_forward_warns_once() -> None:
+    rnn, dropout, reg = lm.gru(), FusedRNNDropout(0.3, ALPHA, BETA), lm.regularizer()
+    reg.attach(rnn, dropout)
+    lm.run(rnn, dropout)
+    dropout(own())
+    with pytest.warns(UserWarning, match=UNTAKEN) as caught:
+        lm.run(rnn, dropout)
+    assert [warning.filename for warning in caught] == [lm.__file__]
+    dropout(own())
+    lm.run(rnn, dropout)
 
 
 # Mistakes of newcomers: activations that are given to a regularizer

@@ -76,7 +76,23 @@ def test_an_attached_dropout_takes_one_sequence_with_or_without_a_gradient(aroun
         lm.check_gradients(rnn, lm.penalty_of(reg, dropped), lm.formula(raw, dropped, 0))
 
 
+@pytest.mark.parametrize("in_training", [True, False])
+def test_a_mask_of_the_call_counts_in_evaluation_too(in_training: bool) -> None:
+    dropout, rnn, reg = FusedRNNDropout(0.4, 0, 0), lm.gru(), lm.regularizer()
+    reg.attach(rnn, dropout.train(in_training), valid=lambda _: VALID)
+    raw, _ = rnn(lm.inputs())
+    dropped = dropout(raw, valid=OTHER)
+    torch.testing.assert_close(lm.penalty_of(reg, dropped), fused_ar_tar(raw, dropped, ALPHA, BETA, valid=OTHER))
+
+
 # By itself
+
+
+def test_coefficients_are_moved_to_the_device_of_raw() -> None:
+    """The meta device stands for a GPU."""
+    dropout = FusedRNNDropout(0.4, torch.tensor(ALPHA), torch.tensor(BETA))
+    dropout(torch.empty(BATCH, TIME, 2, device="meta", requires_grad=True))
+    assert [x.device.type for x in dropout.take()] == ["meta"] * 3  # pyright: ignore
 
 
 def test_p_of_one_call_takes_precedence() -> None:
