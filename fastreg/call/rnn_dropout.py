@@ -17,7 +17,7 @@ from fastreg.call.dropout import Drop, drop_and_penalize
 from fastreg.call.private import current
 from fastreg.call.problem import ARTAR, Coefficient, Options, Penalty, TimeAxis, is_on, moved
 from fastreg.call.steps import GivenSteps, given_steps
-from fastreg.call.torch_state import level_of_caller
+from fastreg.call.torch_state import level_of_caller, untraced
 
 UNTAKEN = (
     "the penalty of the last forward in training is discarded, as it was not taken: add the penalty of take() to the "
@@ -138,20 +138,25 @@ class DropoutWithPenalty(nn.Module):
         if untaken is not None and getattr(raw, "requires_grad", False) and untaken.has_gradient():
             self._warn_once(UNTAKEN)
         if request is None:
-            if not self.training:
-                return raw
-            request = Request((self.alpha, self.beta), self.time_axis())
-        coefficients = moved(request.coefficients, check_tensor("raw", raw).device)
+            own = Request((self.alpha, self.beta), self.time_axis(), valid, starts)
+            return self.form(raw, p, own) if self.training else raw
         valid, starts = request.valid if valid is None else valid, request.starts if starts is None else starts
-        request = Request(coefficients, request.time_axis, valid, starts)
+        # Each step may have other coefficients, for which a compiler would compile the forward anew.
+        return self.form_outside(raw, p, Request(request.coefficients, request.time_axis, valid, starts))
+
+    def form(self, raw: Tensor, p: float | None, request: Request) -> Tensor:
+        """Return dropped, and keep the penalty."""
         if self._is_replica and request.is_on():
             raise RuntimeError(f"{type(self).__name__}: {REPLICATED}")
+        request = request._replace(coefficients=moved(request.coefficients, check_tensor("raw", raw).device))
         dropped, penalty = self.drop(raw, self.p if p is None else p, request)
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or current() == -1:
             self.formed = Formed(penalty, torch.is_grad_enabled(), request)
         return dropped
+
+    form_outside = untraced(form)
 
     def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
         """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
