@@ -101,7 +101,7 @@ class Paths:
 
 
 NAMES, NO_LAYOUT = [x.name for x in fields(Paths)], Paths().layout()
-NO_SUMS = torch.zeros(()), 0
+NO_SUMS, NO_LENGTHS = (torch.zeros(()), 0), (0, 0)
 
 
 def of_regularizer(name: str) -> Any:
@@ -118,7 +118,7 @@ class Adapter:
         paths: the names of its modules.
         batch: the only input of the batch, or a list of all, where the framework does not hold them: see `inputs`.
         handles: the handles of the attached modules, one for each path; there are none between fits.
-        time_axis: the axis of time of raw; after `begin`, as the last of the attached modules shows it.
+        lengths: the numbers of time steps and of sequences of the longest run of this step; 0 and 0 without one.
         scaled: restores the learning rates that `scale` has set.
         sums: the sums of AR and of TAR since the last log, weighted by the sizes of the steps, on their device, and the
             sum of the sizes.
@@ -147,7 +147,7 @@ class Adapter:
         coefficients = [0.0 if x is None else x for x in (alpha, beta)]
         self.regularizer, self.paths = RNNRegularizer(*coefficients, bptt=bptt), Paths(**options)
         self.handles, self.batch, self.sums, self.scaled = list[Attachment](), (), NO_SUMS, ExitStack()
-        self.time_axis, self._captured, self._is_shown = time_axis_of(**self.paths.layout()), "", False
+        self.lengths, self._captured, self._is_shown = NO_LENGTHS, "", False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy or a pickle, which is attached to nothing."""
@@ -176,19 +176,19 @@ class Adapter:
         self.modules(model)
 
     def begin(self, model: nn.Module) -> None:
-        """Attach to the modules of a model until `end`, unless they are attached.
+        """Begin a step; attach to the modules of a model until `end`, unless they are attached.
 
         Raises:
             AttributeError: a path names no module.
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.attach`.
         """
+        self.lengths = NO_LENGTHS
         if self.handles:
             return
         for rnn, dropout in self.modules(model):
             masks: Any = {name: self.mask_of(rnn, getattr(self.paths, name)) for name in ("valid", "starts")}
             options = self.layout_of(rnn) | masks | {"output": self.paths.output}
             self.handles.append(self.regularizer.attach(rnn, dropout, **options))
-            self.time_axis = self.handles[-1].source.time_axis
 
     def inputs(self) -> Sequence[Any]:
         """Return the inputs of the batch that the model gets now."""
@@ -219,26 +219,28 @@ class Adapter:
         if layout == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
-        time = self.time_axis.number() % len(shape)
+        time_axis = time_axis_of(**layout)
+        time = time_axis.number() % len(shape)
         masks: Any = self.paths.masks().of(*self.inputs())
         axis = int(time > 0)  # of a mask: (batch, time), or (time, batch) where raw is time first
         for name, mask in masks.items():
             kept = min(mask.shape[axis], shape[time])
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
-        self._captured = "" if self._is_shown else f"the model's output: {described(raw, self.time_axis, masks)}"
+        self._captured = "" if self._is_shown else f"the model's output: {described(raw, time_axis, masks)}"
         return decoded
 
     def time_steps(self) -> int:
-        """Return the number of time steps of the batch, or of raw if the batch does not begin with indices.
+        """Return the number of time steps of the batch, or of this step's raw if the batch does not begin with indices.
 
-        Raw may be a chunk of the batch. Indices are `(batch, time)`, or `(time, batch)` where raw is time first, unless
-        the model turns them.
+        Raw may be a chunk of the batch. Of indices, time is the axis that has not the size of raw's batch; it is the
+        second one if both have it, or neither, or if the model runs without raw in this step.
         """
-        steps, first = self.regularizer.time_steps, next(iter(self.inputs()), None)
+        (steps, batch), first = self.lengths, next(iter(self.inputs()), None)
         if not isinstance(first, Tensor) or first.dtype not in (torch.int32, torch.int64) or first.dim() != 2:
             return steps
-        return first.shape[0 if comes_first(self.time_axis) and steps != first.shape[1] else 1]
+        rows, columns = first.shape
+        return rows if columns == batch != rows else columns
 
     def scale(self, read: Callable[[], list[float]], write: Callable[[list[float]], Any]) -> None:
         """Scale learning rates by `time / bptt`, for the number of time steps of the batch, until `scaled` is closed.
@@ -247,7 +249,7 @@ class Adapter:
             read: a function that returns the learning rates of the optimizer.
             write: a function that sets them.
         """
-        if self.bptt and (steps := self.time_steps()):  # a module in evaluation has no run
+        if self.bptt and (steps := self.time_steps()):
             lrs = read()
             self.scaled.callback(write, lrs)
             write([lr * steps / self.bptt for lr in lrs])
@@ -268,6 +270,7 @@ class Adapter:
         penalty = self.regularizer.collect(loss)
         if penalty is None:
             return loss
+        self.lengths = self.regularizer.time_steps, self.regularizer.sequences
         if not self._is_shown:
             self._is_shown = True
             shown = [f"{rnn}: {x!r}" for (rnn, _), x in zip(self.paths.pairs(), self.handles, strict=False)]

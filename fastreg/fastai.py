@@ -74,8 +74,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
             one of the coefficients is required.
         beta: coefficient of TAR.
         bptt: the usual number of time steps: each optimizer step runs at `lr * time / bptt`, as in AWD-LSTM, where
-            `time` is the length of the batch's first input if that is `(batch, time)` of indices, and otherwise the
-            number of time steps of raw.
+            `time` is the length of the batch's first input if that is two-dimensional and of indices, and otherwise the
+            number of time steps of raw. Of indices, time is the axis that is not raw's batch, or else the second one.
         **options: as for `fastreg.adapter.Paths`; `valid` and `starts` get the inputs of the batch, `valid(*learn.xb)`.
 
     Raises:

@@ -55,8 +55,10 @@ class RNNTrainer(Adapter, LearnerCallback):
             one of the coefficients is required.
         beta: coefficient of TAR.
         adjust: whether the optimizer steps at `lr * time / bptt`, where `time` is the length of the batch's first input
-            if that is `(batch, time)` of indices, and otherwise the number of time steps of raw; lr is restored
-            afterwards, also after an error.
+            if that is two-dimensional and of indices, and otherwise the number of time steps of raw; lr is restored
+            afterwards, also after an error. Of indices, time is the axis that is not raw's batch, or else the second
+            one. If the first input has other integers, such as categories, pass False, and use
+            `RNNRegularizer.scaled_lr`.
         **options: as for `fastreg.adapter.Paths`; `valid` and `starts` get the inputs of the batch.
 
     Raises:

@@ -44,8 +44,8 @@ class Capture(NamedTuple):
         """Return whether any layer of raw or dropped needs a gradient."""
         return any(x.requires_grad for x in (*layers_of(self.raw), *layers_of(self.dropped)))
 
-    def penalty(self, coefficients: Sequence[Any], device: torch.device) -> tuple[Penalty, int]:
-        """Return the penalty, on a device, and the number of time steps.
+    def penalty(self, coefficients: Sequence[Any], device: torch.device) -> tuple[Penalty, tuple[int, int]]:
+        """Return the penalty, on a device, and the numbers of time steps and of sequences.
 
         Raises:
             TypeError, ValueError: as `fused_ar_tar`.
@@ -58,7 +58,7 @@ class Capture(NamedTuple):
             given = moved(coefficients, layers_of(pair[0])[0].device)
             penalties.append(penalize(pair, given, self.steps, Options(*self.time_axis, return_terms=True)).on(device))
         first: Any = self.raw[0] if is_list(self.raw) else self.raw
-        return sum_of(penalties), time_steps_of(first, self.time_axis)
+        return sum_of(penalties), lengths_of(first, self.time_axis)
 
 
 def check_output(output: Any) -> Any:
@@ -125,9 +125,12 @@ def check_layout(raw: Any, decoded: Any, time_axis: TimeAxis, is_given: bool) ->
     return words
 
 
-def time_steps_of(raw: Tensor | PackedSequence, time_axis: TimeAxis) -> int:
-    """Return the number of time steps of raw, the longest of packed sequences."""
-    return len(raw.batch_sizes) if isinstance(raw, PackedSequence) else raw.shape[time_axis.number()]
+def lengths_of(raw: Tensor | PackedSequence, time_axis: TimeAxis) -> tuple[int, int]:
+    """Return the number of time steps of raw, of the longest of packed sequences, and the number of sequences."""
+    if isinstance(raw, PackedSequence):
+        return len(raw.batch_sizes), int(raw.batch_sizes[0])
+    batch, time = sizes_of(raw, time_axis.number())
+    return time, batch
 
 
 def described(raw: Tensor | PackedSequence, time_axis: TimeAxis, masks: Mapping[str, Tensor]) -> str:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastreg.attach.activations import described, time_steps_of
+from fastreg.attach.activations import described, lengths_of
 from fastreg.attach.mark import mapped, mark, tensors_in
 from fastreg.attach.runs import Alarm, Last, Run, Stage
 from fastreg.attach.source import Source
@@ -257,7 +257,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         else:
             penalty, _, run.request = formed
         if current() == -1:
-            run.penalty, run.time_steps = penalty, time_steps_of(pair[0], run.request.time_axis)
+            run.penalty, run.lengths = penalty, lengths_of(pair[0], run.request.time_axis)
             self.shown = self.shown or described(pair[0], run.request.time_axis, run.request.masks())
             self.alarm.is_called |= run.request.is_on()
 

@@ -51,6 +51,7 @@ class RNNRegularizer:
         tar: TAR of the last training step, as for ar.
         time_steps: the number of time steps of the longest run, or of the captured raw, of the last training step; 0
             before the first one.
+        sequences: the number of sequences of the same run; 0 before the first one.
 
     Raises:
         TypeError: an argument has the wrong type; the message names it.
@@ -90,7 +91,7 @@ class RNNRegularizer:
         self.alpha, self.beta = check_coefficient("alpha", alpha), check_coefficient("beta", beta)
         self.layers = layers
         self.bptt = None if bptt is None else check_count("bptt", bptt)
-        self.time_steps = 0
+        self.time_steps = self.sequences = 0
         self._terms: Tensor | list[Tensor] | None = None  # AR and TAR of the last training step
         self._capture: Capture | None = None
         self._warned = set[str]()  # the warnings that were given
@@ -241,7 +242,7 @@ class RNNRegularizer:
             raise
         if taken is None:
             return None
-        penalty, self.time_steps = taken
+        penalty, (self.time_steps, self.sequences) = taken
         self._terms = penalty.terms
         return penalty
 

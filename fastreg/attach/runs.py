@@ -85,7 +85,7 @@ class Run:
         packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
         version: how often raw had been changed in place.
         penalty: the penalty and its terms; before that and after that, the stage.
-        time_steps: the number of time steps of raw, the longest of packed sequences.
+        lengths: the number of time steps of raw, of the longest of packed sequences, and the number of sequences.
     """
 
     attachment: Any
@@ -93,7 +93,7 @@ class Run:
     packed: PackedSequence | None
     version: int
     penalty: Penalty | Stage = Stage.WAITS
-    time_steps: int = 0
+    lengths: tuple[int, int] = 0, 0
 
 
 @dataclass(eq=False)
@@ -134,7 +134,9 @@ class Alarm:
 
 
 @untraced  # a compiler must not trace a search of the graph
-def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) -> tuple[Penalty, int] | None:
+def take(
+    attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]
+) -> tuple[Penalty, tuple[int, int]] | None:
     """Take the penalties of the runs on which a loss depends.
 
     Args:
@@ -176,7 +178,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     if not found:
         return None
     penalty: Any = sum_of([run.penalty.on(loss.device) for run in found])  # pyright: ignore
-    single = [run.attachment for run in found if run.time_steps == 1]
+    single = [run.attachment for run in found if run.lengths[0] == 1]
     for x in reached:
         if (count := single.count(x)) > 3:
             raise RuntimeError(ONE_STEP.format(count=count, **x.names))
@@ -187,7 +189,7 @@ def take(attachments: Sequence[Any], loss: Tensor, warn: Callable[[str], None]) 
     for x in attachments:
         # What a module beside has done is of this step, too, and excuses nothing in the next one.
         x.last = Last.TAKEN if x in reached else Last.IDLE
-    return penalty, max([run.time_steps for run in found])
+    return penalty, max([run.lengths for run in found])
 
 
 def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: bool) -> None:

@@ -33,8 +33,16 @@ from torch.optim import SGD  # noqa: E402
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
 from tests.adapters.contract import BATCHES, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
-from tests.adapters.learners import ALPHA, BETA, ROWS, LearnerContract, assert_holds_no_activations_after  # noqa: E402
-from tests.language_model import VOCABULARY, gap, hooks_of  # noqa: E402
+from tests.adapters.learners import (  # noqa: E402
+    ALPHA,
+    BETA,
+    ROWS,
+    SUMS,
+    Captures,
+    LearnerContract,
+    assert_holds_no_activations_after,
+)
+from tests.language_model import BATCH, TIME, VOCABULARY, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = fastai.__version__ == "1.0.42"
@@ -195,6 +203,17 @@ def test_no_activations_are_held_after_a_step_that_failed() -> None:
             trained(learn, at("on_backward_begin", fail))
 
     assert_holds_no_activations_after(train, learn)
+
+
+@pytest.mark.skipif(OLD, reason="it has no purge")
+def test_a_learner_that_was_purged_has_the_layout_and_the_lr_of_its_time_first_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    learn = TestContract().learner_of(Captures(), regularized=False, rows=SUMS)
+    learn.callbacks.append(RNNTrainer(learn, 2 * TIME, ALPHA, BETA, batch_first=False))
+    learn.purge()
+    assert TestContract().lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
+    assert f"raw ({TIME}, {BATCH}, 6) as time {TIME}, batch {BATCH}" in capsys.readouterr().out
 
 
 def test_the_callback_names_what_is_wrong() -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fastreg import fused_ar_tar
 from fastreg.adapter import Adapter
 from tests import language_model as lm
-from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net
+from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net, keep_in_evaluation
 from tests.language_model import BATCH, TIME, VOCABULARY, Model, assert_same_weights, gap, hooks_of, seeded, tokens
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
@@ -65,17 +65,35 @@ class Frames(Model):
         return self.decoder(self.dropout(self.rnn(x.unflatten(1, (TIME, 2)).repeat(1, 1, 3))[0]))
 
 
+class Fewer(Net):
+    """Leaves the first token of a text out."""
+
+    text_axis = 1
+
+    def forward(self, ids: Tensor) -> Any:  # pyright: ignore
+        return super().forward(ids.narrow(self.text_axis, 1, ids.shape[self.text_axis] - 1))
+
+
+class FewerTimeFirst(Fewer):
+    text_axis = 0
+
+
 ROWS = [((ids,), -ids) for ids in IDS]  # the inputs, and the target
 # the model, its inputs, and the options of `fuse`; seven time steps count
 TIME_FIRST = [((x,), -x) for x in tokens(BATCHES * TIME, BATCH)]
+SUMS = [((x - x // 2, x // 2), -x) for (x,), _ in TIME_FIRST]
+SAMPLES = [((torch.rand(2 * TIME),), -ids) for ids in IDS]
 LENGTHS: list[tuple[Any, Any, dict[str, Any]]] = [
     (Net, ROWS, {"rnn": "rnn"}),
     (Net, TIME_FIRST, {"rnn": ["decoder", "turned"], "batch_first": False}),  # the second one has fewer
     (Net, ROWS, {"rnn": "turned", "batch_first": False}),  # the model turns the batch
     (Captures, [((x - x // 2, x // 2), -x) for x in IDS], {}),
-    (Captures, [((x - x // 2, x // 2), -x) for (x,), _ in TIME_FIRST], {"batch_first": False}),
+    (Captures, SUMS, {"batch_first": False}),
     (Chunks, ROWS, PATHS),
-    (Frames, [((torch.rand(2 * TIME),), -ids) for ids in IDS], PATHS),
+    (Frames, SAMPLES, PATHS),
+    (Fewer, ROWS, {"rnn": "turned", "batch_first": False}),
+    (Fewer, ROWS, {"rnn": "rnn"}),
+    (FewerTimeFirst, TIME_FIRST, {"rnn": "decoder", "batch_first": False}),
 ]
 
 
@@ -168,6 +186,17 @@ class LearnerContract(Contract):
         assert self.lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
         self.cut_off(learn)
         assert self.lrs_of_steps(learn, 2.0) == [1.0] * BATCHES + [2.0]
+
+    @pytest.mark.parametrize(("kind", "rows", "without"), [(Net, ROWS, 0.25), (Frames, SAMPLES, 0.5)])
+    def test_a_step_without_a_run_has_the_lr_of_its_own_indices_or_is_not_scaled(
+        self, kind: Any, rows: Any, without: float
+    ) -> None:
+        learn = self.fuse(self.learner_of(kind(), rows=rows), **PATHS)
+        now = self.regularizer(learn)
+        now.bptt, now.adjust = 2 * TIME, True
+        assert self.lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
+        keep_in_evaluation(learn.model)
+        assert self.lrs_of_steps(learn, 0.5) == [without] * BATCHES + [0.5]
 
     def test_masks_are_of_the_inputs_that_the_model_gets(self) -> None:
         model, formula, without = seeded(Captures), self.net("rnn", masks=MASKS), self.net("rnn", masks=MASKS)
