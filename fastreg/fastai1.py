@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from fastreg.adapter import Adapter, PathOptions
 from fastreg.attach.regularizer import reset_of
-from fastreg.call.problem import Coefficient
+from fastreg.call.problem import Coefficient, is_list
 
 try:
     from fastai import __version__
@@ -41,6 +41,13 @@ DICTS = hasattr(CallbackHandler, "_call_and_update")  # from 1.0.47 on events ta
 def answer(name: str, value: Any) -> Any:
     """Return a new value of an argument in the form in which an event of fastai takes it."""
     return {name: value} if DICTS else value
+
+
+def is_of_awd_lstm(output: Any) -> bool:
+    """Return whether a model returned `(decoded, raw, dropped)`, with lists of as many tensors."""
+    if not (is_list(output) and len(output) == 3 and is_list(output[1]) and is_list(output[2])):
+        return False
+    return len(output[1]) == len(output[2]) and all(isinstance(x, Tensor) for x in (*output[1], *output[2]))
 
 
 class RNNTrainer(Adapter, LearnerCallback):
@@ -111,7 +118,7 @@ class RNNTrainer(Adapter, LearnerCallback):
 
     def on_loss_begin(self, last_output: Any, last_input: Any, train: bool = True, **_: Any) -> Any:
         if self.paths.rnn is not None:
-            return None
+            return answer("last_output", last_output[0]) if is_of_awd_lstm(last_output) else None
         if train:
             self.batch = last_input  # which a later callback may have changed since on_batch_begin
             self.capture(last_output)

@@ -153,6 +153,18 @@ def test_the_loss_scale_scales_the_penalty_too() -> None:
     assert gap(*weights) < 1e-5
 
 
+def test_named_modules_of_the_language_model_train_the_stock_weights() -> None:
+    learn = fuse(learner(), rnn="0.rnns.1")  # fastai 1 takes AR of the last layer before its dropout
+    assert gap(trained(learn), TestContract.stock_weights()) < 1e-5
+
+
+def test_beside_named_modules_an_output_of_three_that_is_not_of_awd_lstm_passes() -> None:
+    now, x = RNNTrainer(learner(), 16, ALPHA, BETA, rnn="0.rnns.1"), torch.zeros(2)
+    for output in ((x, x, x), (x, [x], [x, x]), (x, [x], [1]), (x, [x])):
+        assert now.on_loss_begin(output, x) is None
+    assert now.on_loss_begin((x, [x], [x]), x, train=False) is not None
+
+
 def test_models_are_reset_once_an_epoch() -> None:
     learn = fuse(TestContract().learner_of(Net()), **PATHS)
     learn.model.reset = mock.Mock(spec=[])
