@@ -162,8 +162,8 @@ class RegularizedTrainer(Adapter, Trainer):
 
 
 def collated(collate: Callable[[Any], Any], is_masked: Tensor, examples: Any) -> Any:
-    """Collate examples as a function does, and note whether the first one has an attention mask, and so all have."""
-    if attention_mask(next(iter(examples))) is not None:
+    """Collate examples as a function does, and note whether one of them has an attention mask."""
+    if any(attention_mask(x) is not None for x in examples):
         is_masked.fill_(True)
     return collate(examples)
 

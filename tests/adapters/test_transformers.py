@@ -19,7 +19,7 @@ skip_without("transformers")
 
 import transformers  # noqa: E402
 
-from fastreg.transformers import RegularizedTrainer  # noqa: E402
+from fastreg.transformers import RegularizedTrainer, collated  # noqa: E402
 from tests import language_model as lm  # noqa: E402
 from tests.adapters.contract import COEFFICIENTS, DATA, IDS, PATHS, Contract, Net, turned, valid  # noqa: E402
 from tests.language_model import ALPHA, BATCH, BETA, assert_same_weights, hooks_of  # noqa: E402
@@ -189,6 +189,13 @@ def test_a_mask_that_the_trainer_takes_out_and_no_other_is_warned_of_once(
         fit(model, args={"max_steps": 3, "dataloader_num_workers": workers}, data=data, **options)
     messages = [str(x.message) for x in seen if "padding counts in AR and TAR" in str(x.message)]
     assert [f"forward of the {type(model).__name__} does not take it" in x for x in messages] == [True] * count
+
+
+@pytest.mark.parametrize(("examples", "is_masked"), [([DATA[0], MASKED[1]], True), (DATA[:2], False)])
+def test_the_mask_of_any_example_of_a_batch_is_noted(examples: Any, is_masked: bool) -> None:
+    noted = torch.tensor(False)
+    assert collated(len, noted, examples) == 2
+    assert noted == is_masked
 
 
 def test_a_layout_that_a_module_does_not_show_is_asked_for() -> None:
