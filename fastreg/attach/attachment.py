@@ -8,7 +8,6 @@ after the module. Before a `FusedRNNDropout` it passes what that needs to comput
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -17,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastreg.attach.activations import described, lengths_of
 from fastreg.attach.mark import mapped, mark, tensors_in
-from fastreg.attach.runs import Alarm, Last, Run, Stage
+from fastreg.attach.runs import CONSTANT, EVALUATED, RAN, TAKEN, WITHOUT_GRADIENTS, Alarm, Run
 from fastreg.attach.source import Source
 from fastreg.call.penalty import penalize
 from fastreg.call.private import current, hooks_on_saved, is_view, version_of
@@ -33,12 +31,8 @@ SHARED = (
     "attach: this {} shares the hooks of an attached module, as a shallow copy or a replica does, and its penalty "
     "would be lost. Use DistributedDataParallel instead of DataParallel, or on_loss_begin; or remove() the attachment"
 )
-CHANGED = (
-    "attach: the output of the {module} was changed in place before its dropout, or by it; use Dropout(inplace=False)"
-)
 TWICE = "attach: the {dropout} got one output of the {module} twice, and AR is of one dropped tensor; use fused_ar_tar"
 ALARMS = WeakKeyDictionary[nn.Module, Alarm]()  # of a module, which may be attached anew in each step
-NOTES = WeakTensorKeyDictionary()  # of a raw that is a leaf, and so has no node
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -52,7 +46,9 @@ class Attachment(AbstractContextManager["Attachment"]):
     Attributes:
         regularizer: the regularizer.
         source: the source.
-        last: what the module has done since a loss of the regularizer last took a penalty.
+        open: weak references to the runs whose penalties a loss may take. One without a penalty waits for its dropout.
+        events: what the module has done since a loss of the regularizer last took a penalty, or in its last step.
+        starts_anew: whether the next call begins a step, as a loss that needs a gradient has come since the last call.
         alarm: the alarm of the module.
         handles: the handles of the hooks; none once they are removed.
         names: the names of the types of the module and of its dropout, for messages.
@@ -63,10 +59,9 @@ class Attachment(AbstractContextManager["Attachment"]):
         self.regularizer, self.source, self._attachments = regularizer, source, attachments
         modules = {"module": source.module, "dropout": source.dropout}
         self.names = {name: type(x).__name__ for name, x in modules.items() if x is not None}
-        self.last, self.shown = Last.IDLE, ""
+        self.open, self.events = set[ReferenceType[Run]](), dict[str, None]()
+        self.starts_anew, self.shown = False, ""
         self.alarm = ALARMS.setdefault(source.module, Alarm(self.names["module"]))
-        self._runs = list[ReferenceType[Run]]()  # which are held, and some that no longer are
-        self._raw: Callable[[], Tensor | None] = lambda: None  # raw of the last run, whose node may be another by now
         self.handles = [x.register_forward_hook(self, with_kwargs=True) for x in modules.values() if x is not None]
         if isinstance(source.dropout, DropoutWithPenalty):
             self.handles.append(source.dropout.register_forward_pre_hook(self, with_kwargs=True))
@@ -98,15 +93,30 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def clear(self) -> None:
         """Drop the runs."""
-        for run in self.held():
-            run.penalty = Stage.TAKEN
-            self.last = Last.TAKEN
+        for run in self.runs():
+            self.close(run)
+            self.events = {TAKEN: None}
 
-    def held(self) -> list[Run]:
-        """Return the runs that are alive, and whose penalties no loss has taken."""
-        held = [run for x in self._runs if (run := x()) is not None and run.penalty is not Stage.TAKEN]
-        self._runs = [*map(ref, held)]
-        return held
+    def runs(self) -> list[Run]:
+        """Return the open runs."""
+        return [run for x in list(self.open) if (run := x()) is not None]
+
+    def close(self, run: Run) -> None:
+        """Let no loss take the penalty of a run."""
+        self.open.discard(ref(run))
+        run.penalty = None
+
+    def _open(self, run: Run) -> None:
+        """Let a loss take the penalty of a run, as long as the autograd graph owns it."""
+        self.open.add(ref(run, self.open.discard))
+
+    def _note(self, event: str) -> None:
+        """Note what the module has done; what it did before the last loss no longer counts."""
+        if self.starts_anew:
+            self.events, self.starts_anew = {}, False
+        self.events[event] = None
+        if event in (CONSTANT, WITHOUT_GRADIENTS):  # it was called as it should be
+            self.alarm.losses = 0
 
     @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *result: Any) -> Any:
@@ -120,23 +130,19 @@ class Attachment(AbstractContextManager["Attachment"]):
         return None
 
     def _after_module(self, args: Any, kwargs: Any, result: Any) -> Any:
-        """Begin a run, and return the output with marks."""
+        """Begin a run, and return the output with its tensors behind marks, except for tensors that are inputs."""
         source, regularizer, again = self.source, self.regularizer, current() != -1
         if not torch.is_grad_enabled() or transformed():
             if source.module.training:  # a validation excuses nothing
-                self.last = Last.WITHOUT_GRADIENTS if self.last in (Last.IDLE, Last.TAKEN) else self.last
-                self.alarm.losses = 0
+                self._note(WITHOUT_GRADIENTS)
             return None
         if not source.module.training:
-            if any(x.requires_grad for x in tensors_in(result)):  # it takes part in a training
-                self.last = Last.EVALUATED
-            else:
-                self._note_constant()
+            self._note(EVALUATED if any(x.requires_grad for x in tensors_in(result)) else CONSTANT)
             return None
         raw = source.raw_of(result)
         rows = raw if type(raw) is Tensor else data_of(raw)
         if not rows.requires_grad:
-            self._note_constant()
+            self._note(CONSTANT)
             return None
         coefficients = moved((regularizer.alpha, regularizer.beta), rows.device)
         run = Run(
@@ -145,38 +151,22 @@ class Attachment(AbstractContextManager["Attachment"]):
             packed=None if raw is rows else raw._replace(data=None),  # pyright: ignore
             version=version_of(rows),
         )
+        marks = {id(x): x for x in tensors_in((*args, *kwargs.values()))}
         if source.dropout is None:
             self._form(run, rows, rows)
-        else:
-            _notes_of(rows)[self, rows.output_nr], self._raw = run, ref(rows)
-        if again:  # a backward computes this run again, and needs no marks
-            # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
-            if run.request.is_on() and not hooks_on_saved(False):
-                self.alarm.add(backwards=1)
-            return None
-        if self.last is not Last.CONSTANT:
-            self.last = Last.RAN
-        self._runs.append(ref(run))
-        if len(self._runs) % 100 == 0:  # a loop without a loss must not fill the memory
-            self.held()
-        if result is rows and source.dropout is not None:
-            return None
-        return self._marked(run, rows, result, (*args, *kwargs.values()))
-
-    def _note_constant(self) -> None:
-        """Note that the module was called as it should be, but its output needs no gradient."""
-        self.last, self.alarm.losses = Last.CONSTANT, 0
-
-    def _marked(self, run: Run, rows: Tensor, result: Any, inputs: Any) -> Any:
-        """Return the output of the module with its tensors behind marks, except for tensors that are its inputs.
-
-        Before a dropout raw gets no mark: the penalty of the run will depend on raw, and must not hold the run.
-        """
-        marks = {id(x): x for x in tensors_in(inputs)}
-        marks[id(rows)] = mark(run, True, rows) if self.source.dropout is None else rows
+            marks[id(rows)] = rows if again else mark(run, True, rows)
+        else:  # raw gets no mark: the penalty of the run will depend on raw, and must not hold the run
+            marks[id(rows)] = raw = rows.view_as(rows) if rows.grad_fn is None else rows  # a leaf has no node
+            raw.grad_fn.metadata[self, raw.output_nr] = run  # pyright: ignore
+        if not again:
+            self._note(RAN)
+            self._open(run)
+        # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
+        elif run.request.is_on() and not hooks_on_saved(False):
+            self.alarm.add(backwards=1)
 
         def marked(x: Tensor) -> Tensor:
-            if x.requires_grad and id(x) not in marks:
+            if x.requires_grad and id(x) not in marks and not again:  # a recomputation needs no marks
                 marks[id(x)] = mark(run, is_view(x), x)
             return marks.get(id(x), x)
 
@@ -189,21 +179,20 @@ class Attachment(AbstractContextManager["Attachment"]):
         node, or without gradients another version.
 
         Raises:
-            RuntimeError: raw was changed in place, or a dropout has had it before.
+            RuntimeError: a dropout has had raw before.
         """
+        again = current() != -1
         for x in (*args, *kwargs.values()) if torch.is_grad_enabled() else ():
             raw = x if type(x) is Tensor else data_of(x)
-            if not isinstance(raw, Tensor):
+            if not isinstance(raw, Tensor) or raw.grad_fn is None:
                 continue
-            note = _notes_of(raw).get((self, raw.output_nr))
-            if isinstance(note, ReferenceType):
-                if current() == -1:
+            run = raw.grad_fn.metadata.get((self, raw.output_nr))  # pyright: ignore
+            if isinstance(run, ReferenceType):
+                if not again:
                     raise RuntimeError(TWICE.format(**self.names))
-                return raw, note()
-            if raw is self._raw() if note is None else note.version != version_of(raw):
-                raise RuntimeError(CHANGED.format(**self.names))
-            if note is not None:
-                return raw, note
+                run = run()
+            if isinstance(run, Run) and run.version == version_of(raw) and (again or ref(run) in self.open):
+                return raw, run
         return None, None
 
     def _before_dropout(self, args: Any, kwargs: Any) -> Any:
@@ -231,15 +220,14 @@ class Attachment(AbstractContextManager["Attachment"]):
             if "request" not in kwargs:  # otherwise the forward has computed the penalty again
                 self._form(run, raw, data_of(result))
             return None
-        if run.penalty is not Stage.WAITS:  # it was cleared
-            return None
-        run.penalty = Stage.TAKEN  # an error ends the run
-        _notes_of(raw)[self, raw.output_nr] = ref(run)  # as raw must not own the penalty
+        self.close(run)  # an error ends the run
+        raw.grad_fn.metadata[self, raw.output_nr] = ref(run)  # as raw must not own the penalty
         if not isinstance(result, (Tensor, PackedSequence)):
             name = self.names["dropout"]
             raise TypeError(f"dropout: expected a tensor from the attached {name}, got {type(result).__name__}")
         dropped = result if type(result) is Tensor else data_of(result)
         self._form(run, raw, dropped, formed)
+        self._open(run)
         marked = mark(run, True, dropped)
         return marked if dropped is result else result._replace(data=marked)  # pyright: ignore
 
@@ -260,15 +248,6 @@ class Attachment(AbstractContextManager["Attachment"]):
             run.penalty, run.lengths = penalty, lengths_of(pair[0], run.request.time_axis)
             self.shown = self.shown or described(pair[0], run.request.time_axis, run.request.masks())
             self.alarm.is_called |= run.request.is_on()
-
-
-def _notes_of(raw: Tensor) -> dict[Any, Any]:
-    """Return a dictionary that lives as long as the node of a tensor, or as the tensor itself if it has none.
-
-    For each attachment whose module has returned the tensor it has the run, which it owns while that waits for its
-    dropout, and then a weak reference to it.
-    """
-    return NOTES.setdefault(raw, {}) if raw.grad_fn is None else raw.grad_fn.metadata  # pyright: ignore
 
 
 def attachments_of(module: nn.Module, attachments: list[Attachment]) -> list[Attachment]:

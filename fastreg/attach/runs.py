@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from torch import Tensor
@@ -27,9 +26,10 @@ TAKEN_OVER = (
 )
 GAP = (
     "on_backward_begin: the attached {dropout} did not get the output of the {module}: something lies between them "
-    "(packing, padding, a slice, a full backward hook, another module), or the model calls F.dropout instead, or the "
-    "dropout ran without gradients. Attach a dropout that gets this very tensor, or no dropout, or use on_loss_begin; "
-    "pass use_reentrant=False to a checkpoint; call clear() after a step that ended before the dropout ran"
+    "(packing, padding, a slice, a full backward hook, another module), or it was changed in place, as by "
+    "Dropout(inplace=True), or the model calls F.dropout instead, or the dropout ran without gradients. Attach a "
+    "dropout that gets this very tensor, or no dropout, or use on_loss_begin; pass use_reentrant=False to a "
+    "checkpoint; call clear() after a step that ended before the dropout ran"
 )
 ONE_STEP = (
     "on_backward_begin: the {module} ran {count} times over one time step, where AR would add up and TAR has no "
@@ -55,36 +55,27 @@ LIMIT = 100  # how many backwards and losses in a row may bring no gradient of a
 HOOKED = 10  # how many there are before a penalty has to show that it gets a gradient, by a hook, which takes 10 us
 
 
-class Last(Enum):
-    """Say what an attached module has done since a loss last took a penalty; the values complete an error."""
-
-    IDLE = "was not called"
-    TAKEN = "gave its penalty to a loss, or it was cleared"
-    WITHOUT_GRADIENTS = "ran without gradients"
-    RAN = "ran, but this loss does not depend on its output"
-    EVALUATED = "ran in evaluation mode"
-    CONSTANT = "returned an output that needs no gradient"
-
-
-class Stage(Enum):
-    """Say what has become of a run that has no penalty."""
-
-    WAITS = "for its dropout"
-    TAKEN = "by a loss, or cleared, or without a gradient"
+# What an attached module has done; these words complete an error
+TAKEN = "gave its penalty to a loss, or it was cleared"
+WITHOUT_GRADIENTS = "ran without gradients"
+RAN = "ran, but this loss does not depend on its output"
+EVALUATED = "ran in evaluation mode"
+CONSTANT = "returned an output that needs no gradient"
 
 
 @dataclass(eq=False)
 class Run:
     """Describe a call of an attached module in training with gradients. The autograd graph owns it.
 
-    Until the dropout has got raw, raw's node owns the run, and later the marks do.
+    Until the dropout has got raw, raw's node owns the run, and later the marks do. If it is not among the open runs of its
+    attachment, a loss has taken it, or it was cleared, or an error has ended it.
 
     Attributes:
         attachment: the attachment of the module.
         request: the coefficients, on the device of raw, the axis of time and the masks.
         packed: the `PackedSequence` whose data is raw, without the data; `None` if raw is not packed.
         version: how often raw had been changed in place.
-        penalty: the penalty and its terms; before that and after that, the stage.
+        penalty: the penalty and its terms, while the run is open and does not wait for its dropout.
         lengths: the number of time steps of raw, of the longest of packed sequences, and the number of sequences.
     """
 
@@ -92,7 +83,7 @@ class Run:
     request: Request
     packed: PackedSequence | None
     version: int
-    penalty: Penalty | Stage = Stage.WAITS
+    penalty: Penalty | None = None
     lengths: tuple[int, int] = 0, 0
 
 
@@ -158,8 +149,8 @@ def take(
     for x in attachments:
         if not x.handles:
             raise RuntimeError(TAKEN_OVER.format(**x.names))
-        for run in x.held():
-            if run.penalty is Stage.WAITS:
+        for run in x.runs():
+            if run.penalty is None:
                 raise RuntimeError(GAP.format(**x.names))
             left.add(run)
     for run in runs_of(loss) if left else ():
@@ -169,8 +160,9 @@ def take(
             if not left:
                 break
     reached = {run.attachment for run in found}
-    if loss.requires_grad and len(reached) < len(attachments):
+    if loss.requires_grad:
         for x in attachments:
+            x.starts_anew = True
             if x not in reached:
                 x.alarm.add(losses=1)
         if not found:
@@ -185,10 +177,10 @@ def take(
         if x.alarm.backwards + x.alarm.losses >= HOOKED and penalty.value.requires_grad:
             penalty.value.register_hook(x.alarm.settle)
     for run in found:
-        run.penalty = Stage.TAKEN
+        run.attachment.close(run)
     for x in attachments:
         # What a module beside has done is of this step, too, and excuses nothing in the next one.
-        x.last = Last.TAKEN if x in reached else Last.IDLE
+        x.events = {TAKEN: None} if x in reached else {}
     return penalty, max([run.lengths for run in found])
 
 
@@ -200,10 +192,12 @@ def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: b
         warn: as for `take`.
         is_left: whether there is a run that a loss could take.
     """
-    lasts = {x.last for x in attachments}
     if not any(x.source.module.training for x in attachments):
-        if Last.EVALUATED in lasts:
+        if any(EVALUATED in x.events and CONSTANT not in x.events for x in attachments):
             warn(IN_EVALUATION.format(modules=", ".join(dict.fromkeys(x.names["module"] for x in attachments))))
-    elif is_left or Last.CONSTANT not in lasts:
-        said = [f"the {x.names['module']} {(Last.RAN if x.held() else x.last).value}" for x in attachments]
+    elif is_left or not any(CONSTANT in x.events for x in attachments):
+        said = list[str]()
+        for x in attachments:
+            events = x.events | ({RAN: None} if x.runs() else {})
+            said.append(f"the {x.names['module']} {', then '.join(events) or 'was not called'}")
         raise RuntimeError(NOTHING.format(modules="; ".join(dict.fromkeys(said))))

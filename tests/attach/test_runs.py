@@ -162,6 +162,34 @@ def test_a_loss_that_misses_its_runs_is_the_one_error(case: str, name: str, drop
 
 
 @each_dropout
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_frozen_step_excuses_no_later_one(kind: Any, dropout: Any) -> None:
+    m, x = frozen(Model(kind, dropout)), lm.inputs()
+    for _ in range(2):
+        run = m(x)
+        for _ in range(3):  # losses on one forward
+            loss = m.head(run.dropped).sum()
+            assert m.reg.on_backward_begin(loss) is loss
+    m.rnn.requires_grad_(True)
+    loss = m.head(m.dropout(no_grad(m.rnn)(x)[0])).sum()
+    with pytest.raises(RuntimeError, match=f"the {kind.__name__} ran without gradients. Attach"):
+        m.reg.on_backward_begin(loss)
+    m.check(m(x))
+
+
+@pytest.mark.parametrize("dropout", [None, PLAIN])
+def test_the_error_lists_all_that_a_module_has_done_in_a_step(dropout: Any) -> None:
+    m, x = Model(nn.GRU, dropout), lm.inputs()
+    m.reg.on_backward_begin(m(x).loss)
+    no_grad(m)(x)
+    m.kept = m(x)
+    m.eval()(x)
+    did = "ran without gradients, then ran, but .* its output, then ran in evaluation mode. Attach"
+    with pytest.raises(RuntimeError, match=f"the GRU {did}"):
+        m.train().reg.on_backward_begin(m.head(x).sum())
+
+
+@each_dropout
 def test_training_in_evaluation_mode_is_warned_of_once(dropout: Any) -> None:
     m, x = Model(nn.LSTM, dropout), lm.inputs()
     losses = [m.eval()(x).loss for _ in range(3)]
