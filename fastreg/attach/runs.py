@@ -67,8 +67,8 @@ CONSTANT = "returned an output that needs no gradient"
 class Run:
     """Describe a call of an attached module in training with gradients. The autograd graph owns it.
 
-    Until the dropout has got raw, raw's node owns the run, and later the marks do. If it is not among the open runs of its
-    attachment, a loss has taken it, or it was cleared, or an error has ended it.
+    Until the dropout has got raw, raw's node owns the run, and later the marks do. If it is not among the open runs of
+    its attachment, a loss has taken it, or it was cleared, or an error has ended it.
 
     Attributes:
         attachment: the attachment of the module.
