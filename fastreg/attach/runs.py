@@ -56,6 +56,7 @@ HOOKED = 10  # how many there are before a penalty has to show that it gets a gr
 
 
 # What an attached module has done; these words complete an error
+IDLE = "was not called"
 TAKEN = "gave its penalty to a loss, or it was cleared"
 WITHOUT_GRADIENTS = "ran without gradients"
 RAN = "ran, but this loss does not depend on its output"
@@ -199,5 +200,5 @@ def _explain(attachments: Sequence[Any], warn: Callable[[str], None], is_left: b
         said = list[str]()
         for x in attachments:
             events = x.events | ({RAN: None} if x.runs() else {})
-            said.append(f"the {x.names['module']} {', then '.join(events) or 'was not called'}")
+            said.append(f"the {x.names['module']} {', then '.join(events or [IDLE])}")
         raise RuntimeError(NOTHING.format(modules="; ".join(dict.fromkeys(said))))
