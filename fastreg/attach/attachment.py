@@ -112,6 +112,8 @@ class Attachment(AbstractContextManager["Attachment"]):
 
     def _note(self, event: str) -> None:
         """Note what the module has done; what it did before the last loss no longer counts."""
+        if current() != -1:  # a recomputation is no call
+            return
         if self.starts_anew:
             self.events, self.starts_anew = {}, False
         self.events[event] = None
@@ -158,8 +160,8 @@ class Attachment(AbstractContextManager["Attachment"]):
         else:  # raw gets no mark: the penalty of the run will depend on raw, and must not hold the run
             marks[id(rows)] = raw = rows.view_as(rows) if rows.grad_fn is None else rows  # a leaf has no node
             raw.grad_fn.metadata[self, raw.output_nr] = run  # pyright: ignore
+        self._note(RAN)
         if not again:
-            self._note(RAN)
             self._open(run)
         # Only the recomputation, which has no hooks on saved tensors, shows that a reentrant checkpoint loses it.
         elif run.request.is_on() and not hooks_on_saved(False):

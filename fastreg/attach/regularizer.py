@@ -314,7 +314,7 @@ class RNNRegularizer:
                 the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
                 a single time step, or the data of a `PackedSequence` in a `FusedRNNDropout`.
             RuntimeError: the module is attached with another dropout, and has not run since, or `on_loss_begin` is in
-                use; in a step, raw was changed in place, or the dropout gets it twice, or the module is a shallow copy.
+                use; in a step, the dropout gets raw twice, or the module is a shallow copy.
         """
         check_attachable()
         source = source_of(module, dropout, output, TimeAxis(batch_first, time_dim), Masks(valid, starts))

@@ -83,6 +83,12 @@ class Model(Attached):
         self.reg.on_backward_begin(self(x).loss).backward()
         return self.head(kept).sum()
 
+    def recomputed_beside_a_frozen_one(self, x: Tensor) -> Tensor:
+        self.reg.attach(other := lm.gru().requires_grad_(False))
+        kept, _ = other(x)
+        self.reg.on_backward_begin(cp(lambda y: self(other(y)[0]).loss, x)).backward()
+        return self.head(kept).sum()
+
 
 STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions that return a loss without a penalty
     "right": {
@@ -107,6 +113,7 @@ STEPS: dict[str, dict[str, Callable[[Model, Tensor], Tensor]]] = {  # functions 
         "cleared before its dropout": Model.cleared_before_its_dropout,
         "the second loss": Model.second_loss,
         "the loss of a frozen encoder after that of a trained one": Model.trained_before_frozen,
+        "the loss of a frozen encoder after its recomputation": Model.recomputed_beside_a_frozen_one,
         "a copy is called after steps beside a frozen module": Model.copied_after_steps_beside_a_frozen_one,
     },
     "ran without gradients": {
