@@ -239,22 +239,22 @@ def test_changes(measure: Measure, layout: str, dtype: Any) -> None:
     run(measure, CHANGES_WAYS, formulas.changes, partial(changes_inputs, dtype, layout), about)
 
 
-FEW = product((SMALL, (20, 70, 1152)), DTYPES, [1024], [16, 8, 4])  # programs: shorter runs make more of them
+FEW = product((SMALL, (20, 70, 1152)), DTYPES, [1024], [16, 8, 4])  # programs: shorter stretches make more of them
 MANY = product((LARGE, MIDDLE), DTYPES, [1024, 792, 528], [16])  # whole waves of programs
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the constants are those of GPUs")
 @pytest.mark.parametrize(("shape", "dtype", "programs", "way"), [*FEW, *MANY], ids=name)
 def test_sweep(measure: Measure, monkeypatch: pytest.MonkeyPatch, shape: Any, dtype: Any, programs: int) -> None:
-    """Other values of the constants in kernels/tiling.py; a way is a value of `SHORT_RUN`.
+    """Other values of the constants in kernels/tiling.py; a way is a value of `SHORT_STRETCH`.
 
     The plans of calls are made anew in each call, so compare `graph_rotated_seconds`.
     """
-    from fastreg.call.backends import PLANS
+    from fastreg.call.key import PLANS
     from fastreg.kernels import tiling
 
-    def penalty(short_run: int, raw: Tensor, dropped: Tensor) -> Tensor:
-        monkeypatch.setattr(tiling, "SHORT_RUN", short_run)
+    def penalty(short_stretch: int, raw: Tensor, dropped: Tensor) -> Tensor:
+        monkeypatch.setattr(tiling, "SHORT_STRETCH", short_stretch)
         monkeypatch.setattr(tiling, "PROGRAMS", programs)
         PLANS.clear()
         return fused_ar_tar(raw, dropped, ALPHA, BETA)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastreg.kernels import tiling
 from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.rows import (
     StepBits,
@@ -20,15 +19,13 @@ from fastreg.kernels.rows import (
     tile_of,
 )
 
-THREADS = tl.constexpr(tiling.THREADS)
-
 
 @triton.jit(
     do_not_specialize=[  # values that differ from batch to batch must not compile new code
-        *("upstream", "expected", "partials", "ticket", "bits", "counts", "alpha_at", "beta_at"),
+        *("upstream", "partials", "ticket", "bits", "counts", "alpha_at", "beta_at"),
         *("raw_outer", "raw_time", "mask_outer", "mask_time", "upstream_dropped_outer", "upstream_dropped_time"),
         *("dropped_outer", "dropped_time", "grad_raw_outer", "grad_raw_time"),
-        *("grad_dropped_outer", "grad_dropped_time", "lanes", "inner", "time", "run", "blocks", "items"),
+        *("grad_dropped_outer", "grad_dropped_time", "lanes", "inner", "time", "stretch", "blocks", "items"),
     ]
 )
 def ar_tar_kernel(
@@ -40,7 +37,6 @@ def ar_tar_kernel(
     grad_raw,
     grad_dropped,
     upstream,
-    expected,
     partials,
     penalty,
     terms,
@@ -65,7 +61,7 @@ def ar_tar_kernel(
     lanes,
     inner,
     time,
-    run,
+    stretch,
     blocks,
     items,
     ar_scale: tl.float64,
@@ -82,9 +78,10 @@ def ar_tar_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Compute the penalty of activations, apply a dropout mask, and write gradients, in one pass.
+    """Compute the penalty of activations, and apply a dropout mask; or write the gradients of both.
 
-    A switch or an operand selects each part:
+    A forward has a penalty, and sums; a backward has none, and writes gradients. A switch or an operand selects each
+    part:
 
         dropped[t] = raw[t] * mask[t]                                       if there is a mask
         ar = ar_scale * sum over t of dropped[t] ** 2                       SUM_AR
@@ -97,24 +94,14 @@ def ar_tar_kernel(
     With AR_OF_RAW, dropped is raw itself: ar is the mean square of raw, and its gradient is a part of grad_raw.
     Steps and changes that do not count are in no sum. Their only gradient is the upstream gradient of dropped.
 
-    A forward has a penalty, and does not know the upstream gradient yet. If it writes gradients, it writes them for the
-    expected upstream gradient, which the last backward of its plan has left. Each program stores the value that it
-    expected. In the backward the program with the same number has the same items. It returns if the upstream gradient
-    has the bits that it expected, and otherwise writes its gradients again. So no gradient depends on the prediction.
-    The programs of a launch may even expect different values, if a backward on another stream writes its upstream
-    gradient meanwhile. A wrong prediction only costs time.
-
-    ticket                  (1,) int32, a counter for `is_last`; None in a backward, like penalty
+    ticket                  (1,) int32, a counter for `is_last`; None in a backward, like partials and penalty
     raw, dropped            (outer, time, inner), or None if no part of this call reads it; a forward that has a mask
                             writes dropped
     mask                    the same shape, already scaled, with one row for all time steps if LOCKED; or None
     upstream_dropped        the same shape, the upstream gradient of dropped, in a call that has a mask; or None
     grad_raw, grad_dropped  out, the same shape, or None if the gradient is not needed
     upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and if there is none
-    expected                () in ACC, the expected upstream gradient of forwards, which a backward replaces by its own;
-                            None in a forward without gradients, and in a backward for which nothing was predicted
-    partials                (3, programs) in ACC: for each program the upstream gradient that it expected, and its
-                            partial sums for AR and TAR; None in a backward for which nothing was predicted
+    partials                (2, programs) in ACC, the partial sums of each program for AR and TAR
     penalty                 () out in ACC
     terms                   (2,) out in ACC: ar and tar; None if the caller does not want them
     bits                    as in `StepBits`
@@ -123,8 +110,8 @@ def ar_tar_kernel(
     alpha, beta             coefficients that are not in memory
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner            outer * inner and inner, in units of ALIGN elements
-    time, run               the number of time steps, and the number of time steps in a run
-    blocks, items           the number of blocks of lanes, and of items of work; an item is a block over a run
+    time, stretch           the number of time steps, and the number of time steps in a stretch
+    blocks, items           the number of blocks of lanes, and of items of work; an item is a block over a stretch
     ar_scale, tar_scale     one over the divisors of the sums
     LOCKED                  the mask is the same at all time steps
     ACC                     dtype of differences, products and sums
@@ -141,20 +128,11 @@ def ar_tar_kernel(
     LEAD: tl.constexpr = 1 if GRAD_TAR and grad_raw is not None else 0  # rows loaded before use, as the gradient needs
     CHANGES: tl.constexpr = SUM_TAR or LEAD
     if GRAD_AR or GRAD_TAR:
-        if penalty is not None:
-            used = load_once(expected)
-            tl.store(partials + program, used)
-        else:
-            used = tl.load(upstream)
-            if expected is not None:
-                tl.store(expected, used, mask=program == 0)
-                if not differ(tl.load(partials + program), used):
-                    return
-        ar_factor, tar_factor = factors(weights, used)
+        ar_factor, tar_factor = factors(weights, tl.load(upstream))
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
-        tile = tile_of(item, blocks, lanes, inner, time, run, ALIGN, INDEX, BLOCK)
+        tile = tile_of(item, blocks, lanes, inner, time, stretch, ALIGN, INDEX, BLOCK)
         stop = time if LEAD else tile.stop
         raw_rows = rows_of(raw, tile, raw_outer, raw_time, ALIGN)
         mask_rows = rows_of(mask, tile, mask_outer, mask_time, ALIGN)
@@ -171,8 +149,8 @@ def ar_tar_kernel(
                 last = first
         if LOCKED:
             mask_row = load_row(mask_rows, 0, tile.present, ACC)
-        ar_run = tl.zeros((BLOCK,), ACC)
-        tar_run = tl.zeros((BLOCK,), ACC)
+        ar_stretch = tl.zeros((BLOCK,), ACC)
+        tar_stretch = tl.zeros((BLOCK,), ACC)
         for turn in tl.range(tile.start, tile.stop, UNROLL, num_stages=1):  # rows go to registers
             counted_at, into_at = steps_of_turn(steps, tile, counted, into, turn, stop, LEAD, UNROLL)
             counted, into = counted_at[UNROLL], into_at[UNROLL]
@@ -221,14 +199,14 @@ def ar_tar_kernel(
                         gradient = own + through * mask_row
                     store_row(grad_raw_rows, grad_raw_first, i, gradient, inside[i])
                 if SUM_TAR:
-                    tar_run += change_into * change_into if LEAD else change * change
+                    tar_stretch += change * change
                 if SUM_AR:
                     squared = current if AR_OF_RAW else kept
                     if DROPS:  # an explicit fma takes 63 registers instead of 85 in bfloat16 on sm_90
                         squared = tl.where(counted_at[i], squared, 0.0)
-                        ar_run = tl.fma(squared, squared, ar_run)
+                        ar_stretch = tl.fma(squared, squared, ar_stretch)
                     else:
-                        ar_run += squared * squared
+                        ar_stretch += squared * squared
                 if grad_dropped is not None:
                     own = ar_factor * kept
                     if bits is not None:  # as above
@@ -238,23 +216,7 @@ def ar_tar_kernel(
                     last = raws[i]
                     if LEAD:
                         change_into = change
-        ar += tl.sum(ar_run)
-        tar += tl.sum(tar_run)
+        ar += tl.sum(ar_stretch)
+        tar += tl.sum(tar_stretch)
     if penalty is not None:
         finish(ar, tar, partials, ticket, weights, penalty, terms)
-
-
-@triton.jit
-def load_once(x):
-    """Load a scalar by one thread of the program and pass it to the others, which might load another value."""
-    BITS: tl.constexpr = tl.int64 if x.dtype.element_ty == tl.float64 else tl.int32
-    thread = tl.arange(0, THREADS)
-    bits = tl.load(x.to(tl.pointer_type(BITS), bitcast=True) + 0 * thread, mask=thread == 0, other=0)
-    return tl.sum(bits).to(x.dtype.element_ty, bitcast=True)
-
-
-@triton.jit
-def differ(x, y):
-    """Return whether two scalars differ in their bits. 0 and -0 differ; a NaN does not differ from itself."""
-    BITS: tl.constexpr = tl.int64 if x.dtype == tl.float64 else tl.int32
-    return x.to(BITS, bitcast=True) != y.to(BITS, bitcast=True)

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastreg.kernels.prediction import Expected, Prediction
 from fastreg.kernels.view import EncodedSteps, Spec, Tensors, Values, View
 
 
 class Forward(Protocol):
-    """Apply dropout masks, compute penalties, and predict the gradients that the backward will ask for."""
+    """Apply dropout masks, and compute penalties."""
 
-    @property
-    def prediction(self) -> Prediction[Any]:
-        """The prediction of the plan, which a `Backward` keeps up to date."""
-        ...
-
-    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, Expected | None]:
-        """Compute the penalty; write dropped, or the gradients for the expected upstream gradient.
+    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None]:
+        """Compute the penalty; write dropped if there is a mask.
 
         Args:
-            tensors: the tensors of the view, or those without gradients.
+            tensors: the tensors of the view.
             values: coefficients, and the steps that count.
 
         Returns:
-            The penalty, (). AR and TAR, (2,), or `None` without `return_terms`. The expected upstream gradient,
-                for which gradients were written, as a `Backward` compares it; `None` if none were written.
+            The penalty, (); AR and TAR, (2,), or `None` without `return_terms`.
         """
         ...
 
@@ -37,14 +30,13 @@ class Forward(Protocol):
 class Backward(Protocol):
     """Compute the gradients of penalties, and add the upstream gradients of dropped."""
 
-    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: Any) -> None:
-        """Write the gradients, unless the forward has written them for this very upstream gradient.
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values) -> None:
+        """Write the gradients.
 
         Args:
             upstream: the upstream gradient of the penalty, () in its dtype; `None` if the penalty has none.
             tensors: the tensors of the view; a gradient that is not needed is `None`.
             values: the values of the forward.
-            expected: the last result of the forward, if it has predicted these gradients.
         """
         ...
 
@@ -68,5 +60,5 @@ class Backend(NamedTuple):
 
     name: str
     forward: Callable[[View, Spec, torch.device], Forward]
-    backward: Callable[[View, Spec, torch.device, Prediction[Any]], Backward]
+    backward: Callable[[View, Spec, torch.device], Backward]
     encoder: Callable[[tuple[int, int], torch.device], Encoder]

@@ -1,8 +1,8 @@
 // AR and TAR on CPUs: the operations of ar_tar.py and steps.py. They make training on CPUs fast. A call on a CPU has
-// the checks, the plan and the prediction of a call on a GPU, so most tests need no GPU.
+// the checks and the plan of a call on a GPU, so most tests need no GPU.
 //
 // Activations are viewed as (outer, time, inner) with a contiguous inner axis. An item of work is a block of lanes
-// (positions on the inner axis) of one sequence over a run of time steps. A thread walks an item along time, so that a
+// (positions on the inner axis) of one sequence over a stretch of time steps. A thread walks an item along time, so that a
 // row is still in the cache when its neighbours need it, and memory is read once. A program takes some of the items and
 // keeps its own sums. They are added up in the order of the programs, so a result depends neither on the number of
 // threads nor on which of them is faster.
@@ -41,16 +41,10 @@ void finish(const Metadata &metadata, const Steps &steps, Partials sums, const A
     store(memory.terms, 1, tar, dtype);
 }
 
-/// Return the upstream gradient: a forward expects one, and a backward may have none.
-double upstream_of(const Metadata &metadata, const Addresses &memory) {
-    if (memory.penalty) return memory.expected;
-    return memory.upstream ? number(memory.upstream, metadata.compute_dtype) : 0;
-}
-
 /// Compute the factors of the gradients in float64: no intermediate factor overflows, and each is rounded once.
 Factors factors(const Metadata &metadata, const Steps &steps, const Addresses &memory) {
     const auto plain = [](double x) { return x == x ? x : std::nan(""); };  // a NaN that survives any rounding
-    const double upstream = upstream_of(metadata, memory);
+    const double upstream = memory.upstream ? number(memory.upstream, metadata.compute_dtype) : 0;
     return {plain(upstream * (2 * memory.alpha / steps.ar_divisor)),
             plain(upstream * (2 * memory.beta / steps.tar_divisor))};
 }
@@ -132,18 +126,13 @@ EXPORT void encode_steps(const Encoding *memory, int64_t outer, int64_t time) {
     }
 }
 
-/// Write the penalty and its terms; write dropped if there is a mask; write gradients, for the expected upstream
-/// gradient, if there is memory for them.
+/// Write the penalty and its terms; write dropped if there is a mask.
 EXPORT void forward(const Metadata *metadata, const Addresses *memory, int threads) {
     const Steps steps(*metadata, *memory);
     finish(*metadata, steps, walk(*metadata, *memory, steps, threads), *memory);
 }
 
-/// Write the gradients, unless a forward has written them for this upstream gradient; return whether this call wrote
-/// them. 0 differs from -0, and a NaN from itself.
-EXPORT int backward(const Metadata *metadata, const Addresses *memory, int threads) {
-    const double expected = memory->expected, upstream = upstream_of(*metadata, *memory);
-    if (expected == upstream && std::signbit(expected) == std::signbit(upstream)) return 0;
+/// Write the gradients.
+EXPORT void backward(const Metadata *metadata, const Addresses *memory, int threads) {
     walk(*metadata, *memory, Steps(*metadata, *memory), threads);
-    return 1;
 }

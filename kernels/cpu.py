@@ -14,14 +14,12 @@ from contextlib import suppress
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
 from hashlib import sha256
-from math import nan
 from pathlib import Path
 from struct import Struct
 
 import torch
 from torch import Tensor, get_num_threads
 
-from fastreg.kernels.prediction import OnHost, Prediction
 from fastreg.kernels.view import EncodedSteps, Operands, Spec, Tensors, Values, View, memory, switches
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
@@ -40,36 +38,31 @@ class Forward:
 
     def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
         self.function, self.metadata = library().forward, _metadata(view, spec, True)
-        self.prediction, self.penalty = OnHost(), memory((), spec.dtype, device)
+        self.penalty = memory((), spec.dtype, device)
         self.terms = memory((2,), spec.dtype, device) if spec.return_terms else None
 
-    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, float]:
-        """Compute the penalty; write dropped, or the gradients for the expected upstream gradient."""
+    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None]:
+        """Compute the penalty; write dropped if there is a mask."""
         alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
-        expected = self.prediction.expected()
         given = *tensors, None, *steps, penalty, terms  # kept alive during the call
         addresses = [0 if x is None else x.data_ptr() for x in given]
-        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), expected), get_num_threads())
-        return penalty, terms, expected
+        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), get_num_threads())
+        return penalty, terms
 
 
 class Backward:
     """A `fastreg.kernels.backend.Backward`; gpu.py describes its arguments."""
 
-    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[float]) -> None:
+    def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
         self.function, self.metadata = library().backward, _metadata(view, spec, False)
-        self.prediction = prediction
 
-    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: float | None) -> None:
-        """Write the gradients, unless the forward has written them for this very upstream gradient."""
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values) -> None:
+        """Write the gradients."""
         alpha, beta, *steps = values
         given = *tensors, upstream, *steps, None, None
         addresses = [0 if x is None else x.data_ptr() for x in given]
-        number = nan if expected is None else expected
-        writes = self.function(self.metadata, _pack(*addresses, float(alpha), float(beta), number), get_num_threads())
-        if writes and expected is not None and upstream is not None:
-            self.prediction.learn(upstream)
+        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), get_num_threads())
 
 
 class Encoder:
@@ -135,7 +128,7 @@ def opened(path: Path) -> Library:
         raise OSError(f"{path.name} was built from another version of the source: {_INSTALL}")
     loaded.forward.argtypes = loaded.backward.argtypes = [c_char_p, c_char_p, c_int]
     loaded.encode_steps.argtypes = [c_char_p, c_int64, c_int64]
-    loaded.forward.restype = loaded.encode_steps.restype = None
+    loaded.forward.restype = loaded.backward.restype = loaded.encode_steps.restype = None
     return loaded
 
 
@@ -186,7 +179,7 @@ def sources(folder: Path) -> int:
 
 # The structures `Metadata` and `Addresses` of C. Packing takes a third of the time of filling a ctypes structure.
 _METADATA = Struct(f"3q{2 * len(Operands._fields)}q2d8i")  # sizes, strides, divisors, dtypes and switches
-_ADDRESSES = Struct(f"{len(Operands._fields) + 5}P3d")  # and two coefficients, and the expected upstream gradient
+_ADDRESSES = Struct(f"{len(Operands._fields) + 5}P2d")  # and two coefficients
 
 
 def _metadata(view: View, spec: Spec, is_forward: bool) -> bytes:

@@ -218,8 +218,7 @@ template <class A, class T>
 RowCode usual_code(Flags flags, Factors factors) {
     constexpr Flags AR = SUM_AR, TAR = SUM_TAR | INTO, DROP = MASKED | DROPS, BACK = MASKED | UPSTREAM | WRITES;
     constexpr Flags BY_AR = WRITES | GRAD_AR, BY_TAR = WRITES | GRAD_TAR | INTO | FROM, BY_BOTH = BY_AR | BY_TAR;
-    return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                       // the penalty
-                   AR | BY_AR, TAR | BY_TAR, AR | TAR | BY_BOTH,                          // with gradients
+    return code_of<A, T, AR, TAR, AR | TAR, BY_AR, BY_TAR, BY_BOTH,                       // the penalty, its gradients
                    DROP, DROP | AR, DROP | TAR, DROP | AR | TAR,                          // dropout
                    BACK, BACK | BY_AR, BACK | BY_TAR, BACK | BY_BOTH>(flags, factors);  // its gradient
 }

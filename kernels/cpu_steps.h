@@ -1,4 +1,4 @@
-// The time steps that count, and stretches of consecutive steps in one state.
+// The time steps that count, and streaks of consecutive steps in one state.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t LONGEST = 1024;  // steps of a stretch at most, so that finding all stretches takes linear time
+constexpr int64_t LONGEST = 1024;  // steps of a streak at most, so that finding all streaks takes linear time
 
 /// Encode the time steps of one sequence: bit 0 is set if the step counts, bit 1 if the change into it counts. Count
 /// both.
@@ -29,7 +29,7 @@ inline void encode_sequence(int64_t length, const uint8_t *valid, const uint8_t 
     }
 }
 
-/// An item of work: a block of lanes of one sequence over a run of time steps.
+/// An item of work: a block of lanes of one sequence over a stretch of time steps.
 struct Tile {
     int64_t sequence, lane, lanes, start, stop;
 };
@@ -44,7 +44,7 @@ struct State {
 };
 
 /// A state, and the step before which it ends; this is the first step itself if the sequences of a tile differ.
-struct Stretch {
+struct Streak {
     State state;
     int64_t stop;
 };
@@ -67,11 +67,11 @@ class Steps {
         tar_divisor = std::max<int64_t>(memory.counts[1] * sizes.inner, 1);
     }
 
-    /// Find the state of all sequences of a tile from a time step on; the stretch is empty if the sequences differ.
-    Stretch stretch(const Tile &tile, int64_t step) const {
+    /// Find the state of all sequences of a tile from a time step on; the streak is empty if the sequences differ.
+    Streak streak(const Tile &tile, int64_t step) const {
         const int64_t first = tile.sequence + tile.lane / sizes.inner;
         const int64_t last = tile.sequence + (tile.lane + tile.lanes - 1) / sizes.inner;
-        Stretch found{state(first, step), bits ? std::min(tile.stop, step + LONGEST) : tile.stop};
+        Streak found{state(first, step), bits ? std::min(tile.stop, step + LONGEST) : tile.stop};
         for (int64_t i = first; i <= last && found.stop > step; ++i)
             found.stop = state(i, step) == found.state ? until(i, step, found) : step;
         return found;
@@ -123,9 +123,9 @@ class Steps {
         return std::find_if(own + step, own + stop, [=](uint8_t x) { return x != (same & 0xff); }) - own;
     }
 
-    /// Find where a sequence leaves the state of a stretch; the first and the last step of a segment differ from the
+    /// Find where a sequence leaves the state of a streak; the first and the last step of a segment differ from the
     /// others.
-    int64_t until(int64_t sequence, int64_t step, const Stretch &now) const {
+    int64_t until(int64_t sequence, int64_t step, const Streak &now) const {
         if (!now.state.counted) return end(sequence, step, now.stop);
         if (!now.state.into || !now.state.from) return step + 1;
         return std::min(end(sequence, step, std::min(now.stop + 1, sizes.time)) - 1, now.stop);

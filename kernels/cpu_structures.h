@@ -39,7 +39,6 @@ struct Addresses {
     const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
     double alpha, beta;        // coefficients
-    double expected;           // the upstream gradient for which a forward writes gradients; NaN if it wrote none
 };
 
 /// The memory that `encode_steps` reads and writes.

@@ -3,11 +3,8 @@
 #pragma once
 
 #include <pthread.h>
-#include <sys/mman.h>
-#include <time.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -22,29 +19,26 @@ constexpr int64_t ITEM = 1 << 16;       // elements: enough to hide the cost of 
 constexpr int64_t COPIES = 2048;        // elements of a mask that is repeated for several short rows
 constexpr int64_t PROGRAMS = 1024;      // the most programs for each tensor
 constexpr int64_t SERIAL = 3 << 17;     // elements below which waking a second thread costs more than it saves
-constexpr int64_t HUGE_PAGE = 1 << 21;  // bytes
-constexpr int64_t LARGE = 1 << 22;      // bytes of an output from which huge pages are asked for
-constexpr double SLOW_PAGE = 1e-3;      // seconds for a huge page; 512 small pages take about as long
 constexpr int64_t STREAMED = 1 << 23;   // bytes of all outputs from which they are written past the caches
 
 /// The items of work of a view, and the number of programs that share them.
 struct Tiling {
     Sizes sizes;
-    int64_t blocks, run, runs, items, programs;
+    int64_t blocks, stretch, stretches, items, programs;
 
     Tiling() = default;
     explicit Tiling(Sizes given) : sizes(given) {
         blocks = ceil_div(sizes.inner, BLOCK);
-        runs = ceil_div(sizes.time, std::max<int64_t>(ITEM / std::min(sizes.inner, BLOCK), 1));
-        run = ceil_div(sizes.time, runs);
-        items = sizes.outer * blocks * runs;
+        stretches = ceil_div(sizes.time, std::max<int64_t>(ITEM / std::min(sizes.inner, BLOCK), 1));
+        stretch = ceil_div(sizes.time, stretches);
+        items = sizes.outer * blocks * stretches;
         programs = std::min(items, PROGRAMS);
     }
 
     Tile tile(int64_t item) const {
-        const int64_t lane = item % blocks * BLOCK, start = item / blocks % runs * run;
-        return {item / blocks / runs, lane, std::min(BLOCK, sizes.inner - lane), start,
-                std::min(start + run, sizes.time)};
+        const int64_t lane = item % blocks * BLOCK, start = item / blocks % stretches * stretch;
+        return {item / blocks / stretches, lane, std::min(BLOCK, sizes.inner - lane), start,
+                std::min(start + stretch, sizes.time)};
     }
 
     /// Return whether rows of this stride are adjacent, and an item has all lanes of each row.
@@ -129,7 +123,7 @@ struct Pass {
         MaskRows masks(mask, tile);
         const int64_t merged = at_once(tile);
         for (int64_t step = tile.start; step < tile.stop;) {
-            const auto [state, stop] = steps.stretch(tile, step);
+            const auto [state, stop] = steps.streak(tile, step);
             if (stop == step) {
                 for (int64_t lane = tile.lane, lanes; lane < tile.lane + tile.lanes; lane += lanes) {
                     const Span span = steps.alike(tile, step, lane);
@@ -173,48 +167,6 @@ struct Pass {
     }
 };
 
-/// Return the processor time of the thread, which does not grow while the thread waits for a processor.
-inline double thread_seconds() {
-    timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-/// Ask for huge pages for a large output whose memory is fresh, and fetch them. Calls are 1.70 times as fast as the
-/// formula under torch.compile, and 1.49 times with small pages. If huge pages take longer than small ones, take the
-/// advice back. They do if the system first has to move other pages, or if a virtual machine has returned its free huge
-/// pages to its host.
-///
-/// The first page tells whether the memory is fresh, because allocators map large memory as a whole. Where an allocator
-/// has mixed fresh memory with used memory, this costs time at most: advice and writes stay inside of the output, which
-/// has no values yet. The advice is for the whole output at once, because it waits for the pages that other threads are
-/// fetching.
-///
-/// Linux cannot restore the default, so the last advice stays on memory that the allocator keeps, and a user's other
-/// tensors may get this memory. On 64 MB, with one thread, huge pages take 0.48 of the time that small pages take for a
-/// first write, 0.67 for `mul_` and 0.70 for random reads. So MADV_HUGEPAGE makes such tensors faster; each page that
-/// they touch takes 2 MB. MADV_NOHUGEPAGE costs nothing where small pages are the default (1.02 to 1.05, within noise).
-/// Where the system gives huge pages to all memory, such tensors take 1.4 to 2.1 times as long, until another output
-/// there asks for huge pages again.
-inline void fetch([[maybe_unused]] const Rows &output, [[maybe_unused]] int64_t bytes, [[maybe_unused]] int threads) {
-#ifdef MADV_HUGEPAGE
-    const auto begin = bits_of<std::uintptr_t>(output.base), end = begin + bytes;
-    const auto first = (begin + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, last = end / HUGE_PAGE * HUGE_PAGE;
-    unsigned char resident;
-    if (bytes < LARGE || first >= last) return;
-    void *const memory = reinterpret_cast<void *>(first);
-    if (mincore(memory, 1, &resident) || resident & 1 || madvise(memory, last - first, MADV_HUGEPAGE)) return;
-    std::atomic<int> slow = 0;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
-    for (auto page = first; page < last; page += HUGE_PAGE) {
-        if (slow >= 2) continue;
-        const double start = thread_seconds();
-        *reinterpret_cast<volatile char *>(page) = 0;
-        if (thread_seconds() - start > SLOW_PAGE && ++slow == 2) madvise(memory, last - first, MADV_NOHUGEPAGE);
-    }
-#endif
-}
-
 // The threads of GNU OpenMP do not survive a fork, so a parallel region would wait for them forever.
 bool forked = false;
 [[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -224,11 +176,7 @@ inline Partials run(Pass *passes, int64_t count, const Steps &steps, int threads
     if (count == 0) return {};
     if (forked || count * steps.elements() <= SERIAL) threads = 1;
     int64_t written = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t bytes = passes[i].out.base ? steps.elements() * passes[i].out.itemsize : 0;
-        fetch(passes[i].out, bytes, threads);
-        written += bytes;
-    }
+    for (int64_t i = 0; i < count; ++i) written += passes[i].out.base ? steps.elements() * passes[i].out.itemsize : 0;
     for (int64_t i = 0; i < count; ++i) passes[i].streams = passes[i].out.base && written >= STREAMED;
     const int64_t first = passes[0].tiling.programs, programs = first + (count > 1 ? passes[1].tiling.programs : 0);
     const auto program = [&](int64_t i) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 import torch
 import triton.language as tl
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from fastreg.kernels.ar_tar import ar_tar_kernel
 from fastreg.kernels.launch import Launch
-from fastreg.kernels.prediction import OnDevice, Prediction
 from fastreg.kernels.reduction import CHUNK
 from fastreg.kernels.steps import AT_ONCE, steps_kernel
 from fastreg.kernels.tiling import LARGE, Tiling, ceil_div
@@ -48,34 +46,22 @@ class Forward:
     """Launch the kernel of a forward, as a `fastreg.kernels.backend.Forward`.
 
     Args:
-        view: the view of the operands: raw, dropped and the gradients to write; or raw, mask, and dropped to write.
-            A mask that is the same at all time steps has a time stride of 0.
+        view: the view of the operands: raw and dropped; or raw, mask, and dropped to write. A mask that is the same at
+            all time steps has a time stride of 0.
         spec: what is computed.
         device: the device of the tensors.
-
-    Attributes:
-        prediction: the upstream gradient for which gradients are written; a `Backward` keeps it up to date.
-        summing: the forward that writes no gradients, from the first call that needs it on.
     """
 
     def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
-        self.facts = view.without_gradients(), spec, device
-        self.writes, self.launch = view.operands.writes_gradients(), launch_of(view, spec, device, is_forward=True)
-        self.return_terms, self.prediction = spec.return_terms, OnDevice(spec.dtype, device)
-        self.summing: Forward | None = None
-        shapes = (), (2,), (3 * self.launch.grid[0],)
+        self.launch, self.return_terms = launch_of(view, spec, device, is_forward=True), spec.return_terms
+        shapes = (), (2,), (2 * self.launch.grid[0],)
         self.penalty, self.terms, self.partials = (memory(shape, spec.dtype, device) for shape in shapes)
 
-    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Compute the penalty; write dropped, or the gradients; each program keeps its expected upstream gradient."""
-        if self.writes and tensors.grad_raw is None and tensors.grad_dropped is None:
-            if self.summing is None:
-                self.summing = Forward(*self.facts)
-            return self.summing(tensors, values)
-        penalty, terms, partials = self.penalty(), self.terms() if self.return_terms else None, self.partials()
-        expected = self.prediction.expected() if self.writes else None
-        self.launch(*tensors, None, expected, partials, penalty, terms, *_arguments(values))
-        return penalty, terms, partials if self.writes else None
+    def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None]:
+        """Compute the penalty; write dropped if there is a mask."""
+        penalty, terms = self.penalty(), self.terms() if self.return_terms else None
+        self.launch(*tensors, None, self.partials(), penalty, terms, *_arguments(values))
+        return penalty, terms
 
 
 class Backward:
@@ -83,24 +69,16 @@ class Backward:
 
     Args:
         view: the view of the operands: raw, mask, upstream_dropped and grad_raw; or raw, dropped and their gradients.
-            If the forward predicts gradients, this must be its view, because a program must have the same items.
         spec: what the forward computes; no term has a gradient if the penalty has no upstream gradient.
         device: the device of the tensors.
-        prediction: the `prediction` of the forward.
     """
 
-    def __init__(self, view: View, spec: Spec, device: torch.device, prediction: Prediction[Tensor]) -> None:
-        self.prediction = prediction
-        # A backward that compares upstream gradients runs other compiled code than one for which nothing was predicted.
-        self.comparing = launch_of(view, spec, device, is_forward=False)
-        self.writing = copy(self.comparing)
+    def __init__(self, view: View, spec: Spec, device: torch.device) -> None:
+        self.launch = launch_of(view, spec, device, is_forward=False)
 
-    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values, expected: Tensor | None) -> None:
-        """Write the gradients, unless the forward has written them for this very upstream gradient."""
-        launch, learned = self.writing, None
-        if expected is not None and upstream is not None:
-            launch, learned = self.comparing, self.prediction.learn(upstream)
-        launch(*tensors, upstream, learned, expected, None, None, *_arguments(values))
+    def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values) -> None:
+        """Write the gradients."""
+        self.launch(*tensors, upstream, None, None, None, *_arguments(values))
 
 
 def _arguments(values: Values) -> Sequence[Tensor | float | None]:

@@ -53,7 +53,7 @@ class Launch:
         why_jit: why no code is launched directly; `None` if it is.
     """
 
-    # Plans hold many launches. With slots, a launch takes less memory, and its copies are as fast as itself.
+    # Plans hold many launches, which take less memory with slots.
     __slots__ = "code", "compiled", "device", "draws", "grid", "index", "is_captured", "kernel", "rest", "run"
 
     why_jit: ClassVar[str | None] = why_not_direct(triton.__version__, os.environ.get("FASTREG_DIRECT_LAUNCH"))

@@ -86,15 +86,14 @@ def finish(ar, tar, partials, ticket, weights, penalty, terms):
         penalty = alpha * terms[0] + beta * terms[1], without a term whose coefficient is 0
 
     ar, tar         scalars, this program's partial sums of squares
-    partials        (3, programs) in ACC; its rows 1 and 2 hold the sums of all programs
+    partials        (2, programs) in ACC, the sums of all programs
     ticket          (1,) int32, a counter for `is_last`
     weights         coefficients and scales
     penalty, terms  () and (2,) out in ACC; terms may be None
     """
     programs = tl.num_programs(0)
-    sums = partials + programs
-    tl.store(sums + tl.program_id(0), ar)
-    tl.store(sums + programs + tl.program_id(0), tar)
+    tl.store(partials + tl.program_id(0), ar)
+    tl.store(partials + programs + tl.program_id(0), tar)
     if is_last(ticket):
         dtype: tl.constexpr = ar.dtype
         columns = tl.arange(0, CHUNK)
@@ -102,7 +101,7 @@ def finish(ar, tar, partials, ticket, weights, penalty, terms):
         tar_sums = tl.zeros((CHUNK,), dtype)
         for first in range(0, programs, CHUNK):
             there = first + columns < programs
-            at = sums + first + columns
+            at = partials + first + columns
             # .cg: past the L1 cache, which other programs' stores do not reach
             ar_sums += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
             tar_sums += tl.load(at + programs, mask=there, other=0.0, cache_modifier=".cg")

@@ -13,7 +13,7 @@ class Tile(NamedTuple):
 
     sequence, unit  (BLOCK,) the sequence and the unit of each lane
     present         (BLOCK,) whether the lane exists
-    start, stop     bounds of the run of time steps, in the dtype that counts time steps
+    start, stop     bounds of the stretch of time steps, in the dtype that counts time steps
     """
 
     sequence: Any
@@ -48,13 +48,13 @@ class StepBits(NamedTuple):
 
 
 @triton.jit
-def tile_of(item, blocks, lanes, inner, time, run, ALIGN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(item, blocks, lanes, inner, time, stretch, ALIGN: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """Compute the tile of an item of work."""
     lane = tl.cast(item % blocks, INDEX) * BLOCK + tl.arange(0, BLOCK)
     width = tl.cast(inner, INDEX) * ALIGN
-    start = tl.cast(item // blocks, INDEX) * run
+    start = tl.cast(item // blocks, INDEX) * stretch
     present = lane < tl.cast(lanes, INDEX) * ALIGN
-    return Tile(tl.cast(lane // width, tl.int64), lane % width, present, start, tl.minimum(start + run, time))
+    return Tile(tl.cast(lane // width, tl.int64), lane % width, present, start, tl.minimum(start + stretch, time))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-RESERVE = 4096  # elements that are allocated at once on a device
+RESERVE = 4096  # counters that are allocated at once on a device
 
 
 class Tickets:
@@ -42,23 +42,23 @@ class Tickets:
         """
         with self._lock:
             free = self._filled_to(1, device)
-            return free.pop() if free else filled(1, 0, torch.int32, device)
+            return free.pop() if free else zeros(1, device)
 
     def _filled_to(self, least: int, device: torch.device) -> list[Tensor]:
         """Allocate counters if fewer than `least` are free, unless a graph is being captured; return the free ones."""
         free = self._free.setdefault(device, [])
         if len(free) < least and not is_captured(device):
-            self._memory.append(filled(RESERVE, 0, torch.int32, device))
+            self._memory.append(zeros(RESERVE, device))
             free.extend(self._memory[-1].split(1))
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)  # once: other streams must see the zeros
         return free
 
 
-def filled(count: int, value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate and fill elements that outlive the call; in a captured graph each replay fills them."""
+def zeros(count: int, device: torch.device) -> Tensor:
+    """Allocate int32 zeros that outlive the call; in a captured graph each replay fills them."""
     with torch.inference_mode(False):
-        return torch.full((count,), value, dtype=dtype, device=device)
+        return torch.zeros(count, dtype=torch.int32, device=device)
 
 
 def is_captured(device: torch.device) -> bool:

@@ -1,9 +1,9 @@
 """The division of the work of a launch.
 
 Activations are viewed as `(outer, time, inner)` with a contiguous inner axis. Each of the `outer * inner` positions is
-a lane: one unit of one sequence, walked along time. An item of work is a block of lanes over a run of time steps. A
+a lane: one unit of one sequence, walked along time. An item of work is a block of lanes over a stretch of time steps. A
 program keeps the previous row of an item in registers, so it reads each row once, plus a halo row at each end of the
-run.
+stretch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastreg.kernels.view import View
 THREADS = 128  # each loads 16 bytes, so a block of lanes is 2 KB of a row
 WARPS = THREADS // (64 if torch.version.hip else 32)
 UNROLL = 4  # rows that a thread has in flight: 64 bytes of each tensor, which hides the latency of memory
-SHORTEST_RUN = 16  # time steps: halo rows add at most 1/16 to the reads of raw, 1/8 in the backward
-SHORT_RUN = 16  # the same where items are fewer than FEW: shorter runs make more programs, and more halo rows
+SHORTEST_STRETCH = 16  # time steps: halo rows add at most 1/16 to the reads of raw, 1/8 in the backward
+SHORT_STRETCH = 16  # the same where items are fewer than FEW: shorter stretches make more programs, and more halo rows
 FEW = 512  # items: four for each of an H100's multiprocessors
-LONGEST_RUN = 128  # time steps: long float32 sums drift, so a run has its own sum beside the program's
+LONGEST_STRETCH = 128  # time steps: long float32 sums drift, so a stretch has its own sum beside the program's
 # 7.8 for each of an H100's 132 multiprocessors, where 5 or 6 run at once; more would only add halo rows.
 PROGRAMS = 1024
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always have 64
@@ -36,7 +36,7 @@ def ceil_div(a: int, b: int) -> int:
 class Tiling:
     """Divide the work of one launch, and hold the arguments of the kernel that follow from this.
 
-    numbers    the strides of all operands, and lanes, inner, time, run, blocks and items, as `ar_tar_kernel` takes them
+    numbers    the strides of all operands, lanes, inner, time, stretch, blocks and items, as `ar_tar_kernel` takes them
     programs   the number of programs that share the items
     constants  the compile-time arguments from ACC on, as `ar_tar_kernel` takes them
     """
@@ -51,13 +51,13 @@ class Tiling:
             block //= 2
         unroll = UNROLL if align * widest > 2 else UNROLL // 2  # loads of 2 bytes need four times the registers
         blocks = ceil_div(outer * inner, block)
-        shortest = SHORT_RUN if blocks * (time // SHORTEST_RUN) < FEW else SHORTEST_RUN
-        runs = max(min(PROGRAMS // blocks, time // shortest), ceil_div(time, LONGEST_RUN))
-        run = ceil_div(ceil_div(time, runs), unroll) * unroll
-        items = blocks * ceil_div(time, run)
+        shortest = SHORT_STRETCH if blocks * (time // SHORTEST_STRETCH) < FEW else SHORTEST_STRETCH
+        stretches = max(min(PROGRAMS // blocks, time // shortest), ceil_div(time, LONGEST_STRETCH))
+        stretch = ceil_div(ceil_div(time, stretches), unroll) * unroll
+        items = blocks * ceil_div(time, stretch)
         self.programs = min(items, PROGRAMS)
         lanes = outer * inner // align
-        self.numbers = [*(stride // align for stride in strides), lanes, inner // align, time, run, blocks, items]
+        self.numbers = [*(stride // align for stride in strides), lanes, inner // align, time, stretch, blocks, items]
         self.constants: dict[str, Any] = {
             "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
             "ALIGN": align,

@@ -13,18 +13,17 @@ Coefficient: TypeAlias = float | Tensor  # a number, or a 0-dim tensor without a
 
 
 class Layout(NamedTuple):
-    """Describe a dense tensor without its values: all facts that views and compiled code depend on."""
+    """Describe a dense tensor without its values."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    aligned: bool  # to 16 bytes
 
 
 def layout_of(x: Tensor) -> Layout:
     """Return the layout of a plain, dense tensor."""
-    return Layout(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0)
+    return Layout(x.shape, x.stride(), x.dtype, x.device)
 
 
 def nothing(*_: object) -> None:
@@ -50,12 +49,12 @@ def allocator(layout: Layout, like: Layout | None = None) -> Callable[..., Tenso
 def memory(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
     """Return a function that allocates contiguous memory of at most two axes; a kernel will write all of it."""
     size, stride = torch.Size(shape), (*shape[1:], 1)[: len(shape)]
-    return allocator(Layout(size, stride, dtype, device, aligned=True))
+    return allocator(Layout(size, stride, dtype, device))
 
 
 def _unfilled(layout: Layout, *_: Tensor) -> Tensor:
     """Allocate memory by a storage, which PyTorch never fills."""
-    shape, stride, dtype, device, _aligned = layout
+    shape, stride, dtype, device = layout
     storage = torch.UntypedStorage(shape.numel() * dtype.itemsize, device=device)
     return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape, stride)
 
@@ -63,7 +62,7 @@ def _unfilled(layout: Layout, *_: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _new(layout: Layout) -> Callable[..., Tensor]:
     """Return one function for all plans, which then needs memory and the cache of the processor only once."""
-    shape, stride, dtype, device, _ = layout
+    shape, stride, dtype, device = layout
     return lambda *_: torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
@@ -91,10 +90,6 @@ class Operands(NamedTuple):
     grad_raw: Operand | None = None
     grad_dropped: Operand | None = None
 
-    def writes_gradients(self) -> bool:
-        """Return whether the walk writes gradients."""
-        return self.grad_raw is not None or self.grad_dropped is not None
-
     def strides(self) -> list[int]:
         """Return the strides of all operands, outer and time of each; 0 and 0 if there is none."""
         return [stride for x in self for stride in ((0, 0) if x is None else (x.outer, x.time))]
@@ -118,10 +113,6 @@ class View(NamedTuple):
     time: int
     inner: int
     operands: Operands
-
-    def without_gradients(self) -> View:
-        """Return the view of a launch that writes no gradients."""
-        return self._replace(operands=self.operands._replace(grad_raw=None, grad_dropped=None))
 
     def divisors(self, reduction: str) -> tuple[int, int]:
         """Return the divisors of the sums of AR and TAR in a call in which all steps count; neither is 0."""
@@ -152,10 +143,9 @@ class Spec(NamedTuple):
 def switches(view: View, spec: Spec, is_forward: bool) -> Sequence[bool]:
     """Return the switches of a launch: sum AR, sum TAR, write AR's gradient, write TAR's; and whether AR is of raw."""
     operands, ar, tar = view.operands, spec.by_ar or spec.return_terms, spec.by_tar or spec.return_terms
-    writes = operands.writes_gradients()
     sum_ar = is_forward and ar and (spec.ar_of_raw or operands.dropped is not None)
     sum_tar = is_forward and tar and operands.raw is not None
-    return sum_ar, sum_tar, writes and spec.by_ar, writes and spec.by_tar, spec.ar_of_raw and ar
+    return sum_ar, sum_tar, spec.by_ar and not is_forward, spec.by_tar and not is_forward, spec.ar_of_raw and ar
 
 
 class EncodedSteps(NamedTuple):

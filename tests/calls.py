@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from fastreg import FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg.call.key import PLANS
+from fastreg.kernels.backend import Backend
 from tests.conftest import DOUBLE, FLOAT
 
 Call = Callable[..., Any]  # of raw and dropped
@@ -37,6 +40,17 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
+    """Let another backend, or for `None` the formula, compute calls within the block."""
+    PLANS.clear()
+    try:
+        with mock.patch("fastreg.call.operation.backend_for", return_value=backend):
+            yield
+    finally:
+        PLANS.clear()
 
 
 def mask_for(x: Tensor) -> Tensor:

@@ -245,10 +245,10 @@ def call_table(cases: list[Case], on_gpu: bool) -> str:
 
 def sweep_table(cases: list[Case]) -> str:
     """Render the time of forward and backward in a CUDA graph, with other values of the kernels' constants."""
-    runs = "16", "8", "4"
-    rows = [["us in a graph; (batch, time, hidden), dtype", "`PROGRAMS`", *(f"`SHORT_RUN` {run}" for run in runs)]]
+    stretches = "16", "8", "4"
+    rows = [["us in a graph; (batch, time, hidden), dtype", "`PROGRAMS`", *(f"`SHORT_STRETCH` {x}" for x in stretches)]]
     for case in cases:
-        seconds = [case.ways.get(run, {}).get("graph_rotated_seconds") for run in runs]
+        seconds = [case.ways.get(x, {}).get("graph_rotated_seconds") for x in stretches]
         rows.append([case.label, f"{case.info['programs']}", *(number(1e6 * x) if x else "" for x in seconds)])
     return table(rows)
 

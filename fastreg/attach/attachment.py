@@ -242,7 +242,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         if run.packed is not None:
             pair = [run.packed._replace(data=x) for x in pair]
         if formed is None:
-            options = Options(*run.request.time_axis, return_terms=True, predicts=False)
+            options = Options(*run.request.time_axis, return_terms=True)
             penalty = penalize(pair, run.request.coefficients, run.request.steps(), options)
         else:
             penalty, _, run.request = formed

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
-from fastreg.call.key import PLANS
 from fastreg.call.torch_state import has_float64, warn_of_the_formula
 from fastreg.kernels import cpu
 from fastreg.kernels.backend import Backend
@@ -31,19 +27,18 @@ else:
     name = "the Triton kernels" + (", interpreted" if _interpreted else "")
     TRITON = Backend(name, gpu.Forward, gpu.Backward, gpu.Encoder)
 
-_cpu: Backend | None = TRITON if _interpreted else CPP
 DEVICES = {"cpu": "CPUs", "cuda": "GPUs", "xpu": "GPUs"}  # the kinds that may have kernels, and in messages
 
 
 def backend_for(device: torch.device) -> Backend | None:
     """Return the code that runs on a device, or `None` if the plain formula runs there."""
-    installed, chosen = (CPP, _cpu) if device.type == "cpu" else (TRITON, TRITON)
+    backend = CPP if device.type == "cpu" and not _interpreted else TRITON
     if device.type not in DEVICES or not has_float64(device):
-        installed = chosen = None
-    if installed is None and chosen is None:
+        backend = None
+    if backend is None:
         devices = DEVICES.get(device.type, device.type)
         warn_of_the_formula(f"fastreg runs the plain formula on {devices}: {why_formula(device)}")
-    return chosen
+    return backend
 
 
 def why_formula(device: torch.device) -> str:
@@ -53,20 +48,3 @@ def why_formula(device: torch.device) -> str:
     if device.type in DEVICES:
         return _why_no_triton or "the kernels need float64, which this GPU does not have"
     return f"there are no kernels for {device.type}"
-
-
-@contextmanager
-def cpu_tensors_by(backend: Backend | None) -> Iterator[None]:
-    """Let another backend compute CPU tensors within a `with` block, in all threads; for tests and measurements.
-
-    Args:
-        backend: the code to run, or `None` for the plain formula.
-    """
-    global _cpu
-    before, _cpu = _cpu, backend
-    PLANS.clear()
-    try:
-        yield
-    finally:
-        _cpu = before
-        PLANS.clear()

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastreg.call.arguments import check_flag, check_mask, check_probability, check_tensor
+from fastreg.call.arguments import axis_of, check_flag, check_mask, check_pair, check_probability, check_tensor
 from fastreg.call.operation import compute
 from fastreg.call.penalty import penalize
-from fastreg.call.plan import Inputs, Pair, Plan, Results
-from fastreg.call.problem import ARTAR, Coefficient, NoTerms, Options, Penalty, WithTerms
+from fastreg.call.plan import Gradients, Inputs, Plan, Results
+from fastreg.call.problem import ARTAR, Choices, Coefficient, Options, Penalty
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.backend import Backend, Backward
-from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Operands, Tensors, Values, allocator, layout_of
 
 if TYPE_CHECKING:
@@ -26,28 +25,32 @@ if TYPE_CHECKING:
 BACKWARDS = 16  # backwards that a plan keeps: for layouts of dropped's gradient, with and without the penalty's
 
 
-class DropChoices(TypedDict, total=False):
-    """Name the options that only this operation has, for type checkers."""
+class DropChoices(Choices, total=False):
+    """Name the options that only this operation has, too."""
 
     training: bool
     mask: Tensor | None
 
 
-class DropNoTerms(DropChoices, NoTerms):
-    """Name the options of a call that returns no terms."""
-
-
-class DropWithTerms(DropChoices, WithTerms):
-    """Name the options of a call that returns its terms."""
-
-
 @overload
 def fused_dropout_ar_tar(
-    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[DropNoTerms]
+    raw: Tensor,
+    p: float,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    return_terms: Literal[False] = False,
+    **options: Unpack[DropChoices],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def fused_dropout_ar_tar(
-    raw: Tensor, p: float, alpha: Coefficient, beta: Coefficient, **options: Unpack[DropWithTerms]
+    raw: Tensor,
+    p: float,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    return_terms: Literal[True],
+    **options: Unpack[DropChoices],
 ) -> tuple[Tensor, ARTAR]: ...
 def fused_dropout_ar_tar(
     raw: Tensor,
@@ -155,20 +158,27 @@ def drop_and_penalize(
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
         return raw, penalize((raw, raw), coefficients, steps, options)
-    if mask is not None:  # before the key: a copy may have other metadata
-        mask = keepable(plain(check_tensor("mask", mask)))
-    activations = raw, float(p) if mask is None else mask
-    results: Any = compute(DropoutPlan, activations, coefficients, steps, options)
+    mask = drawn_mask(raw, p, options) if mask is None else check_tensor("mask", mask)
+    mask = keepable(plain(mask))  # before the key: a copy may have other metadata
+    results: Any = compute(DropoutPlan, (raw, mask), coefficients, steps, options)
     return results[0][0], results[1]
 
 
+def drawn_mask(raw: Tensor, p: float, options: Options) -> Tensor:
+    """Draw a mask with one row for all time steps, as fastai's `RNNDropout` draws it."""
+    axis = axis_of(options.batch_first, options.time_dim)
+    check_pair(raw, None, options.time_dim, None)
+    row = [*raw.shape]
+    row[axis] = 1
+    return raw.new_empty(row).bernoulli_(1 - p).div_(1 - p)
+
+
 class DropoutPlan(Plan):
-    """Drop units of one layer, and compute its penalty and the gradient of raw. Nothing is predicted.
+    """Drop units of one layer, and compute its penalty and the gradient of raw.
 
     The tensors of a call are raw and the mask.
 
     Attributes:
-        row: the shape of a mask with one row for all time steps.
         allocate: a function that allocates dropped, or the gradient of raw.
         raw, mask, written: the operands: raw, the mask, and dropped or the gradient of raw.
         forward: the launch of the forward.
@@ -179,17 +189,10 @@ class DropoutPlan(Plan):
     def __init__(self, inputs: Inputs, options: Options, layer: int | None) -> None:
         raw, mask, alpha, beta = inputs
         super().__init__((raw, None, alpha, beta), options, layer)
-        self.row = [*self.shape]
-        self.row[self.time_dim] = 1
         self.backwards: dict[object, Backward] = {}
-        if isinstance(mask, Tensor):
-            check_mask(mask, raw, self.row)  # pyright: ignore[reportArgumentType]
-
-    def tensors_of(self, first: Any, second: Any) -> Pair:
-        """Return raw and the mask; a mask that is drawn is drawn as by fastai's `RNNDropout`."""
-        if isinstance(second, Tensor):
-            return first, second
-        return first, first.new_empty(self.row).bernoulli_(1 - second).div_(1 - second)
+        row = [*self.shape]
+        row[self.time_dim] = 1
+        check_mask(mask, raw, row)  # pyright: ignore[reportArgumentType]
 
     def formula(self, values: Values, tensors: Any) -> Results:
         """Compute dropped, and the penalty and its terms, in plain PyTorch."""
@@ -209,27 +212,27 @@ class DropoutPlan(Plan):
         view = self.fold.view(Operands(raw=self.raw, mask=self.mask, dropped=self.written))
         self.forward, self.backward_of = backend.forward(view, self.spec, self.device), backend.backward
 
-    def launch(self, values: Values, tensors: Any) -> tuple[tuple[Tensor, ...], None]:
-        """Launch the forward; return dropped, the penalty, and the terms if they are wanted; predict nothing."""
+    def launch(self, values: Values, tensors: Any) -> tuple[Tensor, ...]:
+        """Launch the forward; return dropped, the penalty, and the terms if they are wanted."""
         raw, mask = tensors
         dropped = self.allocate(raw)
-        penalty, terms, _ = self.forward(Tensors(raw=raw, mask=mask, dropped=dropped), values)
-        return (dropped, penalty) if terms is None else (dropped, penalty, terms), None
+        penalty, terms = self.forward(Tensors(raw=raw, mask=mask, dropped=dropped), values)
+        return (dropped, penalty) if terms is None else (dropped, penalty, terms)
 
-    def differentiate(self, upstream: Gradients, saved: Any, values: Values, predicted: Predicted | None) -> Gradients:
+    def differentiate(self, upstream: Gradients, saved: Any, values: Values) -> Gradients:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
         (of_dropped, of_penalty), (raw, mask) = upstream, saved
         key = None if of_dropped is None else (of_dropped.stride(), of_dropped.data_ptr() % 16 == 0), of_penalty is None
         launch = self.backwards.get(key)
         if launch is None:
             if of_dropped is not None and not self.fold.fits(of_dropped.stride()):
-                return self.differentiate((self.allocate(raw).copy_(of_dropped), of_penalty), saved, values, None)
+                return self.differentiate((self.allocate(raw).copy_(of_dropped), of_penalty), saved, values)
             spec = self.spec if of_penalty is not None else self.spec._replace(by_ar=False, by_tar=False)
             upstream_dropped = None if of_dropped is None else self.fold.operand(layout_of(of_dropped))
             operands = Operands(raw=self.raw, mask=self.mask, upstream_dropped=upstream_dropped, grad_raw=self.written)
-            launch = self.backward_of(self.fold.view(operands), spec, self.device, self.forward.prediction)
+            launch = self.backward_of(self.fold.view(operands), spec, self.device)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
         gradient = self.allocate(raw)
-        launch(of_penalty, Tensors(raw=raw, mask=mask, upstream_dropped=of_dropped, grad_raw=gradient), values, None)
+        launch(of_penalty, Tensors(raw=raw, mask=mask, upstream_dropped=of_dropped, grad_raw=gradient), values)
         return gradient, None

@@ -65,10 +65,9 @@ class Fold(NamedTuple):
         if strides != (1, *accumulate(sizes[:-1], mul)):  # which takes 100 us
             empty = torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device="meta")
             stride = torch.empty_like(empty).stride()
-            x = x._replace(
-                stride=stride if self.fits(stride) else self.restored(empty.new_empty(self.sizes())).stride()
-            )
-        return x._replace(aligned=True)
+            stride = stride if self.fits(stride) else self.restored(empty.new_empty(self.sizes())).stride()
+            return x._replace(stride=stride)
+        return x
 
     def sizes(self) -> tuple[int, int, int]:
         """Return the sizes of outer, time and inner."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastreg.call.plan import Plan, facts_of
-from fastreg.call.private import hooks_on_saved, is_deterministic
+from fastreg.call.private import is_deterministic
 from fastreg.call.problem import Options
 
 Key = tuple[object, ...]
@@ -32,7 +32,7 @@ def key_of(operation: type[Plan], inputs: Sequence[object], options: Options) ->
     facts = facts_of(inputs)
     if facts is None:
         return None
-    state = torch.is_grad_enabled(), hooks_on_saved(False) is None, is_deterministic()
+    state = torch.is_grad_enabled(), is_deterministic()
     return (operation, inputs[0] is inputs[1], *facts, *options, *map(type, options), *state)
 
 

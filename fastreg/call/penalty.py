@@ -12,16 +12,14 @@ from torch.nn.utils.rnn import PackedSequence
 from fastreg.call.arguments import axis_of, check_given, check_layers, check_like_first, check_packed
 from fastreg.call.operation import checked_coefficient, compute
 from fastreg.call.packed import by_sequence
-from fastreg.call.plan import Inputs, Pair, Plan, Results
-from fastreg.call.private import hooks_on_saved
+from fastreg.call.plan import Gradients, Inputs, Pair, Plan, Results
 from fastreg.call.problem import (
     ARTAR,
+    Choices,
     Coefficient,
-    NoTerms,
     One,
     Options,
     Penalty,
-    WithTerms,
     compute_dtype,
     is_list,
     is_on,
@@ -31,7 +29,6 @@ from fastreg.call.problem import (
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.kernels.backend import Backend, Backward
-from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import Layout, Operands, Tensors, Values, allocator, nothing
 
 if TYPE_CHECKING:
@@ -42,11 +39,23 @@ Activations: TypeAlias = One | list[Tensor] | list[PackedSequence] | tuple[One, 
 
 @overload
 def fused_ar_tar(
-    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[NoTerms]
+    raw: Activations,
+    dropped: Activations,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    return_terms: Literal[False] = False,
+    **options: Unpack[Choices],
 ) -> Tensor: ...
 @overload
 def fused_ar_tar(
-    raw: Activations, dropped: Activations, alpha: Coefficient, beta: Coefficient, **options: Unpack[WithTerms]
+    raw: Activations,
+    dropped: Activations,
+    alpha: Coefficient,
+    beta: Coefficient,
+    *,
+    return_terms: Literal[True],
+    **options: Unpack[Choices],
 ) -> ARTAR: ...
 def fused_ar_tar(
     raw: Activations,
@@ -168,7 +177,7 @@ def penalize(
             check_packed(raw, dropped, options.time_dim, steps and steps.given, layer)
             activations, steps = by_sequence(raw, dropped)
             # Dynamo of PyTorch 2.8 can trace neither `_replace` nor a slice.
-            options = Options(None, None, options.reduction, options.return_terms, options.predicts, options.dtype)
+            options = Options(None, None, options.reduction, options.return_terms, options.dtype)
     results = compute(PenaltyPlan, activations, coefficients, steps, options, layer)
     return _zero(activations, options.return_terms) if results is None else results[1]
 
@@ -178,9 +187,9 @@ def _sum_of_layers(
 ) -> Penalty:
     """Add up the penalties of layers, all in the dtype of their sum; a message names the layer."""
     layers = check_layers(*activations)
-    batch_first, time_dim, reduction, return_terms, predicts, _ = options
+    batch_first, time_dim, reduction, return_terms, _ = options
     axis, dtype = axis_of(batch_first, time_dim), compute_dtype(_tensors_of(activations))
-    options = Options(batch_first, time_dim, reduction, return_terms, predicts, dtype)
+    options = Options(batch_first, time_dim, reduction, return_terms, dtype)
     penalties: list[Penalty] = []
     for i, pair in enumerate(layers):
         if i > 0:
@@ -209,7 +218,6 @@ class PenaltyPlan(Plan):
 
     Attributes:
         grad_raw, grad_dropped: functions that allocate the gradients.
-        predicts: whether forwards predict gradients, as long as backwards come.
         forward, backward: the launches of the backend; no backward if neither needs a gradient.
     """
 
@@ -249,32 +257,22 @@ class PenaltyPlan(Plan):
         gradients = zip((grad_raw, grad_dropped), layouts, strict=True)
         self.grad_raw, self.grad_dropped = (nothing if x is None else allocator(x, like) for x, like in gradients)
         of = fold.operand
-        operands = Operands(raw=of(raw), dropped=of(dropped), grad_raw=of(grad_raw), grad_dropped=of(grad_dropped))
-        view = fold.view(operands)
-        # Where hooks pack saved tensors away, memory matters more than time.
-        self.predicts = self.predicts and True in self.needs and hooks_on_saved(False) is None
-        self.forward = backend.forward(view if self.predicts else view.without_gradients(), spec, self.device)
+        forward = Operands(raw=of(raw), dropped=of(dropped))
+        self.forward = backend.forward(fold.view(forward), spec, self.device)
         if True in self.needs:
-            self.backward = backend.backward(view, spec, self.device, self.forward.prediction)
+            backward = forward._replace(grad_raw=of(grad_raw), grad_dropped=of(grad_dropped))
+            self.backward = backend.backward(fold.view(backward), spec, self.device)
 
-    def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Predicted | None]:
-        """Launch the forward; return the penalty, with the terms if they are wanted; and predicted gradients."""
-        (raw, dropped), forward = tensors, self.forward
-        predicts = self.predicts and forward.prediction.comes()
-        grad_raw, grad_dropped = (self.grad_raw(raw), self.grad_dropped(dropped)) if predicts else (None, None)
-        given = Tensors(raw=raw, dropped=dropped, grad_raw=grad_raw, grad_dropped=grad_dropped)
-        penalty, terms, expected = forward(given, values)
-        predicted = Predicted(forward.prediction, expected, (grad_raw, grad_dropped)) if predicts else None
-        return (penalty,) if terms is None else (penalty, terms), predicted
+    def launch(self, values: Values, tensors: Pair) -> tuple[Tensor, ...]:
+        """Launch the forward; return the penalty, with the terms if they are wanted."""
+        raw, dropped = tensors
+        penalty, terms = self.forward(Tensors(raw=raw, dropped=dropped), values)
+        return (penalty,) if terms is None else (penalty, terms)
 
-    def differentiate(self, upstream: Gradients, saved: Pair, values: Values, predicted: Predicted | None) -> Gradients:
-        """Launch the backward over predicted gradients, or over new memory; return the gradients."""
+    def differentiate(self, upstream: Gradients, saved: Pair, values: Values) -> Gradients:
+        """Launch the backward; return the gradients."""
         raw, dropped = saved
-        expected, gradients = (
-            predicted.take() if predicted else (None, (self.grad_raw(raw), self.grad_dropped(dropped)))
-        )
-        self.forward.prediction.lost = 0
-        grad_raw, grad_dropped = gradients
+        grad_raw, grad_dropped = self.grad_raw(raw), self.grad_dropped(dropped)
         given = Tensors(raw=raw, dropped=dropped, grad_raw=grad_raw, grad_dropped=grad_dropped)
-        self.backward(upstream[0], given, values, expected)
-        return gradients
+        self.backward(upstream[0], given, values)
+        return grad_raw, grad_dropped

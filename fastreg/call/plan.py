@@ -15,12 +15,12 @@ from fastreg.call.private import apply_of, version_of
 from fastreg.call.problem import Coefficient, Options, Penalty, compute_dtype, is_on
 from fastreg.call.torch_state import observed, untraced
 from fastreg.kernels.backend import Backend
-from fastreg.kernels.prediction import Gradients, Predicted
 from fastreg.kernels.view import EncodedSteps, Layout, Spec, Values, layout_of
 
-# Raw; dropped, or for an operation that drops units, the mask or the probability to drop a unit; alpha and beta.
-Inputs: TypeAlias = tuple[Tensor | None, Tensor | float | None, Coefficient, Coefficient]
+# Raw; dropped, or for an operation that drops units, the mask; alpha and beta.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Coefficient, Coefficient]
 Pair: TypeAlias = tuple[Tensor | None, Tensor | None]  # the tensors of a call: raw, and dropped or the mask
+Gradients: TypeAlias = Sequence[Tensor | None]
 Results: TypeAlias = tuple[Sequence[Tensor], Penalty]  # results before the penalty, and the penalty
 
 
@@ -63,7 +63,6 @@ class Plan:
     Attributes:
         is_empty: whether no term reads anything; then the plan has no other facts.
         spec: what is computed.
-        predicts: whether a forward may predict gradients.
         shape, device: the shape and the device of the activations.
         time_dim: the axis of time, from the end, of the tensors that kernels or the formula read.
         backend: the code that runs; `None` if plain PyTorch has to see each call, or runs it.
@@ -106,7 +105,6 @@ class Plan:
             reduction=options.reduction,
         )
         self.shape, self.device, self.time_dim = x.shape, x.device, axis % x.dim() - x.dim()
-        self.predicts = options.predicts
 
     @staticmethod
     def without_unread(
@@ -117,7 +115,7 @@ class Plan:
 
     def tensors_of(self, first: Any, second: Any) -> Pair:
         """Return the tensors of a call, given its activations."""
-        raise NotImplementedError
+        return first, second
 
     def formula(self, values: Values, tensors: Pair) -> Results:
         """Compute a call in plain PyTorch."""
@@ -127,19 +125,17 @@ class Plan:
         """Prepare the launches of calls like this one; set `needs` and `saves_all`."""
         raise NotImplementedError
 
-    def launch(self, values: Values, tensors: Pair) -> tuple[tuple[Tensor, ...], Predicted | None]:
-        """Launch the forward; return a tuple of results, with terms if they are wanted; and predicted gradients."""
+    def launch(self, values: Values, tensors: Pair) -> tuple[Tensor, ...]:
+        """Launch the forward; return a tuple of results, with terms if they are wanted."""
         raise NotImplementedError
 
-    def differentiate(self, upstream: Gradients, saved: Pair, values: Values, predicted: Predicted | None) -> Gradients:
+    def differentiate(self, upstream: Gradients, saved: Pair, values: Values) -> Gradients:
         """Launch the backward; return a gradient, or `None`, for each tensor of the call.
 
         Args:
             upstream: the upstream gradients of the results; some may be `None`.
             saved: the tensors of the call, `None` for those that are not saved.
             values: the values of the call.
-            predicted: the gradients that the forward has predicted; `None` if it has predicted none, and in a second
-                backward.
         """
         raise NotImplementedError
 
@@ -172,7 +168,7 @@ class Plan:
             tensors = mover.moved(tensors[0]), mover.moved(tensors[1])
         if self.backend is None:
             return self.formula(values, tensors)
-        results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)[0]
+        results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)
         if self.spec.return_terms:
             *others, value, terms = results
         else:
@@ -188,15 +184,14 @@ class Plan:
 
 
 class Node(Function):
-    """Compute a call. Save the tensors that its backward reads, and keep the gradients that the forward has predicted.
+    """Compute a call, and save the tensors that its backward reads.
 
-    Coefficients need no saving: a node keeps them and their versions. Only the first backward gets the predicted
-    gradients; a second one computes them again.
+    Coefficients need no saving: a node keeps them and their versions.
     """
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, values: Values, first: Tensor | None, second: Tensor | None) -> Any:
-        results, ctx.predicted = plan.launch(values, (first, second))
+        results = plan.launch(values, (first, second))
         ctx.plan, ctx.values = plan, values
         if plan.in_memory:
             ctx.versions = versions_of(values)
@@ -221,8 +216,7 @@ class Node(Function):
         facts = None if torch.is_grad_enabled() or observed() else facts_of((*saved, *upstream))
         if facts is None or facts[: len(plan.facts)] != plan.facts:
             return None, None, *differentiate_formula(plan, upstream, saved, values)
-        predicted = vars(ctx).pop("predicted", None)  # atomic, for two threads
-        return None, None, *plan.differentiate(upstream, saved, values, predicted)
+        return None, None, *plan.differentiate(upstream, saved, values)
 
 
 def versions_of(values: Values) -> Sequence[int]:

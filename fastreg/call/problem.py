@@ -99,10 +99,7 @@ class TimeAxis(NamedTuple):
 
 
 class Choices(TypedDict, total=False):
-    """Name the options of both operations for type checkers, which then know whether a call returns its terms.
-
-    In the overloads of both operations, options that are written out would take more lines than these dictionaries.
-    """
+    """Name the options that do not change what a call returns, for the overloads of both operations."""
 
     batch_first: bool | None
     time_dim: int | None
@@ -112,30 +109,16 @@ class Choices(TypedDict, total=False):
     reduction: Literal["mean", "sum"]
 
 
-class NoTerms(Choices, total=False):
-    """Name the options of a call that returns no terms."""
-
-    return_terms: Literal[False]
-
-
-class WithTerms(Choices):
-    """Name the options of a call that returns its terms."""
-
-    return_terms: Literal[True]
-
-
 class Options(NamedTuple):
     """Hold the options of a call as the caller has given them: see `fused_ar_tar`.
 
-    With `predicts` the forward may predict gradients, which take memory until the backward. If `dtype` is `None`, the
-    dtype of the penalty follows from its tensors.
+    If `dtype` is `None`, the dtype of the penalty follows from its tensors.
     """
 
     batch_first: bool | None = None
     time_dim: int | None = None
     reduction: str = "mean"
     return_terms: bool = False
-    predicts: bool = True
     dtype: torch.dtype | None = None
 
 

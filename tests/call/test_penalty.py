@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar
-from fastreg.call.backends import backend_for, cpu_tensors_by
+from fastreg.call.backends import backend_for
 from fastreg.call.dropout import BACKWARDS
-from tests.calls import Call, calls, deterministic, everything, flat, leaves, total
+from tests.calls import Call, calls, cpu_tensors_by, deterministic, everything, flat, leaves, total
 from tests.conftest import BF16, DOUBLE, FLOAT, HALF, PLANS, by_triton, memory_of, skip_on_formula
 from tests.exact import truth
 

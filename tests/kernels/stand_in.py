@@ -13,7 +13,8 @@ def active(driver: Any, *kernels: Any) -> Iterator[None]:
     """Let the Triton kernels take CPU tensors inside of the block, by a driver; `kernels` are compiled anew for it."""
     from triton.runtime import driver as chosen
 
-    from fastreg.call.backends import TRITON, cpu_tensors_by
+    from fastreg.call.backends import TRITON
+    from tests.calls import cpu_tensors_by
 
     before, caches = vars(chosen).copy(), [kernel.device_caches for kernel in kernels]
     chosen.set_active(driver)

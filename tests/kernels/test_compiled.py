@@ -266,9 +266,9 @@ def test_a_capture_on_one_device_is_none_on_another(current: list[int], monkeypa
 
 
 def test_tickets_that_are_ready_are_drawn_without_an_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocated, filled, cpu = [], streams.filled, torch.device("cpu")
+    allocated, zeros, cpu = [], streams.zeros, torch.device("cpu")
     monkeypatch.setattr(streams, "RESERVE", 8)
-    monkeypatch.setattr(streams, "filled", lambda count, *others: allocated.append(count) or filled(count, *others))
+    monkeypatch.setattr(streams, "zeros", lambda count, *others: allocated.append(count) or zeros(count, *others))
     tickets = streams.Tickets()
     with torch.inference_mode():
         tickets.fill(cpu)

@@ -61,17 +61,17 @@ def test_few_programs_share_the_items_and_indices_have_64_bits(
 
 
 def test_more_partial_sums_than_are_loaded_at_once_add_up(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "SHORT_RUN", tiling.UNROLL)
+    monkeypatch.setattr(tiling, "SHORT_STRETCH", tiling.UNROLL)
     if INTERPRETED:
         monkeypatch.setattr(reduction, "CHUNK", type(reduction.CHUNK)(16))
     time = tiling.UNROLL * (reduction.CHUNK.value + 3)
     check_penalty(*leaves(device, 1, time, 1))
 
 
-def test_runs_are_shorter_where_programs_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stretches_are_shorter_where_programs_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = [], []
     for longest in (16, 4):
-        monkeypatch.setattr(tiling, "SHORT_RUN", longest)
+        monkeypatch.setattr(tiling, "SHORT_STRETCH", longest)
         for items, (outer, time, hidden) in ((few, (64, 70, 400)), (many, (128, 512, 1024))):
             operands = Operands(*[Operand(torch.bfloat16, time * hidden, hidden)] * 4)
             items.append(tiling.Tiling(View(outer, time, hidden, operands), torch.float32).numbers[-1])

@@ -18,13 +18,13 @@ NOISE, NOISES = 2**26, 16  # elements that another kernel writes meanwhile, and 
 
 
 @gpu
-@pytest.mark.parametrize("short_run", [16, 4])
+@pytest.mark.parametrize("short_stretch", [16, 4])
 @pytest.mark.parametrize("dtype", BITS, ids=str)
 def test_results_do_not_depend_on_the_order_of_programs(
-    dtype: torch.dtype, short_run: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, short_stretch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A planted wrong bit is noticed, because a device that computes nothing finds all values equal."""
-    monkeypatch.setattr(tiling, "SHORT_RUN", short_run)
+    monkeypatch.setattr(tiling, "SHORT_STRETCH", short_stretch)
     raw, dropped = (torch.randn(64, 70, 400, device="cuda").to(dtype).requires_grad_() for _ in range(2))
 
     def call() -> list[torch.Tensor]:
