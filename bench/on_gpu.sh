@@ -23,7 +23,7 @@ bench() {  # SECONDS LINES ARGUMENTS...
   echo "== bench $* for $seconds s"
   rm -f "$lines"
   bash bench/run.sh "$seconds" "$lines" -v --tb=line --benchmark-max-time=0.1 "$@"
-  for page in "bench.measure.report --show" bench.offline.prediction; do "$PYTHON" -m $page "$lines"; done > "${lines%.jsonl}.md"
+  for page in "bench.measure.report --show" bench.offline.roofline; do "$PYTHON" -m $page "$lines"; done > "${lines%.jsonl}.md"
 }
 
 tests() {  # SECONDS FILES...: run the tests of each file in a process of its own, so that a crash loses no other file

@@ -162,10 +162,10 @@ def ar_tar_kernel(
                 grad_raw_first = row(grad_raw_rows, turn)
             if grad_dropped is not None:
                 grad_dropped_first = row(grad_dropped_rows, turn)
-            if mask is None:
-                droppeds = load_rows(dropped_rows, turn, counted_at, 0, ACC, UNROLL)
             if READS_RAW:
                 raws = load_rows(raw_rows, turn, inside if DROPS else counted_at, LEAD, ACC, UNROLL)
+            if mask is None:
+                droppeds = load_rows(dropped_rows, turn, counted_at, 0, ACC, UNROLL)
             if not LOCKED:
                 masks = load_rows(mask_rows, turn, inside, 0, ACC, UNROLL)
             upstreams = load_rows(upstream_dropped_rows, turn, inside, 0, ACC, UNROLL)

@@ -1,4 +1,4 @@
-"""Predictions of the kernels' speed that need no GPU: `python -m bench.offline.prediction`.
+"""Predictions of the kernels' speed that need no GPU: `python -m bench.offline.roofline`.
 
 For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
 and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
@@ -31,26 +31,27 @@ COPY = {  # bytes that a copy reads and writes in a second, and the source of th
     "B200": (7.0e12, "88% of the datasheet's 8000 GB/s, a guess"),
 }
 FORWARD, BACKWARD = 4.6e-6, 2.5e-6  # seconds that a launch takes beside its traffic, for latencies and the ticket
+PASSES = 6  # raw and dropped are read twice, and both gradients are written
 
 
 def cut(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Return the items of a launch, the runs of a sequence and the time steps of a run."""
+    """Return the items of a launch, the stretches of a sequence and the time steps of a stretch."""
     batch, time_steps, hidden = shape
     view = View(batch, time_steps, hidden, Operands(*[Operand(dtype, time_steps * hidden, hidden)] * 4))
-    *_, run, blocks, items = tiling.Tiling(view, torch.float32).numbers
-    return items, items // blocks, run
+    *_, stretch, blocks, items = tiling.Tiling(view, torch.float32).numbers
+    return items, items // blocks, stretch
 
 
 def share(shape: tuple[int, int, int], dtype: torch.dtype, copy: float) -> float:
-    """Predict the share of a copy's bandwidth that a forward that writes gradients and its backward reach together.
+    """Predict the share of a copy's bandwidth that a forward and its backward reach together.
 
-    Both tensors are read once, both gradients are written once, and raw's halo rows are read again. The model counts
+    Both read both tensors, and raw's halo rows once more; the backward writes both gradients. The model counts
     this traffic and a constant time for each launch. It ignores hits in the L2 cache, and that the last programs do not
     fill the GPU.
     """
-    _, runs, _ = cut(shape, dtype)
-    traffic = 4 * math.prod(shape) * dtype.itemsize
-    halo = (runs - 1) / shape[1] / 2
+    _, stretches, _ = cut(shape, dtype)
+    traffic = PASSES * math.prod(shape) * dtype.itemsize
+    halo = 3 * (stretches - 1) / shape[1] / PASSES  # one row a stretch forward, and two backward
     return (traffic / copy) / (traffic * (1 + halo) / copy + FORWARD + BACKWARD)
 
 
@@ -68,15 +69,19 @@ def beside(result: Result) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.offline.prediction", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench.offline.roofline", description=__doc__)
     parser.add_argument("result", nargs="?", type=Path, help="JSON or lines of a GPU, to show beside the prediction")
     if file := parser.parse_args().result:
         print(beside(load(file)))
         return
-    rows = [["shape", "dtype", "programs a multiprocessor", "runs", "halo reads of gradients", *COPY]]
+    rows = [["shape", "dtype", "programs a multiprocessor", "stretches", "halo rows of a backward", *COPY]]
     for dtype, shape in product(DTYPES, SHAPES):
-        items, runs, run = cut(shape, dtype)
-        figures = [f"{items / MULTIPROCESSORS:.1f}", f"{runs} of {run}", f"{(runs - 1) / shape[1]:.1%}"]
+        items, stretches, stretch = cut(shape, dtype)
+        figures = [
+            f"{items / MULTIPROCESSORS:.1f}",
+            f"{stretches} of {stretch}",
+            f"{2 * (stretches - 1) / shape[1]:.1%}",
+        ]
         shares = [f"{share(shape, dtype, copy):.0%}" for copy, _ in COPY.values()]
         rows.append([f"{shape}", f"{dtype}".removeprefix("torch."), *figures, *shares])
     print(table(rows))

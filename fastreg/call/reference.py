@@ -39,20 +39,18 @@ def ar_tar(raw: Tensor | None, dropped: Tensor | None, values: Values, spec: Spe
     elements, changes = _divisors(given, values, spec, time_dim)
     # The sum of a DTensor consists of parts on all ranks. torch 2.8 multiplies these parts by the factor of an earlier
     # sum. Adding the sum to 0 adds its parts up.
-    zero = penalty = torch.zeros((), dtype=spec.dtype, device=given.device)
-    means: list[Tensor] = []
-    for x, is_in, coefficient, count, form in (
-        (raw if spec.ar_of_raw else dropped, spec.by_ar, values.alpha, elements, _counted),
-        (raw, spec.by_tar, values.beta, changes, _counted_changes),
-    ):
-        mean = zero
-        if x is not None and (is_in or spec.return_terms):
-            total = zero + form(x, values.bits, time_dim).square().sum()
-            if is_in:
-                penalty = penalty + _weighted(total, coefficient, count)
-            mean = total / count
-        means.append(mean.detach())
-    return Penalty(penalty, means if spec.return_terms else None)
+    penalty = ar = tar = zero = torch.zeros((), dtype=spec.dtype, device=given.device)
+    regularized = raw if spec.ar_of_raw else dropped
+    if regularized is not None and (spec.by_ar or spec.return_terms):
+        ar = zero + _counted(regularized, values.bits, time_dim).square().sum()
+    if raw is not None and (spec.by_tar or spec.return_terms):
+        tar = zero + _counted_changes(raw, values.bits, time_dim).square().sum()
+    if spec.by_ar:
+        penalty = penalty + _weighted(ar, values.alpha, elements)
+    if spec.by_tar:
+        penalty = penalty + _weighted(tar, values.beta, changes)
+    terms = [(ar / elements).detach(), (tar / changes).detach()] if spec.return_terms else None
+    return Penalty(penalty, terms)
 
 
 def _divisors(x: Tensor, values: Values, spec: Spec, time_dim: int) -> tuple[int | Tensor, int | Tensor]:

@@ -192,7 +192,7 @@ def test_the_patch_in_the_lab_book_applies_to_the_kernel(tmp_path: Path) -> None
 
 def test_the_lab_book_shows_the_predicted_shares_of_a_copy() -> None:
     skip_without("triton")
-    from bench.offline.prediction import COPY, DTYPES, SHAPES, share
+    from bench.offline.roofline import COPY, DTYPES, SHAPES, share
 
     notes = (ROOT / "bench" / "NOTES.md").read_text()
     for shape in SHAPES:
