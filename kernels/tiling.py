@@ -23,7 +23,7 @@ SHORTEST_STRETCH = 16  # time steps: halo rows add at most 1/16 to the reads of 
 SHORT_STRETCH = 16  # the same where items are fewer than FEW: shorter stretches make more programs, and more halo rows
 FEW = 512  # items: four for each of an H100's multiprocessors
 LONGEST_STRETCH = 128  # time steps: long float32 sums drift, so a stretch has its own sum beside the program's
-# 7.8 for each of an H100's 132 multiprocessors, where 5 or 6 run at once; more would only add halo rows.
+# 7.8 for each of an H100's 132 multiprocessors, where 6 to 12 run at once; more would only add halo rows.
 PROGRAMS = 1024
 LARGE = 2**30  # elements from which lanes and time steps are counted in 64 bits; memory offsets always have 64
 
