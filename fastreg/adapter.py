@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,7 @@ from fastreg.attach.source import Masks
 from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import TimeAxis, data_of, is_list
 
-
-class PathOptions(TypedDict, total=False):
-    """Name the arguments of `Paths` for type checkers and editors; `dropout=True` is for `fastai.fuse` alone."""
-
-    rnn: str | Sequence[str] | None
-    dropout: bool | str | Sequence[str | None] | None
-    output: Callable[[Any], Any] | None
-    batch_first: bool | None
-    time_dim: int | None
-    valid: Callable[..., Tensor | None] | None
-    starts: Callable[..., Tensor | None] | None
+MaskOfBatch: TypeAlias = Callable[..., Tensor | None] | None  # a function of the inputs of a batch
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,8 @@ class Paths:
             or `None` for each RNN.
         output: as for `RNNRegularizer.attach`; it needs `rnn`.
         batch_first, time_dim: as for `attach`; without `rnn`, as for `RNNRegularizer.on_loss_begin`.
-        valid, starts: as for `attach`, but functions of the inputs of the batch. Without `rnn`, a mask with more time
+        valid, starts: as for `attach`, but functions of the inputs of the batch: one for all RNNs, or a list with a
+            function or `None` for each RNN, such as an encoder and a decoder. Without `rnn`, a mask with more time
             steps than raw is cut to the last ones along its axis of time, because a text classifier returns only the
             end of a long text.
 
@@ -68,13 +59,12 @@ class Paths:
     output: Callable[[Any], Any] | None = None
     batch_first: bool | None = None
     time_dim: int | None = None
-    valid: Callable[..., Tensor | None] | None = None
-    starts: Callable[..., Tensor | None] | None = None
+    valid: MaskOfBatch | Sequence[MaskOfBatch] = None
+    starts: MaskOfBatch | Sequence[MaskOfBatch] = None
 
     def __post_init__(self) -> None:
         time_axis_of(**self.layout())
         self.masks()
-        self.pairs()
 
     def pairs(self) -> list[tuple[str, str | None]]:
         """Return the path of each RNN with the path of its dropout, or `None`."""
@@ -95,9 +85,17 @@ class Paths:
         """Return the arguments that say which axis is time."""
         return {"batch_first": self.batch_first, "time_dim": self.time_dim}
 
-    def masks(self) -> Masks:
-        """Return the functions of a batch that say which time steps count."""
-        return Masks(self.valid, self.starts)
+    def masks(self) -> list[Masks]:
+        """Return the functions of a batch that say which time steps count: of each RNN, or of the model's output."""
+        count = len(self.pairs()) or 1
+        given: Any = self.valid, self.starts
+        valid, starts = (list(x) if is_list(x) else [x] * count for x in given)
+        if not len(valid) == len(starts) == count:
+            words = (
+                f"valid and starts: expected a function, or a list with an item for each path of rnn, {count} in all"
+            )
+            raise ValueError(f"{words}, got {len(valid)} and {len(starts)}")
+        return [*map(Masks, valid, starts)]
 
 
 NAMES, NO_LAYOUT = [x.name for x in fields(Paths)], Paths().layout()
@@ -106,7 +104,14 @@ NO_SUMS, NO_LENGTHS = (torch.zeros(()), 0), (0, 0)
 
 def of_regularizer(name: str) -> Any:
     """Return a property of an adapter that is an attribute of its regularizer."""
-    return property(lambda self: getattr(self.regularizer, name), lambda self, x: setattr(self.regularizer, name, x))
+
+    def write(adapter: Any, value: Any) -> None:
+        if not hasattr(adapter, "regularizer"):
+            words = "alpha and beta: expected a base class that leaves these attributes to the coefficients"
+            raise AttributeError(f"{words}, got a {type(adapter).__name__} that sets {name}")
+        setattr(adapter.regularizer, name, value)
+
+    return property(lambda adapter: getattr(adapter.regularizer, name), write)
 
 
 class Adapter:
@@ -185,8 +190,9 @@ class Adapter:
         self.lengths = NO_LENGTHS
         if self.handles:
             return
-        for rnn, dropout in self.modules(model):
-            masks: Any = {name: self.mask_of(rnn, getattr(self.paths, name)) for name in ("valid", "starts")}
+        # Without paths there are masks of the model's output, and nothing to attach.
+        for (rnn, dropout), given in zip(self.modules(model), self.paths.masks(), strict=False):
+            masks: Any = {name: self.mask_of(rnn, mask) for name, mask in vars(given).items()}
             options = self.layout_of(rnn) | masks | {"output": self.paths.output}
             self.handles.append(self.regularizer.attach(rnn, dropout, **options))
 
@@ -221,7 +227,7 @@ class Adapter:
             raise ValueError(f"batch_first: expected True or False, {words}, got None")
         time_axis = time_axis_of(**layout)
         time = time_axis.number() % len(shape)
-        masks: Any = self.paths.masks().of(*self.inputs())
+        masks: Any = self.paths.masks()[0].of(*self.inputs())
         axis = int(time > 0)  # of a mask: (batch, time), or (time, batch) where raw is time first
         for name, mask in masks.items():
             kept = min(mask.shape[axis], shape[time])

@@ -14,9 +14,8 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from typing_extensions import Unpack
 
-from fastreg.adapter import NO_SUMS, Adapter, PathOptions
+from fastreg.adapter import NO_SUMS, Adapter
 from fastreg.call.problem import Coefficient
 from fastreg.call.rnn_dropout import FusedRNNDropout
 
@@ -99,7 +98,7 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
         alpha: Coefficient | None = None,
         beta: Coefficient | None = None,
         bptt: int | None = None,
-        **options: Unpack[PathOptions],
+        **options: Any,
     ) -> None:
         self.prepare(alpha, beta, options, bptt)
         self.columns = [Column(partial(self.mean, i), name) for i, name in enumerate(["ar", "tar"])]
@@ -195,7 +194,7 @@ def fuse_output_dropout(model: nn.Module) -> None:
 
 
 def rnn_cbs(
-    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, **options: Unpack[PathOptions]
+    alpha: Coefficient = 0.0, beta: Coefficient = 0.0, bptt: int | None = None, **options: Any
 ) -> list[Callback]:
     """Return the callbacks for RNN training, as fastai's `rnn_cbs` does; see `RNNRegularizer` for the arguments.
 
@@ -208,7 +207,7 @@ def rnn_cbs(
     return [stock.ModelResetter(), stock.RNNCallback(), RNNRegularizer(alpha, beta, bptt, **options)]
 
 
-def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
+def fuse(learn: Learner, **options: Any) -> Learner:
     """Swap fastai's `RNNRegularizer` for this module's, in place, and return the learner.
 
     The new callback has the coefficients and `run_train` of the old one. A learner that is fused already is fused

@@ -13,9 +13,8 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import Unpack
 
-from fastreg.adapter import Adapter, PathOptions
+from fastreg.adapter import Adapter
 from fastreg.attach.regularizer import reset_of
 from fastreg.call.problem import Coefficient, is_list
 
@@ -92,7 +91,7 @@ class RNNTrainer(Adapter, LearnerCallback):
         alpha: Coefficient | None = None,
         beta: Coefficient | None = None,
         adjust: bool = True,
-        **options: Unpack[PathOptions],
+        **options: Any,
     ) -> None:
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
@@ -143,7 +142,7 @@ class RNNTrainer(Adapter, LearnerCallback):
         return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
 
 
-def fuse(learn: Learner, **options: Unpack[PathOptions]) -> Learner:
+def fuse(learn: Learner, **options: Any) -> Learner:
     """Swap fastai's `RNNTrainer` for this module's, in place, and return the learner.
 
     The new `RNNTrainer` has the coefficients and the position of the old one, and its `adjust` if the release has it. A

@@ -15,9 +15,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import Unpack
 
-from fastreg.adapter import NO_SUMS, Adapter, PathOptions
+from fastreg.adapter import NO_SUMS, Adapter
 from fastreg.call.arguments import check_flag
 from fastreg.call.problem import Coefficient
 
@@ -39,8 +38,9 @@ class ActivationRegularization(Adapter, Callback):
     Args:
         alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
         beta: coefficient of TAR.
+        rnn: the path of an RNN, or a list of paths, as for `fastreg.adapter.Paths`.
         log: whether to log `ar` and `tar`.
-        **options: as for `fastreg.adapter.Paths`, with `rnn`; `valid` and `starts` get the batch, as `training_step`.
+        **options: the other arguments of `Paths`; `valid` and `starts` get the batch, as `training_step`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -59,10 +59,10 @@ class ActivationRegularization(Adapter, Callback):
     say = staticmethod(pl.utilities.rank_zero_info)
 
     def __init__(
-        self, alpha: Coefficient, beta: Coefficient, *, log: bool = True, **options: Unpack[PathOptions]
+        self, alpha: Coefficient, beta: Coefficient, *, rnn: str | Sequence[str], log: bool = True, **options: Any
     ) -> None:
         check_flag("log", log)
-        self.prepare(alpha, beta, {**options, "rnn": options.get("rnn") or []})
+        self.prepare(alpha, beta, {**options, "rnn": rnn or []})
         self.logged = log
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

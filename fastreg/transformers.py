@@ -8,7 +8,7 @@ just before the backward.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastreg.adapter import NAMES, NO_LAYOUT, Adapter, comes_first
 from fastreg.call.arguments import time_axis_of
-from fastreg.call.problem import Coefficient
+from fastreg.call.problem import Coefficient, is_list
 
 try:
     Trainer: Any = import_module("transformers").Trainer
@@ -50,11 +50,13 @@ class RegularizedTrainer(Adapter, Trainer):
         *args: as for `Trainer`, or the other base class.
         alpha: coefficient of AR; an attribute, which a schedule may change between steps, like `beta`.
         beta: coefficient of TAR.
-        **kwargs: as for `Trainer`, or the other base class; and as for `fastreg.adapter.Paths`, with `rnn`. Name the
-            last block rather than the model, because the model's last hidden state is the output of a norm. If PEFT
-            wraps the model, paths start from the model inside. `batch_first` is `True` if the module does not show its
-            layout. `valid` and `starts` get the batch, as `training_step`. The default of `valid` returns the attention
-            mask of the batch, if it has one. A `Trainer` removes this mask if the model's `forward` has no such
+        rnn: the path of an RNN, or a list of paths, as for `fastreg.adapter.Paths`. Name the last block rather than the
+            model, because the model's last hidden state is the output of a norm. If PEFT wraps the model, paths start
+            from the model inside.
+        **kwargs: as for `Trainer`, or the other base class; and the other arguments of `Paths`. `batch_first` is `True`
+            if the module does not show its layout. `valid` and `starts` get the batch, as `training_step`. The default
+            of `valid` returns the attention mask of the batch, if it has one; in a list, `True` stands for this
+            default. A `Trainer` removes this mask if the model's `forward` has no such
             argument, unless `remove_unused_columns=False`. With `valid=None` all steps count.
 
     Warns:
@@ -77,14 +79,18 @@ class RegularizedTrainer(Adapter, Trainer):
     say = staticmethod(log.warning)
     _is_masked: Any = False  # whether an example of this training has an attention mask
 
-    def __init__(self, *args: Any, alpha: Coefficient, beta: Coefficient, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, alpha: Coefficient, beta: Coefficient, rnn: str | Sequence[str], **kwargs: Any
+    ) -> None:
         # A base class may swallow a misspelt name: one that is nearly ours, and none of its own, is an error.
         of_bases = {name for base in type(self).__mro__ for name in signature(base.__init__).parameters}
         names = [x for x in kwargs if x in NAMES or (x not in of_bases and get_close_matches(x, NAMES, 1, 0.85))]
-        options: Any = {name: kwargs.pop(name) for name in names}
+        options: Any = {"valid": attention_mask} | {name: kwargs.pop(name) for name in names}
+        if is_list(options["valid"]):
+            options["valid"] = [attention_mask if x is True else x for x in options["valid"]]
         super().__init__(*args, **kwargs)
         # Now, so that it is an error if another class sets alpha or beta.
-        self.prepare(alpha, beta, {"valid": attention_mask, **options, "rnn": options.get("rnn") or []})
+        self.prepare(alpha, beta, {**options, "rnn": rnn or []})
         self.modules(inner_of(self.model))  # shows a wrong path before any training
         # An override of `training_step` would be lost where a subclass has its own, and does not call it.
         self.training_step = partial(self._regularized_step, self.training_step)
@@ -113,11 +119,15 @@ class RegularizedTrainer(Adapter, Trainer):
             return super().mask_of(module, lambda batch: None if mask(batch) is None else mask(batch).T)
         return super().mask_of(module, mask)
 
+    def _takes_attention_mask(self) -> bool:
+        """Return whether the attention mask says for some module which time steps count."""
+        return any(masks.valid is attention_mask for masks in self.paths.masks())
+
     def get_train_dataloader(self) -> Any:
         """Return the loader that `Trainer` returns, which warns if the attention masks of examples are lost."""
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # that Accelerate wraps
-        if self.paths.valid is attention_mask and hasattr(inner, "collate_fn"):
+        if self._takes_attention_mask() and hasattr(inner, "collate_fn"):
             columns = getattr(self.train_dataset, "column_names", None) or ()
             is_masked = torch.tensor("attention_mask" in columns).share_memory_()  # with the workers
             self._is_masked = is_masked.numpy()  # asked in each step: unlike a tensor, without an operator
@@ -147,7 +157,7 @@ class RegularizedTrainer(Adapter, Trainer):
         try:
             return step(model, inputs, *args, **kwargs)
         except ValueError as error:
-            if self.paths.valid is not attention_mask or not str(error).startswith("valid:"):
+            if not self._takes_attention_mask() or not str(error).startswith("valid:"):
                 raise
             raise ValueError(
                 f"{error}. This is the attention_mask of the batch, by default, and it does not fit the output of a "

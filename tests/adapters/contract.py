@@ -49,8 +49,9 @@ class Net(lm.Model):
         run = partial(checkpoint, self.run, use_reentrant=False) if self.checkpointed else self.run
         decoded, layers = run(input_ids)  # pyright: ignore[reportGeneralTypeIssues]
         loss = plain = criterion(decoded, input_ids)
-        masks = {name: mask(input_ids) for name, mask in self.masks.items()}
-        for raw, dropped, time_dim in [layers[name] for name in self.written]:
+        for layer in self.written:
+            raw, dropped, time_dim = layers[layer]
+            masks = {name: mask(input_ids) for name, mask in self.masks.get(layer, self.masks).items()}
             options: Any = {"time_dim": time_dim, "return_terms": True}
             penalty, *terms = fused_ar_tar(raw, dropped, ALPHA, BETA, **masks, **options)
             self.terms += [torch.stack(terms)] * self.training
@@ -102,6 +103,12 @@ CASES: dict[str, tuple[list[str], dict[str, Any], dict[str, Any], int]] = {
     "the mean of accumulated batches": (["rnn"], {"masks": MASKS}, PATHS | MASKS, 4),
     "checkpoints that ask for masks again": (["rnn"], {"masks": MASKS, "checkpointed": True}, PATHS | MASKS, 1),
     "layers": (["rnn", "second"], {}, {"rnn": ["rnn", "second"], "dropout": ["dropout", None]}, 1),
+    "masks of each layer": (
+        ["rnn", "second"],
+        {"masks": {"rnn": {"valid": valid}, "second": {"starts": starts}}},
+        {"rnn": ["rnn", "second"], "dropout": ["dropout", None], "valid": [valid, None], "starts": [None, starts]},
+        1,
+    ),
     "time first": (["turned"], {"masks": TURNED}, {"rnn": "turned", "batch_first": False} | TURNED, 1),
     "an axis of time": (["channels"], {}, {"rnn": "channels", "time_dim": 2}, 1),
     "an output that is picked": (["second"], {}, {"rnn": "second", "output": itemgetter(0)}, 1),
@@ -117,6 +124,8 @@ REJECTED: list[tuple[dict[str, Any], Any, str]] = [
     ({"time_dim": 1, "batch_first": True}, ValueError, r"batch_first and time_dim"),
     ({"output": 1}, TypeError, "output: expected a callable or None, got int"),
     ({"starts": 1}, TypeError, "starts: expected a callable or None, got int"),
+    ({"starts": [1]}, TypeError, "starts: expected a callable or None, got int"),
+    ({"valid": [valid, None]}, ValueError, r"valid and starts: .* each path of rnn, 1 in all, got 2 and 1$"),
     ({"drop_out": "dropout"}, TypeError, "got an unexpected keyword argument 'drop_out'$"),
     ({"rnn": "lstm"}, AttributeError, r"(Net|Module) has no attribute `lstm`"),
     ({"valid": lambda _: [1]}, TypeError, "^valid: expected a bool or integer tensor, got list"),

@@ -96,6 +96,12 @@ TURNED: Any = Masked(), Masked("turned", masks={"valid": turned(valid)}), {"data
 # the two models, the options of both trainers, and the options of the regularized one
 CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "the attention mask": (Masked(), Masked("rnn", masks={"valid": valid}), {"data": MASKED}, {}),
+    "the attention mask of one of two modules": (
+        Masked(),
+        Masked("rnn", "second", masks={"rnn": {"valid": valid}, "second": {}}),
+        {"data": MASKED},
+        {"rnn": ["rnn", "second"], "dropout": ["dropout", None], "valid": [True, None]},
+    ),
     "the attention mask of a module that is time first": (*TURNED, {"batch_first": False} | NAMED),
     "the attention mask of a module whose axis of time is the third from the end": (*TURNED, {"time_dim": -3} | NAMED),
     "a model that PEFT wraps": (Wrapper(), Net("second"), {}, {"rnn": "inside", "dropout": None}),
@@ -220,7 +226,7 @@ def test_another_base_class_must_not_set_a_coefficient() -> None:
             super().__init__(*args, **kwargs)
             self.beta = 0.1  # as a DPOTrainer
 
-    with pytest.raises(AttributeError, match="regularizer"):
+    with pytest.raises(AttributeError, match=r"^alpha and beta: .* got a Both that sets beta$"):
         trainer_of(Net(), both(RegularizedTrainer, OwnBeta))
 
 
