@@ -14,10 +14,18 @@ from fastreg.attach.regularizer import RNNRegularizer
 from fastreg.call.dropout import fused_dropout_ar_tar
 from fastreg.call.penalty import fused_ar_tar
 from fastreg.call.problem import ARTAR
-from fastreg.call.rnn_dropout import FusedRNNDropout
+from fastreg.call.rnn_dropout import FusedDropout, FusedRNNDropout
 from fastreg.call.with_penalty import with_penalty
 
-__all__ = ["ARTAR", "FusedRNNDropout", "RNNRegularizer", "fused_ar_tar", "fused_dropout_ar_tar", "with_penalty"]
+__all__ = [
+    "ARTAR",
+    "FusedDropout",
+    "FusedRNNDropout",
+    "RNNRegularizer",
+    "fused_ar_tar",
+    "fused_dropout_ar_tar",
+    "with_penalty",
+]
 
 _ADAPTERS = {
     **dict.fromkeys(["fuse", "rnn_cbs"], "fastreg.fastai, or fastreg.fastai1 for fastai 1"),

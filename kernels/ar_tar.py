@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastreg.kernels.draws import draw_of, drawn_row, words_of
 from fastreg.kernels.reduction import Weights, factors, finish
 from fastreg.kernels.rows import (
     StepBits,
@@ -23,7 +24,8 @@ from fastreg.kernels.rows import (
 @triton.jit(
     do_not_specialize=[  # values that differ from batch to batch must not compile new code
         *("upstream", "partials", "ticket", "bits", "counts", "alpha_at", "beta_at"),
-        *("raw_outer", "raw_time", "mask_outer", "mask_time", "upstream_dropped_outer", "upstream_dropped_time"),
+        *("threshold", "raw_outer", "raw_time", "mask_outer", "mask_time"),
+        *("upstream_dropped_outer", "upstream_dropped_time"),
         *("dropped_outer", "dropped_time", "grad_raw_outer", "grad_raw_time"),
         *("grad_dropped_outer", "grad_dropped_time", "lanes", "inner", "time", "stretch", "blocks", "items"),
     ]
@@ -46,6 +48,7 @@ def ar_tar_kernel(
     beta_at,
     alpha: tl.float64,
     beta: tl.float64,
+    threshold,
     raw_outer,
     raw_time,
     mask_outer,
@@ -97,7 +100,8 @@ def ar_tar_kernel(
     ticket                  (1,) int32, a counter for `is_last`; None in a backward, like partials and penalty
     raw, dropped            (outer, time, inner), or None if no part of this call reads it; a forward that has a mask
                             writes dropped
-    mask                    the same shape, already scaled, with one row for all time steps if LOCKED; or None
+    mask                    the same shape, already scaled, with one row for all time steps if LOCKED; or a seed,
+                            () int64, from which the mask is drawn; or None
     upstream_dropped        the same shape, the upstream gradient of dropped, in a call that has a mask; or None
     grad_raw, grad_dropped  out, the same shape, or None if the gradient is not needed
     upstream                () in ACC, the upstream gradient of the penalty; None in a forward, and if there is none
@@ -108,6 +112,7 @@ def ar_tar_kernel(
     counts                  (2,) int64, the numbers of steps and changes that count; None if the scales are known
     alpha_at, beta_at       () coefficients in memory, or None
     alpha, beta             coefficients that are not in memory
+    threshold               as in `Draw`, if the mask is drawn, and then UNROLL is 8, which divides stretch; or None
     *_outer, *_time         strides in units of ALIGN elements; the inner axis is contiguous
     lanes, inner            outer * inner and inner, in units of ALIGN elements
     time, stretch           the number of time steps, and the number of time steps in a stretch
@@ -122,6 +127,7 @@ def ar_tar_kernel(
     program = tl.program_id(0)
     weights = Weights(alpha, beta, alpha_at, beta_at, ar_scale, tar_scale, counts, inner * ALIGN)
     steps = StepBits(bits, time)
+    DRAWN: tl.constexpr = threshold is not None
     DROPS: tl.constexpr = penalty is not None and mask is not None
     MASKED_AR: tl.constexpr = GRAD_AR and mask is not None
     READS_RAW: tl.constexpr = raw is not None and (DROPS or SUM_AR or SUM_TAR or GRAD_AR or GRAD_TAR)
@@ -129,13 +135,15 @@ def ar_tar_kernel(
     CHANGES: tl.constexpr = SUM_TAR or LEAD
     if GRAD_AR or GRAD_TAR:
         ar_factor, tar_factor = factors(weights, tl.load(upstream))
+    if DRAWN:
+        draw = draw_of(mask, threshold, raw.dtype.element_ty, ACC)
     ar = tl.full((), 0.0, ACC)
     tar = tl.full((), 0.0, ACC)
     for item in range(program, items, tl.num_programs(0)):
         tile = tile_of(item, blocks, lanes, inner, time, stretch, ALIGN, INDEX, BLOCK)
         stop = time if LEAD else tile.stop
         raw_rows = rows_of(raw, tile, raw_outer, raw_time, ALIGN)
-        mask_rows = rows_of(mask, tile, mask_outer, mask_time, ALIGN)
+        mask_rows = rows_of(None if DRAWN else mask, tile, mask_outer, mask_time, ALIGN)
         upstream_dropped_rows = rows_of(upstream_dropped, tile, upstream_dropped_outer, upstream_dropped_time, ALIGN)
         dropped_rows = rows_of(dropped, tile, dropped_outer, dropped_time, ALIGN)
         grad_raw_rows = rows_of(grad_raw, tile, grad_raw_outer, grad_raw_time, ALIGN)
@@ -168,13 +176,17 @@ def ar_tar_kernel(
                 droppeds = load_rows(dropped_rows, turn, counted_at, 0, ACC, UNROLL)
             if not LOCKED:
                 masks = load_rows(mask_rows, turn, inside, 0, ACC, UNROLL)
+            if DRAWN:
+                words = words_of(draw, tile, inner, turn, ALIGN)
             upstreams = load_rows(upstream_dropped_rows, turn, inside, 0, ACC, UNROLL)
             for i in tl.static_range(UNROLL):
                 if READS_RAW:
                     current = last if LEAD else raws[i]
                 if CHANGES:
                     change = tl.where(into_at[i + LEAD], raws[i] - last, 0.0)
-                if mask is not None and not LOCKED:
+                if DRAWN:
+                    mask_row = drawn_row(draw, words, i)
+                elif mask is not None and not LOCKED:
                     mask_row = masks[i]
                 if DROPS or MASKED_AR:
                     kept = rounded(current * mask_row, raw.dtype.element_ty)

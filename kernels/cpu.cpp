@@ -10,6 +10,7 @@
 //     cpu_structures.h  the structures shared with cpu.py
 //     cpu_steps.h       the time steps that count
 //     cpu_vectors.h     vectors, and the dtypes of memory
+//     cpu_draws.h       masks that are drawn from a seed
 //     cpu_rows.h        the formula, row by row
 //     cpu_work.h        items, programs, threads
 //
@@ -22,6 +23,7 @@
 #include <cmath>
 
 #include "cpu_structures.h"
+#include "cpu_draws.h"
 #include "cpu_rows.h"
 #include "cpu_steps.h"
 #include "cpu_work.h"
@@ -53,7 +55,8 @@ Factors factors(const Metadata &metadata, const Steps &steps, const Addresses &m
 Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &steps, int threads) {
     const Factors by = factors(metadata, steps, memory);
     const Rows raw(memory.raw, metadata.raw, metadata.raw_dtype);
-    const Rows mask(memory.mask, metadata.mask, metadata.raw_dtype);
+    const Draw draw(memory.mask, memory.threshold);
+    const Rows mask(draw.on ? nullptr : memory.mask, metadata.mask, metadata.raw_dtype);
     const Rows upstream_dropped(memory.upstream_dropped, metadata.upstream_dropped, metadata.raw_dtype);
     const Rows dropped(memory.dropped, metadata.dropped, metadata.dropped_dtype);
     const Rows grad_raw(memory.grad_raw, metadata.grad_raw, metadata.raw_dtype);
@@ -67,16 +70,16 @@ Partials walk(const Metadata &metadata, const Addresses &memory, const Steps &st
         passes[count++].padding = row_code(pass.x.dtype, metadata.compute_dtype, always, by);
     };
     const auto flag = [](bool on, Flags flags) { return on ? flags : 0; };
-    const bool drops = memory.penalty && mask.base, of_raw = mask.base || metadata.ar_of_raw;
+    const bool drops = memory.penalty && memory.mask, of_raw = memory.mask || metadata.ar_of_raw;
     const auto ar = [&](const Rows &grad) {
         return flag(metadata.sum_ar, SUM_AR) | flag(grad.base && metadata.grad_ar, GRAD_AR);
     };
     const Flags tar = flag(metadata.sum_tar, SUM_TAR) | flag(grad_raw.base && metadata.grad_tar, GRAD_TAR);
-    const Flags masked = flag(mask.base, MASKED) | flag(drops, DROPS) | flag(upstream_dropped.base, UPSTREAM);
-    add(Pass(steps, raw, mask, upstream_dropped, drops ? dropped : grad_raw), masked | flag(grad_raw.base, WRITES),
-        tar | flag(of_raw, ar(grad_raw)));
-    if (!mask.base)  // dropped is null if it is raw itself
-        add(Pass(steps, dropped, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
+    const Flags masked = flag(memory.mask, MASKED) | flag(drops, DROPS) | flag(upstream_dropped.base, UPSTREAM);
+    add(Pass(steps, raw, mask, draw, upstream_dropped, drops ? dropped : grad_raw),
+        masked | flag(grad_raw.base, WRITES), tar | flag(of_raw, ar(grad_raw)));
+    if (!memory.mask)  // dropped is null if it is raw itself
+        add(Pass(steps, dropped, {}, {}, {}, grad_dropped), flag(grad_dropped.base, WRITES), ar(grad_dropped));
     return run(passes, count, steps, threads);
 }
 

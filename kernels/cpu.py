@@ -9,7 +9,7 @@ PyTorch does.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from ctypes import c_char_p, c_int, c_int32, c_int64, c_uint64
 from functools import cache
@@ -43,11 +43,9 @@ class Forward:
 
     def __call__(self, tensors: Tensors, values: Values) -> tuple[Tensor, Tensor | None]:
         """Compute the penalty; write dropped if there is a mask."""
-        alpha, beta, *steps = values
         penalty, terms = self.penalty(), None if self.terms is None else self.terms()
-        given = *tensors, None, *steps, penalty, terms  # kept alive during the call
-        addresses = [0 if x is None else x.data_ptr() for x in given]
-        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), get_num_threads())
+        given = *tensors, None, values.bits, values.counts, penalty, terms  # kept alive during the call
+        self.function(self.metadata, _memory(given, values), get_num_threads())
         return penalty, terms
 
 
@@ -59,10 +57,8 @@ class Backward:
 
     def __call__(self, upstream: Tensor | None, tensors: Tensors, values: Values) -> None:
         """Write the gradients."""
-        alpha, beta, *steps = values
-        given = *tensors, upstream, *steps, None, None
-        addresses = [0 if x is None else x.data_ptr() for x in given]
-        self.function(self.metadata, _pack(*addresses, float(alpha), float(beta)), get_num_threads())
+        given = *tensors, upstream, values.bits, values.counts, None, None
+        self.function(self.metadata, _memory(given, values), get_num_threads())
 
 
 class Encoder:
@@ -179,7 +175,14 @@ def sources(folder: Path) -> int:
 
 # The structures `Metadata` and `Addresses` of C. Packing takes a third of the time of filling a ctypes structure.
 _METADATA = Struct(f"3q{2 * len(Operands._fields)}q2d8i")  # sizes, strides, divisors, dtypes and switches
-_ADDRESSES = Struct(f"{len(Operands._fields) + 5}P2d")  # and two coefficients
+_ADDRESSES = Struct(f"{len(Operands._fields) + 5}P2dq")  # and two coefficients, and a threshold
+
+
+def _memory(given: Sequence[Tensor | None], values: Values) -> bytes:
+    """Return the memory and the numbers of a call as C knows them."""
+    alpha, beta, _, _, threshold = values
+    addresses = [0 if x is None else x.data_ptr() for x in given]
+    return _pack(*addresses, float(alpha), float(beta), -1 if threshold is None else threshold)
 
 
 def _metadata(view: View, spec: Spec, is_forward: bool) -> bytes:

@@ -30,7 +30,7 @@ struct Metadata {
 /// The memory and the numbers of a call. A null pointer stands for a term that is off, for a gradient that is not
 /// needed, or for a result that is not needed.
 struct Addresses {
-    const void *raw, *mask;
+    const void *raw, *mask;        // or the seed of a mask that is drawn, () int64
     const void *upstream_dropped;  // the upstream gradient of dropped, in a call that has a mask
     void *dropped;                 // written in a forward that has a mask
     void *grad_raw, *grad_dropped;
@@ -39,6 +39,7 @@ struct Addresses {
     const int64_t *counts;     // (2,): the numbers of steps and changes that count; null if the divisors are known
     void *penalty, *terms;     // (), and (2,) ar and tar, like upstream; no penalty in a backward
     double alpha, beta;        // coefficients
+    int64_t threshold;         // of the mask that is drawn, as in `Draw`; -1 if none is
 };
 
 /// The memory that `encode_steps` reads and writes.

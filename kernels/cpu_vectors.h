@@ -32,17 +32,20 @@ enum class BFloat : uint16_t {};
 constexpr int64_t LANES = 16;
 #define ON(name) _mm512_##name
 using Floats = __m512;
+using Integers = __m512i;
 using Halves = __m256i;
 #elif defined(X86_64_V3)
 constexpr int64_t LANES = 8;
 #define ON(name) _mm256_##name
 using Floats = __m256;
+using Integers = __m256i;
 using Halves = __m128i;
 #else
 constexpr int64_t LANES = 4;
 #ifdef __SSE2__
 #define ON(name) _mm_##name
 using Floats = __m128;
+using Integers = __m128i;
 #endif
 #endif
 constexpr int64_t PAIR = 2 * LANES;

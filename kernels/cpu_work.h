@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "cpu_structures.h"
+#include "cpu_draws.h"
 #include "cpu_rows.h"
 #include "cpu_steps.h"
 
@@ -24,20 +25,24 @@ constexpr int64_t STREAMED = 1 << 23;   // bytes of all outputs from which they 
 /// The items of work of a view, and the number of programs that share them.
 struct Tiling {
     Sizes sizes;
-    int64_t blocks, stretch, stretches, items, programs;
+    int64_t block, blocks, stretch, stretches, items, programs;
 
     Tiling() = default;
-    explicit Tiling(Sizes given) : sizes(given) {
-        blocks = ceil_div(sizes.inner, BLOCK);
-        stretches = ceil_div(sizes.time, std::max<int64_t>(ITEM / std::min(sizes.inner, BLOCK), 1));
+    Tiling(Sizes given, bool draws) : sizes(given), block(draws ? BLOCK_DRAWN : BLOCK) {
+        blocks = ceil_div(sizes.inner, block);
+        stretches = ceil_div(sizes.time, std::max<int64_t>(ITEM / std::min(sizes.inner, block), 1));
         stretch = ceil_div(sizes.time, stretches);
+        if (draws) {  // a counter serves one item
+            stretch = ceil_div(stretch, STEPS_DRAWN) * STEPS_DRAWN;
+            stretches = ceil_div(sizes.time, stretch);
+        }
         items = sizes.outer * blocks * stretches;
         programs = std::min(items, PROGRAMS);
     }
 
     Tile tile(int64_t item) const {
-        const int64_t lane = item % blocks * BLOCK, start = item / blocks % stretches * stretch;
-        return {item / blocks / stretches, lane, std::min(BLOCK, sizes.inner - lane), start,
+        const int64_t lane = item % blocks * block, start = item / blocks % stretches * stretch;
+        return {item / blocks / stretches, lane, std::min(block, sizes.inner - lane), start,
                 std::min(start + stretch, sizes.time)};
     }
 
@@ -68,12 +73,18 @@ struct Rows {
     }
 };
 
-/// The rows of a mask. If one row serves all time steps, it is repeated for a span of several steps.
+/// The rows of a mask for an item. If one row serves all time steps, it is repeated for a span of several steps. Rows that
+/// are drawn are drawn for several groups of steps, in the order of time.
 class MaskRows {
   public:
-    MaskRows(const Rows &rows, const Tile &tile) : rows(rows), tile(tile) {}
+    MaskRows(const Rows &rows, const Draw &draw, const Tiling &tiling, const Tile &tile)
+        : rows(rows), draw(draw), tile(tile), first(tile.sequence * tiling.sizes.inner + tile.lane) {}
 
     const char *of(const Span &span) {
+        if (draw.on) {
+            reach(span.step);
+            return copies + ((span.step - begin) * tile.lanes + span.lane - tile.lane) * rows.itemsize;
+        }
         const char *row = rows.row(tile.sequence, span.step, span.lane);
         if (!row || rows.strides.time || span.lanes <= tile.lanes) return row;
         for (; copied < span.lanes; copied += tile.lanes)
@@ -81,27 +92,52 @@ class MaskRows {
         return copies;
     }
 
+    /// Return how many consecutive rows `of` can return at once, from a time step on.
+    int64_t at_once(int64_t step) {
+        if (draw.on) {
+            reach(step);
+            return end - step;
+        }
+        if (!rows.base || rows.strides.time) return tile.stop - step;
+        return std::max<int64_t>(COPIES / tile.lanes, 1);
+    }
+
   private:
+    /// Draw the rows of a time step, and of the steps behind it for which there is room.
+    void reach(int64_t step) {
+        if (step < end) return;
+        const int64_t group = step / STEPS_DRAWN, past = (tile.stop - 1) / STEPS_DRAWN + 1;
+        const int64_t groups = std::min(BLOCK_DRAWN / tile.lanes, past - group);
+        draw_rows(draw, rows.dtype, first, tile.lanes, group, groups, copies);
+        begin = group * STEPS_DRAWN;
+        end = std::min(begin + groups * STEPS_DRAWN, tile.stop);
+    }
+
     const Rows &rows;
+    const Draw &draw;
     const Tile &tile;
-    int64_t copied = 0;
-    char copies[COPIES * sizeof(double)];
+    const int64_t first;          // the number of the item's first lane among the lanes of all sequences
+    int64_t begin = 0, end = 0;  // the time steps whose rows are drawn
+    int64_t copied = 0;          // the lanes for which the row is repeated
+    char copies[std::max(COPIES, BLOCK_DRAWN * STEPS_DRAWN) * sizeof(double)];
 };
 
 /// One walk over a tensor, and over the tensors that are read and written beside it.
 struct Pass {
     Tiling tiling;
     Rows x, mask, upstream_dropped, out;  // x is raw, or dropped in a walk without raw
+    Draw draw;                   // draws the mask, if there is a seed
     bool dense;                  // the rows of all tensors are adjacent
     bool streams = false;        // out is written past the caches
     RowCode code, padding;       // for rows that count, and for padding
 
     Pass() = default;
-    Pass(const Steps &steps, const Rows &x, const Rows &mask, const Rows &upstream_dropped, const Rows &out)
-        : x(x), mask(mask), upstream_dropped(upstream_dropped), out(out) {
+    Pass(const Steps &steps, const Rows &x, const Rows &mask, const Draw &draw, const Rows &upstream_dropped,
+         const Rows &out)
+        : x(x), mask(mask), upstream_dropped(upstream_dropped), out(out), draw(draw) {
         const auto or_x = [&](const Rows &rows) { return rows.base ? rows.strides : x.strides; };
         const Strides all[] = {x.strides, or_x(upstream_dropped), or_x(out), or_x(mask)};
-        tiling = Tiling(steps.view(all));
+        tiling = Tiling(steps.view(all), draw.on);
         const auto is_dense = [&](Strides strides) { return tiling.dense(strides); };
         dense = std::all_of(all, all + 3, is_dense) && (!mask.strides.time || is_dense(all[3]));
     }
@@ -120,8 +156,7 @@ struct Pass {
     /// Walk an item along time, and process consecutive rows in one state together.
     Partials along_time(const Tile &tile, const Steps &steps) const {
         Partials sums;
-        MaskRows masks(mask, tile);
-        const int64_t merged = at_once(tile);
+        MaskRows masks(mask, draw, tiling, tile);
         for (int64_t step = tile.start; step < tile.stop;) {
             const auto [state, stop] = steps.streak(tile, step);
             if (stop == step) {
@@ -135,7 +170,7 @@ struct Pass {
                 step = stop;
             } else {
                 for (int64_t count; step < stop; step += count) {
-                    count = std::min(merged, stop - step);
+                    count = dense ? std::min(masks.at_once(step), stop - step) : 1;
                     sums += visit(tile, Span{state, step, tile.lane, count * tile.lanes}, masks);
                 }
             }
@@ -143,16 +178,9 @@ struct Pass {
         return sums;
     }
 
-    /// Return how many rows may be processed together: a mask of one row has room for so many copies.
-    int64_t at_once(const Tile &tile) const {
-        if (!dense) return 1;
-        if (!mask.base || mask.strides.time) return tile.stop - tile.start;
-        return std::max<int64_t>(COPIES / tile.lanes, 1);
-    }
-
     Partials visit(const Tile &tile, const Span &span, MaskRows &masks) const {
         char *to = out.row(tile.sequence, span.step, span.lane);
-        if (!span.counted && !mask.base && !upstream_dropped.base) {
+        if (!span.counted && !(padding.flags & (MASKED | UPSTREAM))) {
             std::memset(to, 0, span.lanes * out.itemsize);
             return {};
         }

@@ -47,7 +47,7 @@ class Forward:
 
     Args:
         view: the view of the operands: raw and dropped; or raw, mask, and dropped to write. A mask that is the same at
-            all time steps has a time stride of 0.
+            all time steps has a time stride of 0, and a mask of int64 is the seed of one that is drawn.
         spec: what is computed.
         device: the device of the tensors.
     """
@@ -83,16 +83,16 @@ class Backward:
 
 def _arguments(values: Values) -> Sequence[Tensor | float | None]:
     """Return the values as the kernel takes them: a coefficient is either a pointer into memory or a number."""
-    alpha, beta, bits, counts = values
+    alpha, beta, bits, counts, threshold = values
     alpha_at, alpha = (None, alpha) if type(alpha) is float else (alpha, 1.0)
     beta_at, beta = (None, beta) if type(beta) is float else (beta, 1.0)
-    return bits, counts, alpha_at, beta_at, alpha, beta
+    return bits, counts, alpha_at, beta_at, alpha, beta, threshold
 
 
 def launch_of(view: View, spec: Spec, device: torch.device, is_forward: bool) -> Launch:
     """Prepare the launch of the kernel over a view. A forward draws tickets, and a backward does not."""
     mask, tiling = view.operands.mask, Tiling(view, spec.dtype)
-    locked = mask is not None and (view.time == 1 or mask.time == 0)
+    locked = mask is not None and not view.operands.draws() and (view.time == 1 or mask.time == 0)
     scales = [1 / divisor for divisor in view.divisors(spec.reduction)]
     rest = *tiling.numbers, *scales, *switches(view, spec, is_forward), locked, *tiling.constants.values()
     return Launch(ar_tar_kernel, rest, tiling.programs, device, is_forward)

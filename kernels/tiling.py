@@ -19,6 +19,8 @@ from fastreg.kernels.view import View
 THREADS = 128  # each loads 16 bytes, so a block of lanes is 2 KB of a row
 WARPS = THREADS // (64 if torch.version.hip else 32)
 UNROLL = 4  # rows that a thread has in flight: 64 bytes of each tensor, which hides the latency of memory
+STEPS_DRAWN = 8  # rows of a mask that one counter draws: a turn of the loop takes all of them
+SHARE_DRAWN = 4  # random numbers take registers, so a block has a quarter of the lanes, but one for each thread
 SHORTEST_STRETCH = 16  # time steps: halo rows add at most 1/16 to the reads of raw, 1/8 in the backward
 SHORT_STRETCH = 16  # the same where items are fewer than FEW: shorter stretches make more programs, and more halo rows
 FEW = 512  # items: four for each of an H100's multiprocessors
@@ -45,11 +47,15 @@ class Tiling:
         outer, time, inner, operands = view
         strides = operands.strides()
         align = math.gcd(16, inner, *strides)
-        widest = max(x.dtype.itemsize for x in operands if x is not None)
+        draws = operands.draws()
+        rows = operands._replace(mask=None) if draws else operands
+        widest = max(x.dtype.itemsize for x in rows if x is not None)
         block = THREADS * 16 // widest
         if align * widest < 8:  # each narrow load needs its own pointer, and a thread needs twice the registers
             block //= 2
         unroll = UNROLL if align * widest > 2 else UNROLL // 2  # loads of 2 bytes need four times the registers
+        if draws:
+            unroll, block = STEPS_DRAWN, max(block // SHARE_DRAWN, THREADS)
         blocks = ceil_div(outer * inner, block)
         shortest = SHORT_STRETCH if blocks * (time // SHORTEST_STRETCH) < FEW else SHORTEST_STRETCH
         stretches = max(min(PROGRAMS // blocks, time // shortest), ceil_div(time, LONGEST_STRETCH))

@@ -78,7 +78,7 @@ class Operands(NamedTuple):
     """Describe the tensors of a walk, in the order in which backends take them; None if there is none.
 
     raw, dropped            activations before and after dropout; a forward that has a mask writes dropped
-    mask                    the dropout mask, already scaled
+    mask                    the dropout mask, already scaled; or the seed of a mask that is drawn, () int64
     upstream_dropped        the upstream gradient of dropped, in a call that has a mask
     grad_raw, grad_dropped  gradients to write
     """
@@ -89,6 +89,10 @@ class Operands(NamedTuple):
     dropped: Operand | None = None
     grad_raw: Operand | None = None
     grad_dropped: Operand | None = None
+
+    def draws(self) -> bool:
+        """Return whether the mask is drawn from a seed."""
+        return self.mask is not None and self.mask.dtype == torch.int64
 
     def strides(self) -> list[int]:
         """Return the strides of all operands, outer and time of each; 0 and 0 if there is none."""
@@ -164,9 +168,11 @@ class Values(NamedTuple):
 
     alpha, beta   coefficients of AR and TAR: floats, or 0-dim tensors on the device of the activations
     bits, counts  the time steps that count, as in `EncodedSteps`; None if all count
+    threshold     the random numbers of 16 bits below which a mask that is drawn drops; None if no mask is drawn
     """
 
     alpha: Coefficient
     beta: Coefficient
     bits: Tensor | None = None
     counts: Tensor | None = None
+    threshold: int | None = None

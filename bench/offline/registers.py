@@ -49,6 +49,7 @@ def compiled(dtype: torch.dtype, hidden: int) -> Iterator[tuple[str, Any]]:
         ("sum", "write"): penalty,
         ("sum, valid", "write, valid"): lambda: penalty(valid=valid),
         ("dropout", "dropout, backward"): dropout,
+        ("dropout, drawn", "dropout, drawn, backward"): lambda: dropout(locked=False),
         ("dropout, valid", "dropout, valid, backward"): lambda: dropout(valid=valid),
     }
     for names, call in calls.items():

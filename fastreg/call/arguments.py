@@ -71,6 +71,14 @@ def check_flag(name: str, flag: object) -> None:
     _expect(isinstance(flag, bool), name, "True or False, got {!r}", flag, error=TypeError)
 
 
+def check_locked(locked: object, mask: object) -> None:
+    """Check `locked`, and that a mask is given only to variational dropout."""
+    check_flag("locked", locked)
+    _expect(
+        locked is True or mask is None, "locked and mask", "locked=False without a mask, which it would draw, got both"
+    )
+
+
 def check_coefficient(name: str, value: Any) -> Coefficient:
     """Check a coefficient, and return a number as one of Python's, such as a float for `np.float64`.
 

@@ -7,17 +7,26 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 
-from fastreg.call.arguments import axis_of, check_flag, check_mask, check_pair, check_probability, check_tensor
+from fastreg.call.arguments import (
+    axis_of,
+    check_flag,
+    check_locked,
+    check_mask,
+    check_pair,
+    check_probability,
+    check_tensor,
+)
 from fastreg.call.operation import compute
 from fastreg.call.penalty import penalize
-from fastreg.call.plan import Gradients, Inputs, Plan, Results
+from fastreg.call.plan import Gradients, Inputs, Pair, Plan, Results
 from fastreg.call.problem import ARTAR, Choices, Coefficient, Options, Penalty
 from fastreg.call.reference import ar_tar
 from fastreg.call.steps import GivenSteps, given_steps
 from fastreg.call.torch_state import keepable, plain
 from fastreg.kernels.backend import Backend, Backward
-from fastreg.kernels.view import Operands, Tensors, Values, allocator, layout_of
+from fastreg.kernels.view import Layout, Operand, Operands, Tensors, Values, allocator, layout_of, memory
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,6 +39,7 @@ class DropChoices(Choices, total=False):
 
     training: bool
     mask: Tensor | None
+    locked: bool
 
 
 @overload
@@ -60,6 +70,7 @@ def fused_dropout_ar_tar(
     *,
     training: bool = True,
     mask: Tensor | None = None,
+    locked: bool = True,
     batch_first: bool | None = None,
     time_dim: int | None = None,
     lengths: Tensor | None = None,
@@ -68,11 +79,17 @@ def fused_dropout_ar_tar(
     reduction: Literal["mean", "sum"] = "mean",
     return_terms: bool = False,
 ) -> tuple[Tensor, Tensor | ARTAR]:
-    """Apply variational dropout to `raw`, and compute the penalty of `raw` and `dropped` in the same pass.
+    """Apply dropout to `raw`, and compute the penalty of `raw` and `dropped` in the same pass.
 
     Variational (locked) dropout drops a unit of a sequence at all its time steps: Gal and Ghahramani, "A
     Theoretically Grounded Application of Dropout in Recurrent Neural Networks" (2016). fastai's `RNNDropout` draws the
     same mask from the same seed. `fused_ar_tar` describes the penalty.
+
+    With `locked=False` each element is dropped by itself, as by `torch.nn.Dropout`. Kernels draw the mask of a call
+    from one seed, by Philox4x32 with 7 rounds (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), and
+    keep it in no memory. The seed is of PyTorch's default generator of the device. p is rounded to `n / 65536`, and
+    what is kept is scaled by `65536 / (65536 - n)`. A seed of PyTorch gives another mask than `torch.nn.Dropout`
+    draws. Where the formula runs, such as under `torch.compile`, PyTorch's own dropout draws the mask.
 
     Args:
         raw: the RNN's output: `(batch, time, hidden)`, or any tensor with `time_dim`, which is 0 for one sequence,
@@ -85,6 +102,7 @@ def fused_dropout_ar_tar(
         mask: a mask to use instead of drawing one, already scaled by `1 / (1 - p)`. Its shape is `(batch, 1, hidden)`
             (`(1, batch, hidden)` with `batch_first=False`), or the shape of raw; it has raw's dtype and device. It gets
             no gradient.
+        locked: `False` drops each element by itself, instead of a unit at all time steps; not with a mask.
         batch_first: `False` for `(time, batch, hidden)`; `None` means `True`.
         time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
         lengths: the number of time steps of each padded sequence, as for `fused_ar_tar`. Dropout applies to padding as
@@ -117,26 +135,29 @@ def fused_dropout_ar_tar(
     """
     if training is not True:
         check_flag("training", training)
+    if locked is not True:
+        check_locked(locked, mask)
     steps, options = given_steps(lengths, valid, starts), Options(batch_first, time_dim, reduction, return_terms)
-    dropped, penalty = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training))
+    dropped, penalty = drop_and_penalize(raw, (alpha, beta), steps, options, Drop(p, mask, training, locked))
     return dropped, penalty.split() if return_terms else penalty.value
 
 
 class Drop(NamedTuple):
-    """Say how units are dropped.
+    """Say how units or elements are dropped.
 
-    p, mask, training  as for `fused_dropout_ar_tar`
+    p, mask, training, locked  as for `fused_dropout_ar_tar`
     """
 
     p: float
     mask: Tensor | None = None
     training: bool = True
+    locked: bool = True
 
 
 def drop_and_penalize(
     raw: Tensor, coefficients: Sequence[Coefficient], steps: GivenSteps | None, options: Options, drop: Drop
 ) -> tuple[Tensor, Penalty]:
-    """Apply a dropout mask to raw, and compute the penalty of one layer.
+    """Apply dropout to raw, and compute the penalty of one layer.
 
     Args:
         raw: as `fused_dropout_ar_tar` takes it.
@@ -151,16 +172,20 @@ def drop_and_penalize(
     Raises:
         TypeError, ValueError: as `fused_dropout_ar_tar`.
     """
-    p, mask, training = drop
+    p, mask, training, locked = drop
     if type(p) is not float or not 0 <= p < 1:
         check_probability(p)
     if not isinstance(raw, Tensor):
         check_tensor("raw", raw)
     if not training or (mask is None and p == 0):
         return raw, penalize((raw, raw), coefficients, steps, options)
+    results: Any
+    if not locked:
+        results = compute(SeededPlan, (raw, p if type(p) is float else float(p)), coefficients, steps, options)
+        return results[0][0], results[1]
     mask = drawn_mask(raw, p, options) if mask is None else check_tensor("mask", mask)
     mask = keepable(plain(mask))  # before the key: a copy may have other metadata
-    results: Any = compute(DropoutPlan, (raw, mask), coefficients, steps, options)
+    results = compute(DropoutPlan, (raw, mask), coefficients, steps, options)
     return results[0][0], results[1]
 
 
@@ -174,7 +199,7 @@ def drawn_mask(raw: Tensor, p: float, options: Options) -> Tensor:
 
 
 class DropoutPlan(Plan):
-    """Drop units of one layer, and compute its penalty and the gradient of raw.
+    """Drop units of one layer by a mask, and compute its penalty and the gradient of raw.
 
     The tensors of a call are raw and the mask.
 
@@ -190,9 +215,10 @@ class DropoutPlan(Plan):
         raw, mask, alpha, beta = inputs
         super().__init__((raw, None, alpha, beta), options, layer)
         self.backwards: dict[object, Backward] = {}
-        row = [*self.shape]
-        row[self.time_dim] = 1
-        check_mask(mask, raw, row)  # pyright: ignore[reportArgumentType]
+        if isinstance(mask, Tensor):
+            row = [*self.shape]
+            row[self.time_dim] = 1
+            check_mask(mask, raw, row)  # pyright: ignore[reportArgumentType]
 
     def formula(self, values: Values, tensors: Any) -> Results:
         """Compute dropped, and the penalty and its terms, in plain PyTorch."""
@@ -208,9 +234,13 @@ class DropoutPlan(Plan):
         self.needs, self.saves_all = (torch.is_grad_enabled() and tensors[0].requires_grad, False), True
         written = self.fold.dense(raw)
         self.allocate, of = allocator(written, raw), self.fold.operand
-        self.raw, self.mask, self.written = of(raw), of(mask), of(written)
+        self.raw, self.mask, self.written = of(raw), self.mask_operand(mask), of(written)
         view = self.fold.view(Operands(raw=self.raw, mask=self.mask, dropped=self.written))
         self.forward, self.backward_of = backend.forward(view, self.spec, self.device), backend.backward
+
+    def mask_operand(self, mask: Layout | None) -> Operand | None:
+        """Describe the mask."""
+        return self.fold.operand(mask)
 
     def launch(self, values: Values, tensors: Any) -> tuple[Tensor, ...]:
         """Launch the forward; return dropped, the penalty, and the terms if they are wanted."""
@@ -236,3 +266,56 @@ class DropoutPlan(Plan):
         gradient = self.allocate(raw)
         launch(of_penalty, Tensors(raw=raw, mask=mask, upstream_dropped=of_dropped, grad_raw=gradient), values)
         return gradient, None
+
+
+class SeededPlan(DropoutPlan):
+    """Drop elements of one layer, and compute its penalty and the gradient of raw.
+
+    The second activation of a call is the probability to drop an element. Kernels draw the mask from a seed, which is
+    the second tensor. Lanes have the order of raw's axes, so that the mask does not depend on strides.
+
+    Attributes:
+        ones: a function that allocates a tensor of raw's layout, which shows the mask of a seed.
+        seed: a function that allocates a seed.
+    """
+
+    is_in_order = True
+
+    def finish(self, tensors: Any, values: Values) -> None:
+        """Prepare launches, for the tensors and the values of the first call, unless the formula computes the calls."""
+        self.seed = memory((), torch.int64, self.device)
+        super().finish((tensors[0], self.seed()), values)  # a seed that is not drawn, so that a hit draws the same
+
+    @staticmethod
+    def layouts(tensors: Pair, shape: Sequence[int]) -> list[Layout | None]:
+        """Return the layout of raw; the seed has none."""
+        return [*Plan.layouts((tensors[0], None), shape)]
+
+    def moved(self, tensors: Pair) -> Pair:
+        """Return raw as kernels can read it, and the seed."""
+        return super().moved((tensors[0], None))[0], tensors[1]
+
+    def mask_operand(self, mask: Layout | None) -> Operand | None:
+        """Describe the seed."""
+        return Operand(torch.int64, 0, 0)
+
+    def prepare(self, backend: Backend, tensors: Any, layouts: Any) -> None:
+        """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
+        super().prepare(backend, tensors, layouts)
+        self.ones = allocator(layouts[0])
+
+    def __call__(self, tensors: Any, values: Values) -> Results:
+        """Compute a call, and return its results."""
+        raw, p = tensors
+        if self.backend is None:
+            dropped = dropout(raw, p)
+            return [dropped], ar_tar(raw, dropped, values, self.spec, self.time_dim)
+        values = values._replace(threshold=min(round(p * 65536), 65535))
+        return super().__call__((raw, self.seed().random_()), values)
+
+    def formula(self, values: Values, tensors: Any) -> Results:
+        """Compute dropped by the mask of a forward, and the penalty and its terms, in plain PyTorch."""
+        raw, seed = tensors
+        seed = self.seed().copy_(seed)  # a hook on saved tensors may have moved it
+        mask, *_ = self.launch(values, (self.ones().fill_(1), seed))
+        return super().formula(values, (raw, mask))

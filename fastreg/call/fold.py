@@ -83,17 +83,30 @@ class Fold(NamedTuple):
         return View(*self.sizes(), operands)
 
 
-def fold_of(layouts: Sequence[Layout | None], time_dim: int, is_whole: bool) -> tuple[Fold, bool]:
-    """Return the fold of tensors of one shape, and whether kernels can read all of them in place."""
+def fold_of(
+    layouts: Sequence[Layout | None], time_dim: int, is_whole: bool, in_order: bool = False
+) -> tuple[Fold, bool]:
+    """Return the fold of tensors of one shape, and whether kernels can read all of them in place.
+
+    Args:
+        layouts: the layouts of the tensors; `None` for a tensor that a call does not have.
+        time_dim: the axis of time, from the end.
+        is_whole: whether all time steps count; otherwise outer is batch.
+        in_order: whether lanes must have the order of the tensors' axes, instead of that of memory.
+    """
     present = [x for x in layouts if x is not None]
     x = present[0]
     time, batch = axes_of(x, time_dim)
-    axes = sorted([i for i, n in enumerate(x.shape) if i != time and n != 1], key=lambda i: -x.stride[i])
+    axes = [i for i, n in enumerate(x.shape) if i != time and n != 1]
+    if not in_order:
+        axes.sort(key=lambda i: -x.stride[i])
     slow = [i for i in axes if x.stride[i] > x.stride[time]]
     outers = slow, [i for i in axes if i == batch], []
     folds = [Fold(x.shape, outer, time, [i for i in axes if i not in outer]) for outer in outers]
     # Time is the innermost axis only if kernels for CPUs read many adjacent steps, or if outer has to be batch.
     adjacent = x.device.type == "cpu" and x.shape[time] >= NARROW and max([y.stride[time] for y in present]) <= 1
     folds = [y for y in folds if y.inner or adjacent or not axes] if is_whole else folds[1:2]
+    if in_order:
+        folds = [y for y in folds if [*y.outer, *y.inner] == axes]
     copies = [[fold.fits(y.stride) for y in present].count(False) for fold in folds]
     return folds[copies.index(min(copies))], min(copies) == 0

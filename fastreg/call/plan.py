@@ -17,9 +17,9 @@ from fastreg.call.torch_state import observed, untraced
 from fastreg.kernels.backend import Backend
 from fastreg.kernels.view import EncodedSteps, Layout, Spec, Values, layout_of
 
-# Raw; dropped, or for an operation that drops units, the mask; alpha and beta.
-Inputs: TypeAlias = tuple[Tensor | None, Tensor | None, Coefficient, Coefficient]
-Pair: TypeAlias = tuple[Tensor | None, Tensor | None]  # the tensors of a call: raw, and dropped or the mask
+# Raw; dropped, or for an operation that drops units, the mask or a probability; alpha and beta.
+Inputs: TypeAlias = tuple[Tensor | None, Tensor | float | None, Coefficient, Coefficient]
+Pair: TypeAlias = tuple[Tensor | None, Tensor | None]  # the tensors of a call: raw, and dropped, the mask or a seed
 Gradients: TypeAlias = Sequence[Tensor | None]
 Results: TypeAlias = tuple[Sequence[Tensor], Penalty]  # results before the penalty, and the penalty
 
@@ -70,6 +70,7 @@ class Plan:
         mover: the fold that moves the tensors of a call; `None` if kernels read them in place.
         fold: the fold of the tensors that kernels read.
         needs: for each tensor of a call, whether it needs a gradient.
+        is_in_order: whether lanes must have the order of the tensors' axes, instead of that of memory.
         saves_all: whether nodes save all tensors of a call, or only those that need a gradient.
         facts: the facts of the tensors that its nodes save.
         is_differentiable: whether a tensor of a call needs a gradient.
@@ -84,6 +85,7 @@ class Plan:
     fold: Fold
     mover: Fold | None = None
     needs: Sequence[bool] = ()
+    is_in_order = False
     saves_all = False
     facts: Sequence[object] = ()
 
@@ -145,12 +147,12 @@ class Plan:
             return
         is_whole = values.bits is None
         layouts = self.layouts(tensors, self.shape)
-        self.fold, fits = fold_of(layouts, self.time_dim, is_whole)
+        self.fold, fits = fold_of(layouts, self.time_dim, is_whole, self.is_in_order)
         if not fits:
             self.mover, self.time_dim = self.fold, -2
-            tensors = self.mover.moved(tensors[0]), self.mover.moved(tensors[1])
+            tensors = self.moved(tensors)
             layouts = self.layouts(tensors, self.mover.sizes())
-            self.fold, _ = fold_of(layouts, -2, is_whole)
+            self.fold, _ = fold_of(layouts, -2, is_whole, self.is_in_order)
         self.prepare(self.backend, tensors, layouts)
         self.is_differentiable = True in self.needs
         self.in_memory = isinstance(values.alpha, Tensor) or isinstance(values.beta, Tensor)
@@ -165,7 +167,7 @@ class Plan:
         """Compute a call, and return its results."""
         mover = self.mover
         if mover is not None:
-            tensors = mover.moved(tensors[0]), mover.moved(tensors[1])
+            tensors = self.moved(tensors)
         if self.backend is None:
             return self.formula(values, tensors)
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)
@@ -174,6 +176,11 @@ class Plan:
         else:
             (*others, value), terms = results, None
         return others if mover is None else [*map(mover.restored, others)], Penalty(value, terms)
+
+    def moved(self, tensors: Pair) -> Pair:
+        """Return the tensors of a call as kernels can read them, if they cannot be read in place."""
+        move = self.mover
+        return tensors if move is None else (move.moved(tensors[0]), move.moved(tensors[1]))
 
     def saved(self, tensors: Pair) -> Sequence[Tensor | None]:
         """Return the tensors that a node saves, with `None` for others."""

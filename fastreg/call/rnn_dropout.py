@@ -1,6 +1,6 @@
-"""`FusedRNNDropout`: variational dropout that computes the penalty in the same pass, and keeps it until `take()`.
+"""`FusedDropout` and `FusedRNNDropout`, which compute the penalty in the pass of a dropout, and keep it until `take()`.
 
-`DropoutWithPenalty` is all of it except for the mask; attached modules accept any dropout that is derived from it.
+`DropoutWithPenalty` is all of them except for the mask; attached modules accept any dropout that is derived from it.
 """
 
 from __future__ import annotations
@@ -236,5 +236,38 @@ class FusedRNNDropout(DropoutWithPenalty):
 
     def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
         """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
-        options = Options(*request.time_axis, return_terms=True)
-        return drop_and_penalize(raw, request.coefficients, request.steps(), options, Drop(p, training=self.training))
+        options, drop = Options(*request.time_axis, return_terms=True), Drop(p, training=self.training)
+        return drop_and_penalize(raw, request.coefficients, request.steps(), options, drop)
+
+
+class FusedDropout(DropoutWithPenalty):
+    """Drop each element by itself, as `torch.nn.Dropout` does, and compute AR and TAR in the same pass.
+
+    Use it instead of the `torch.nn.Dropout` behind an RNN. `FusedRNNDropout` describes its arguments, its penalty and
+    its errors, and `fused_dropout_ar_tar` with `locked=False` describes its mask.
+
+    Args:
+        p: the probability to drop an element, from 0 to below 1.
+        alpha: coefficient of AR, as for `FusedRNNDropout`.
+        beta: coefficient of TAR, as for alpha.
+        batch_first: `False` for `(time, batch, hidden)`; `None` means `True`.
+        time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
+
+    Raises:
+        TypeError: an argument has the wrong type; the message names it. A forward raises as `fused_dropout_ar_tar`.
+        ValueError: an argument has the wrong value; the message names it.
+
+    Examples:
+        >>> rnn, dropout = torch.nn.LSTM(8, 16, batch_first=True), FusedDropout(0.4, alpha=2.0, beta=1.0)
+        >>> raw, _ = rnn(torch.randn(4, 10, 8))
+        >>> dropped = dropout(raw)
+        >>> loss = dropped.square().mean()  # the loss of a model
+        >>> if (terms := dropout.take()) is not None:  # there is none in evaluation
+        ...     loss = loss + terms.penalty
+        >>> loss.backward()
+    """
+
+    def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
+        """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
+        options, drop = Options(*request.time_axis, return_terms=True), Drop(p, training=self.training, locked=False)
+        return drop_and_penalize(raw, request.coefficients, request.steps(), options, drop)

@@ -42,10 +42,18 @@ SPILLED_BY_128 = max(MOST_SPILLED, 8)
 # Where loads are narrow, values that are read once a launch, on sm_80.
 MOST_SPILLED_NARROW = 24 if Version("3.7") <= RELEASE else 56
 # Registers on sm_90 decide how many programs a multiprocessor holds.
-REGISTERS_OF = ("sum", "write", "write, valid", "dropout", "dropout, valid")
-REGISTERS = {FLOAT: (40, 64, 72, 64, 72), BF16: (56, 80, 80, 64, 72)}
+REGISTERS_OF = (
+    "sum",
+    "write",
+    "write, valid",
+    "dropout",
+    "dropout, valid",
+    "dropout, drawn",
+    "dropout, drawn, backward",
+)
+REGISTERS = {FLOAT: (40, 64, 72, 64, 72, 48, 48), BF16: (56, 80, 80, 64, 72, 80, 72)}
 if Version("3.9") > RELEASE:
-    REGISTERS = {FLOAT: (48, 64, 72, 64, 80), BF16: (66, 80, 86, 96, 96)}
+    REGISTERS = {FLOAT: (48, 64, 72, 64, 80, 48, 56), BF16: (66, 80, 86, 96, 96, 80, 72)}
 WIDE = ("dwordx4", ".v4.b32", ".v2.b64")  # accesses of 16 bytes
 ROWS = tiling.UNROLL  # of a tensor, which a program has in flight
 PARTIAL_SUMS = 2 * reduction.CHUNK.value // tiling.THREADS  # loads a thread, one element each
@@ -117,6 +125,8 @@ def test_loads_are_wide_and_nothing_is_spilled(target: Any, dtype: torch.dtype) 
         numbers = [x for name, x in binary.src.signature.items() if re.fullmatch(r"alpha|beta|\w+_scale", name)]
         assert numbers == ["fp64"] * 4, "Triton passes Python's numbers as fp32, unless it is told otherwise"
         assert_no_spills(binary, SPILLED_BY_128 if target.arch == 80 else MOST_SPILLED)
+        if "drawn" in name:  # a thread has fewer lanes, so its loads are narrow
+            continue
         if target.backend == "hip":
             loads, stores = (re.findall(rf"\bbuffer_{x}_(\w+)", binary.asm["amdgcn"]) for x in ("load", "store"))
         else:

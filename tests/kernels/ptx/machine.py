@@ -51,6 +51,8 @@ def forms() -> dict[str, Form]:
     for kind, bits in (("s", 16), ("s", 32), ("u", 16), ("u", 32)):
         wide = f"{kind}{2 * bits}"
         define("mul.wide.T", f"{wide} T T", f"({wide})A * B", f"{kind}{bits}")
+        if bits == 32:
+            define("mul.hi.T", "T T T", f"({wide})A * B >> {bits}", f"{kind}{bits}")
         define("mad.wide.T", f"{wide} T T {wide}", f"({wide})A * B + C", f"{kind}{bits}")
     define("div.T", "T T T", "B == 0 ? -1 : B == -1 ? -A : A / B", *signed)
     define("rem.T", "T T T", "B == 0 || B == -1 ? 0 : A % B", *signed)
