@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bench.measure.figures import allocations
-from fastreg import FusedRNNDropout
+from fastreg import FusedDropout, FusedRNNDropout
 from fastreg.call.backends import TRITON, backend_for
 from fastreg.call.key import PLANS
 from fastreg.kernels import cpu
@@ -185,7 +185,7 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[nn.Dropout, FusedRNNDropout])
+@pytest.fixture(params=[nn.Dropout, FusedRNNDropout, FusedDropout])
 def either_dropout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the language models a plain dropout, and a dropout that computes the penalty."""
+    """Give the language models a plain dropout, and dropouts that compute the penalty."""
     monkeypatch.setattr(Model, "kind_of_dropout", request.param)

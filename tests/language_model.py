@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastreg import FusedRNNDropout, RNNRegularizer
+from fastreg import FusedDropout, FusedRNNDropout, RNNRegularizer
 
 VOCABULARY, HIDDEN, BATCH, TIME = 11, 6, 3, 7
 ALPHA, BETA = 2.0, 1.0
@@ -26,8 +26,8 @@ either = pytest.mark.usefixtures("either_dropout")  # a plain dropout, and one t
 
 
 def dropout_of(kind: Any, p: float = 0.4, **options: Any) -> Any:
-    """Make a dropout; a `FusedRNNDropout` has no penalty, unless it is attached."""
-    return kind(p, 0, 0, **options) if kind is FUSED else kind(p, **options)
+    """Make a dropout; a fused one has no penalty, unless it is attached."""
+    return kind(p, 0, 0, **options) if kind in (FUSED, FusedDropout) else kind(p, **options)
 
 
 def formula(raw: Tensor, dropped: Tensor, time: int, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
@@ -57,6 +57,17 @@ class Locked(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         row = raw.narrow(int(self.batch_first), 0, 1)
         return raw * torch.empty_like(row).bernoulli_(1 - self.p).div_(1 - self.p) if self.training else raw
+
+
+class Drawn(nn.Module):
+    """Elementwise dropout in plain PyTorch, with the mask of a `FusedDropout` of the same seed."""
+
+    def __init__(self, p: float, batch_first: bool = True) -> None:
+        super().__init__()
+        self.fused = FusedDropout(p, 0, 0, batch_first=batch_first)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        return raw * self.fused(torch.ones_like(raw, requires_grad=False))
 
 
 class Model(nn.Module):

@@ -1,4 +1,4 @@
-"""Random calls of `fused_ar_tar`, `fused_dropout_ar_tar` and `FusedRNNDropout`, compared with the formulas in float64.
+"""Random calls of `fused_ar_tar`, `fused_dropout_ar_tar` and the fused dropouts, compared with the formulas in float64.
 
 `python -m tests.random_calls --count 3000` draws 3,000 kinds of calls, and prints the seed and the arguments of each of
 which a result or a gradient is wrong. A kind has an operation, dtypes, layouts, steps and coefficients. Three calls of
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from fastreg import ARTAR, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
+from fastreg import ARTAR, FusedDropout, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.backends import backend_for
 from fastreg.call.problem import TimeAxis
 from fastreg.call.rnn_dropout import Request
@@ -98,7 +98,9 @@ class Kind:
         self.under_autocast = self.operation != "packed" and choose([False] * 4 + [True])  # PyTorch packs no halves
         self.gives_inference_tensors = choose([False] * 4 + [True])
         takes_formula = self.under_a_mode or self.unpacks_by in (in_double, with_gaps)
-        self.rounds_parts = rounds_parts and (takes_formula or backend_for(torch.device(device)) is None)
+        takes_formula |= backend_for(torch.device(device)) is None
+        self.rounds_parts = rounds_parts and takes_formula
+        self.locked = takes_formula or self.drops_by == "mask" or choose([True, False])
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {x}" for name, x in vars(self).items() if name not in ("counts", "draw", "bits"))
@@ -237,23 +239,28 @@ class Kind:
         self.check_gradients(penalty, want, {x: exactly[x] for x, factor in both if x.requires_grad and factor})
 
     def dropout(self) -> None:
-        """Compare a call of `fused_dropout_ar_tar`, or of its module; masks are drawn as fastai does."""
+        """Compare a call of `fused_dropout_ar_tar`, or of a module; another call of the same seed shows the mask."""
         raw, shape = self.leaf(0), list(self.shape)
         if self.drops_by != "mask" or not self.full_mask_or_rows_with_gaps:
             shape[self.axis] = 1
         torch.manual_seed(seed := self.draw.getrandbits(16))
-        mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
+        if self.locked:  # as fastai draws it
+            mask = raw.detach().new_empty(shape).bernoulli_(1 - 0.4).div_(1 - 0.4)
+        else:
+            ones = torch.ones(self.shape, dtype=raw.dtype, device=raw.device)
+            mask, _ = fused_dropout_ar_tar(ones, 0.4, 0.0, 0.0, time_dim=self.axis, locked=False)
         torch.manual_seed(seed)
         options: Any = {}
         if self.drops_by in ("module", "forward"):
-            module: Any = FusedRNNDropout(0.4, 0, 0, **self.layout)
+            kind = FusedRNNDropout if self.locked else FusedDropout
+            module: Any = kind(0.4, 0, 0, **self.layout)
             module.alpha, module.beta = self.given
             if self.drops_by == "forward":  # whose arguments take precedence
-                module = FusedRNNDropout(0.1, 5.0, 5.0, time_dim=-1)
+                module = kind(0.1, 5.0, 5.0, time_dim=-1)
                 options = {"p": 0.4, "request": Request(self.given, TimeAxis(None, self.axis))}
             dropped, got = module(self.seen(raw), **options, **self.steps), module.take()
         else:
-            options = {"p": 0.4, **self.steps, **self.options}
+            options = {"p": 0.4, "locked": self.locked, **self.steps, **self.options}
             if self.drops_by == "mask":
                 with torch.inference_mode(self.gives_inference_tensors):
                     given = memory(mask, self.draw, expands=False)

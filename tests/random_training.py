@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from fastreg import FusedRNNDropout, RNNRegularizer
-from tests.language_model import Elementwise, Locked
+from fastreg import FusedDropout, FusedRNNDropout, RNNRegularizer
+from tests.language_model import Drawn, Elementwise, Locked
 from tests.random_calls import play_all
 
 BATCH, HIDDEN, P = 3, 4, 0.4
@@ -33,6 +33,12 @@ DROPOUTS: dict[str, Callable[[bool], nn.Module]] = {
     "of 0": lambda _: nn.Dropout(0.0),
     "locked": lambda batch_first: Locked(P, batch_first),
     "fused": lambda batch_first: FusedRNNDropout(P, 0, 0, batch_first=batch_first),
+    "elementwise fused": lambda batch_first: FusedDropout(P, 0, 0, batch_first=batch_first),
+}
+IN_PLAIN: dict[str, Callable[[bool], nn.Module]] = {  # with the same masks
+    **DROPOUTS,
+    "fused": lambda batch_first: Locked(P, batch_first),
+    "elementwise fused": lambda batch_first: Drawn(P, batch_first),
 }
 NOT_ATTACHED = "none", "plain, not attached"
 DONE = torch.tensor([0, 2])  # where a state is reset
@@ -51,10 +57,10 @@ class Net(nn.Module):
     It returns tensors by their names: its output, the GRU's output, and raw and dropped of all layers; and the states.
     """
 
-    def __init__(self, play: Play, dropouts: Sequence[str]) -> None:
+    def __init__(self, play: Play, makes: Mapping[str, Callable[[bool], nn.Module]]) -> None:
         super().__init__()
         layers = [KINDS[kind](HIDDEN, HIDDEN, batch_first=play.batch_first) for kind in play.kinds]
-        after = [DROPOUTS[name](play.batch_first) for name in dropouts]
+        after = [makes[name](play.batch_first) for name in play.dropouts]
         layers[-1] = layers[0] if play.shared == "module" else layers[-1]
         after[-1] = after[0] if play.shared else after[-1]
         beside = nn.GRU(HIDDEN, HIDDEN, batch_first=play.batch_first)
@@ -82,7 +88,7 @@ class Plain(Net):
     """The same net in plain PyTorch, which follows the documentation of `attach` by hand."""
 
     def __init__(self, play: Play) -> None:
-        super().__init__(play, ["locked" if "fused" in name else name for name in play.dropouts])
+        super().__init__(play, IN_PLAIN)
         self.play = play
         self.runs = list[tuple[list[Tensor], list[Tensor]]]()  # AR and TAR, and the tensors that are marked for the run
 
@@ -138,7 +144,7 @@ class Play:
         self.dropouts[-1] = self.dropouts[0 if self.shared else -1]
         self.kinds[-1] = self.kinds[0 if self.shared == "module" else -1]
         self.masks = {name: MASKS[name] for name in draw.choice([(), (), (), ("valid",), ("starts",), (*MASKS,)])}
-        self.net, self.plain = Net(self, self.dropouts).double(), Plain(self).double()
+        self.net, self.plain = Net(self, DROPOUTS).double(), Plain(self).double()
         self.plain.load_state_dict(self.net.state_dict())
         self.sides: list[Any] = [self.net, self.plain]
         if self.compiled:
