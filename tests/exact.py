@@ -159,3 +159,23 @@ def check_dropout(raw: Tensor, mask: Tensor) -> None:
     arriving = torch.randn_like(dropped)
     (gradient,) = torch.autograd.grad([dropped, got.penalty], raw, [arriving, torch.full_like(got.penalty, 100)])
     assert_gradient(gradient, [arriving.double() * mask.double(), *gradients_of(want, (200.0, 100.0), values)])
+
+
+MASK32, STEPS = 2**32 - 1, 8  # a word, and the time steps that one counter serves
+
+
+def philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
+    """Compute the words of Philox4x32, as its authors define it."""
+    x, y, z, w = counter
+    low, high = key
+    for _ in range(rounds):
+        first, second = x * 0xD2511F53, z * 0xCD9E8D57
+        x, y, z, w = second >> 32 ^ y ^ low, second & MASK32, first >> 32 ^ w ^ high, first & MASK32
+        low, high = low + 0x9E3779B9 & MASK32, high + 0xBB67AE85 & MASK32
+    return [x, y, z, w]
+
+
+def drawn_number(seed: int, lane: int, step: int) -> int:
+    """Return the random number of 16 bits of an element, as docs/kernels.md defines it."""
+    words = philox([lane & MASK32, step // STEPS, lane >> 32, 0], [seed & MASK32, seed >> 32 & MASK32], 7)
+    return words[step % STEPS // 2] >> 16 * (step % 2) & 0xFFFF

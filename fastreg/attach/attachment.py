@@ -2,7 +2,7 @@
 
 After the module it begins a run, which raw's node in the autograd graph owns. After the dropout that gets this raw it
 computes the penalty, and returns dropped behind a mark, by which a loss finds the run. Without a dropout it does both
-after the module. Before a `FusedRNNDropout` it passes what that needs to compute the penalty itself.
+after the module. Before a fused dropout it passes what that needs to compute the penalty itself.
 """
 
 from __future__ import annotations

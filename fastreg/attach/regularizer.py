@@ -292,14 +292,14 @@ class RNNRegularizer:
                 output if that is a tensor or a `PackedSequence`, or the first element of a tuple or list, or
                 `last_hidden_state`.
             dropout: any module that gets raw itself as its input, and returns a tensor. It may be used elsewhere, too.
-                Without it, dropped is raw. A `FusedRNNDropout` computes the penalty itself, with the coefficients of
-                the regularizer, and takes no packed data.
+                Without it, dropped is raw. A `FusedDropout` or `FusedRNNDropout` computes the penalty itself, with the
+                coefficients of the regularizer, and takes no packed data.
             output: for any other output, a function that picks raw, which is one of the tensors in the output.
             batch_first: `False` for `(time, batch, hidden)`. It is read from the module if this has a `batch_first`, or
                 contains an `nn.LSTM`, `nn.GRU` or `nn.RNN` with `batch_first=True`; otherwise it has to be given.
             time_dim: the axis of time, instead of batch_first, as for `fused_ar_tar`.
             valid: a function of the module's arguments, `valid(*args, **kwargs)`, that returns the mask of valid time
-                steps, as `fused_ar_tar` takes it, or `None` if all steps count. If a `FusedRNNDropout` is called with a
+                steps, as `fused_ar_tar` takes it, or `None` if all steps count. If a fused dropout is called with a
                 mask, that mask takes precedence.
             starts: a function of the same arguments that returns the mask of the time steps at which a segment starts,
                 or `None`.
@@ -311,8 +311,8 @@ class RNNRegularizer:
             TypeError: an argument has the wrong type; in a step, the module's output shows no raw, or the dropout
                 returns no tensor.
             ValueError: `batch_first` is missing, or differs from the module's; `batch_first` or `time_dim` differs from
-                the `FusedRNNDropout`'s; `layers` was given to the regularizer; in a step, raw has two axes, and may be
-                a single time step, or the data of a `PackedSequence` in a `FusedRNNDropout`.
+                the fused dropout's; `layers` was given to the regularizer; in a step, raw has two axes, and may be
+                a single time step, or the data of a `PackedSequence` in a fused dropout.
             RuntimeError: the module is attached with another dropout, and has not run since, or `on_loss_begin` is in
                 use; in a step, the dropout gets raw twice, or the module is a shallow copy.
         """

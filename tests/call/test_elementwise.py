@@ -13,31 +13,13 @@ from torch import Tensor
 from fastreg import FusedDropout, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.key import PLANS
 from tests.conftest import BF16, DOUBLE, FLOAT, HALF, skip_on_formula
-
-MASK32, STEPS = 2**32 - 1, 8
-
-
-def philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
-    """Compute the words of Philox4x32, as its authors define it."""
-    x, y, z, w = counter
-    low, high = key
-    for _ in range(rounds):
-        first, second = x * 0xD2511F53, z * 0xCD9E8D57
-        x, y, z, w = second >> 32 ^ y ^ low, second & MASK32, first >> 32 ^ w ^ high, first & MASK32
-        low, high = low + 0x9E3779B9 & MASK32, high + 0xBB67AE85 & MASK32
-    return [x, y, z, w]
-
-
-def number(seed: int, lane: int, step: int) -> int:
-    """Return the random number of 16 bits of an element, as docs/kernels.md defines it."""
-    words = philox([lane & MASK32, step // STEPS, lane >> 32, 0], [seed & MASK32, seed >> 32 & MASK32], 7)
-    return words[step % STEPS // 2] >> 16 * (step % 2) & 0xFFFF
+from tests.exact import MASK32, drawn_number, philox
 
 
 def reference(seed: int, shape: tuple[int, ...], time_dim: int, threshold: int) -> Tensor:
     """Return which elements of a tensor are kept."""
     lanes, time = math.prod(shape) // shape[time_dim], shape[time_dim]
-    rows = [[number(seed, lane, step) >= threshold for step in range(time)] for lane in range(lanes)]
+    rows = [[drawn_number(seed, lane, step) >= threshold for step in range(time)] for lane in range(lanes)]
     others = [n for i, n in enumerate(shape) if i != time_dim]
     return torch.tensor(rows).view(*others, time).movedim(-1, time_dim)
 
@@ -173,15 +155,15 @@ def test_what_is_kept_is_scaled_by_the_rounded_probability(dtype: torch.dtype) -
     assert not kept_of(torch.empty(1, 8, 8), 1 - 1e-9).any()  # at most 65535 of 65536 are dropped
 
 
-def test_an_element_whose_number_is_the_threshold_is_kept() -> None:
-    skip_on_formula("cpu")
-    seed, shape = seed_of_next("cpu"), (2, 16, 8)
-    numbers = {number(seed, lane, step) for lane in range(16) for step in range(16)}
+@pytest.mark.numbers
+def test_an_element_whose_number_is_the_threshold_is_kept(device: str) -> None:
+    skip_on_formula(device)
+    seed, shape = seed_of_next(device), (2, 16, 8)
+    numbers = {drawn_number(seed, lane, step) for lane in range(16) for step in range(16)}
     edge = sorted(numbers)[len(numbers) // 2]
-    state = torch.get_rng_state()
     for n in (edge, edge + 1):
-        torch.set_rng_state(state)
-        assert torch.equal(kept_of(torch.empty(shape), n / 65536), reference(seed, shape, 1, n))
+        torch.manual_seed(0)  # as the test began
+        assert torch.equal(kept_of(torch.empty(shape, device=device), n / 65536).cpu(), reference(seed, shape, 1, n))
 
 
 @pytest.mark.numbers

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import multiprocessing
 import os
 import re
+import shutil
+import subprocess
 from ctypes import string_at
 from functools import cache
 from itertools import product
@@ -23,7 +26,7 @@ from fastreg.call.backends import CPP
 from fastreg.kernels import cpu
 from tests.calls import transposed
 from tests.conftest import BF16, CPU, DOUBLE, FLOAT, HALF, ROOT, memory_of, python
-from tests.exact import spoil, truth
+from tests.exact import drawn_number, spoil, truth
 
 pytestmark = [
     pytest.mark.main,
@@ -192,3 +195,23 @@ def test_a_forked_process_does_not_wait_for_threads_it_has_not() -> None:
     status = child.exitcode
     child.kill()
     assert status == 0  # it is None while the process waits
+
+
+DRAW_FAR = """
+#include "cpu_draws.h"
+extern "C" void draw_far(int64_t lane, int64_t seed, float *to) {
+    draw_rows(Draw(&seed, 32768), FLOAT32, lane, 40, 0, 2, reinterpret_cast<char *>(to));
+}
+"""
+FAR = 2**32 + 1  # a lane whose number does not fit 32 bits
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_lanes_have_64_bits_in_cpp(tmp_path: Path) -> None:
+    source, built = tmp_path / "far.cpp", tmp_path / "far.so"
+    source.write_text(DRAW_FAR)
+    subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'kernels'}", source, "-o", built], check=True)
+    found = torch.empty(16, 40)
+    ctypes.CDLL(str(built)).draw_far(ctypes.c_int64(FAR), ctypes.c_int64(5), ctypes.c_void_p(found.data_ptr()))
+    want = [[drawn_number(5, FAR + lane, step) >= 32768 for lane in range(40)] for step in range(16)]
+    assert torch.equal(found != 0, torch.tensor(want))

@@ -11,11 +11,16 @@ from torch import Tensor
 from fastreg import fused_ar_tar
 from fastreg.kernels.view import Operand, Operands, View
 from tests.conftest import INTERPRETED, gpu, interpreted, skip_without
-from tests.exact import check_dropout, check_penalty, truth
+from tests.exact import check_dropout, check_penalty, drawn_number, truth
 
 skip_without("triton")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
 from fastreg.kernels import launch, reduction, tiling  # noqa: E402
+from fastreg.kernels.draws import draw_of, drawn_row, words_of  # noqa: E402
+from fastreg.kernels.rows import Tile  # noqa: E402
 
 pytestmark = pytest.mark.numbers
 
@@ -103,3 +108,18 @@ def test_a_launch_leaves_its_ticket_as_it_was(launches: int, device: str, monkey
     for _ in range(2):
         check_penalty(*leaves(device, 2, 33, 4))
         assert ticket == begins[-1]
+
+
+@triton.jit
+def draw_far(seed, to):
+    unit = tl.arange(0, 32)
+    tile = Tile(tl.full((32,), 65536, tl.int64), unit + 1, unit >= 0, 0, 8)  # of sequences of 65536 lanes
+    draw = draw_of(seed, 32768, tl.float32, tl.float32)
+    tl.store(to + unit, drawn_row(draw, words_of(draw, tile, 65536, 0, 1), 3))
+
+
+def test_lanes_have_64_bits(device: str) -> None:
+    found = torch.empty(32, device=device)
+    draw_far[(1,)](torch.tensor(5, device=device), found)
+    want = [drawn_number(5, 2**32 + 1 + lane, 3) >= 32768 for lane in range(32)]
+    assert torch.equal(found.cpu() != 0, torch.tensor(want))
