@@ -7,50 +7,31 @@ seeds are fixed, and the difference is printed whatever it is. `--text FILE` rea
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from math import exp
-from multiprocessing import get_context
-from os import cpu_count
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from bench.study.corpus import build_corpus, read_text
-from bench.study.report import Run, difference
-from bench.study.run import WORDS, Job, train_model
+from bench.study.report import difference
+from bench.study.training import WORDS, Job, Run, train_all
 
 SEEDS = 1, 2, 3
 EPOCHS = 8
-SHOWN = 60  # words of the validation text over which the plot shows a hidden unit
 HEADER = "alpha  beta  seed  epochs  valid ppl  test ppl        AR       TAR"
-
-
-def train_and_read(job: Job) -> tuple[Run, list[Any]]:
-    """Train a model; return also the last layer's output before dropout, `(batch, SHOWN, hidden)`, as lists."""
-    run, trained = train_model(job)
-    trained.model.eval()
-    trained.model.reset()
-    with torch.no_grad():
-        _, raw, _ = trained.model(trained.corpus.valid[:, :SHOWN])
-    return run, raw.tolist()  # a tensor would reach the other process by memory that this process owns
 
 
 def row(run: Run) -> str:
     """Render the figures of a training in the columns of HEADER."""
-    ppl = f"{min(run.perplexities):9.2f}  {exp(run.test_loss):8.2f}"
+    ppl = f"{exp(min(run.valid_loss)):9.2f}  {exp(run.test_loss):8.2f}"
     return f"{run.alpha:5g}  {run.beta:4g}  {run.seed:4}  {len(run.ar):6}  {ppl}  {run.ar[-1]:8.5f}  {run.tar[-1]:8.5f}"
 
 
 def median_unit(raw: Tensor) -> int:
     """Select the unit whose mean squared change from word to word is the median of the units."""
     return int(raw.diff(dim=1).square().mean((0, 1)).median(0).indices)
-
-
-def label(run: Run) -> str:
-    return "with AR and TAR" if any(run.coefficients) else "without"
 
 
 def plot(runs: list[Run], raws: list[Tensor]) -> Figure:
@@ -62,10 +43,10 @@ def plot(runs: list[Run], raws: list[Tensor]) -> Figure:
     figure = Figure(figsize=(8, 8), layout="constrained")
     panels = figure.subplot_mosaic([["ppl", "ppl"], ["ar", "tar"], ["unit", "unit"]], height_ratios=(2, 1, 1.2))
     for i, run in enumerate(runs):
-        for name, values in {"ppl": run.perplexities, "ar": run.ar, "tar": run.tar}.items():
-            shown = label(run) if i < 2 else None
-            panels[name].plot(range(1, len(values) + 1), values, ".-", color=f"C{i % 2}", linewidth=0.8, label=shown)
-    best = min(min(run.perplexities) for run in runs)
+        label = ("with AR and TAR", "without")[i] if i < 2 else None
+        for name, values in {"ppl": [*map(exp, run.valid_loss)], "ar": run.ar, "tar": run.tar}.items():
+            panels[name].plot(range(1, len(values) + 1), values, ".-", color=f"C{i % 2}", linewidth=0.8, label=label)
+    best = exp(min(min(run.valid_loss) for run in runs))
     panels["ppl"].set_ylim(0.9 * best, 2.2 * best)  # otherwise the first epochs flatten the rest
     panels["ppl"].set_ylabel("validation perplexity\n(equally likely words)")
     panels["ar"].set_ylabel("AR: mean square of\nthe output (no unit)")
@@ -98,17 +79,14 @@ def main(arguments: list[str] | None = None) -> None:
     pair = args.alpha, args.beta
     jobs = [Job(each, seed, args.epochs, args.text, str(device)) for seed in SEEDS for each in (pair, (0.0, 0.0))]
     print(f"{corpus}\ntraining on {device}, each model in a process of one thread\n\n{HEADER}", flush=True)
-    runs, outputs = list[Run](), list[Any]()
-    with ProcessPoolExecutor(
-        min(cpu_count() or 1, len(jobs)), get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:
-        for run, output in pool.map(train_and_read, jobs):
-            print(row(run), flush=True)
-            runs.append(run)
-            outputs.append(output)
+    runs, raws = list[Run](), list[Tensor]()
+    for run, raw in train_all(jobs):
+        print(row(run), flush=True)
+        runs.append(run)
+        raws.append(torch.tensor(raw))
     print(f"\nAR and TAR change the test perplexity by {difference(runs, pair)} (mean over {len(SEEDS)} seeds, ± its")
     print("standard error). bench/results/study.md compares longer trainings of eight seeds.")
-    plot(runs, [torch.tensor(raw) for raw in outputs[:2]]).savefig(args.plot, format="png", dpi=100)
+    plot(runs, raws[:2]).savefig(args.plot, format="png", dpi=100)
     print(f"\nplot: {args.plot.resolve()}")
 
 

@@ -1,26 +1,86 @@
-"""The small AWD-LSTM of the demo and the study, and its training and evaluation with AR and TAR."""
+"""Trainings of the demo and the study: a small AWD-LSTM with AR and TAR, until it stops improving."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import math
+import os
 import random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
+from bench.measure import machine
 from bench.study.awd_lstm import AWDLSTM, Dropouts
-from bench.study.corpus import BATCH, BPTT, Corpus, batches
+from bench.study.corpus import BATCH, BPTT, Corpus, batches, build_corpus, read_text
 from fastreg import RNNRegularizer, fused_ar_tar
 
+WORDS = 60_000  # few, so that there is something to regularize
+SHOWN = 60  # words of the validation text for which a training returns the activations
 LAYERS, EMBEDDING, HIDDEN = 2, 96, 128  # small enough for two cores
 DROPOUTS = Dropouts(word_p=0.02, input_p=0.1, weight_p=0.2, hidden_p=0.1, output_p=0.1)
 LEARNING_RATE = 5e-3
 CLIP = 0.25
 PATIENCE = 3  # epochs without a lower validation loss, before the learning rate is divided
 DIVISOR, DIVISIONS = 4, 2
+EPOCHS = 80  # at most
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. Losses are means over the words, in nats and without penalties; lists have an item an epoch."""
+
+    alpha: float
+    beta: float
+    seed: int
+    train_loss: list[float]  # during the epoch, in training mode
+    valid_loss: list[float]  # after the epoch, in evaluation mode
+    ar: list[float]
+    tar: list[float]
+    best_train_loss: float  # of the training text, after the best epoch, in evaluation mode
+    test_loss: float  # of the test text, after the best epoch
+    settings: dict[str, Any]  # which all runs of a study share
+    machine: dict[str, str]
+
+    def penalty(self) -> float:
+        """Return the penalty of the best epoch in percent of the loss of the training text after it."""
+        best = self.valid_loss.index(min(self.valid_loss))
+        return 100 * (self.alpha * self.ar[best] + self.beta * self.tar[best]) / self.best_train_loss
+
+
+@functools.cache
+def digest(text: Path | None) -> str:
+    """Identify a text by a digest. The text is read once for all runs."""
+    return hashlib.sha256(read_text(text).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to come."""
+
+    coefficients: tuple[float, float]
+    seed: int
+    epochs: int = EPOCHS
+    text: Path | None = None  # a file, or the King James text
+    device: str = "cpu"
+
+    def settings(self) -> dict[str, Any]:
+        """Return the facts that determine a training, beside its coefficients and its seed."""
+        facts = {"text": digest(self.text), "words": WORDS, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
+        model = {"layers": LAYERS, "embedding": EMBEDDING, "hidden": HIDDEN}
+        optimizer = {"Adam lr": LEARNING_RATE, "clip": CLIP}
+        schedule = {"patience": PATIENCE, "divisor": DIVISOR, "divisions": DIVISIONS}
+        return facts | model | DROPOUTS._asdict() | optimizer | schedule
 
 
 class EarlyStopping:
@@ -100,3 +160,35 @@ def evaluate(model: AWDLSTM, rows: Tensor) -> float:
         decoded, _, _ = model(ids)
         total += F.cross_entropy(decoded.flatten(0, 1), following.flatten(), reduction="sum")
     return total.item() / (rows.numel() - BATCH)
+
+
+def train(job: Job) -> tuple[Run, list[Any]]:
+    """Train one model until it stops improving.
+
+    Returns:
+        The training, and the last layer's output before dropout for SHOWN words, `(batch, time, hidden)`, as lists: a
+            tensor would reach the other process by memory that this process owns.
+    """
+    corpus = build_corpus(read_text(job.text), WORDS, torch.device(job.device))
+    trained = Training(corpus, *job.coefficients, job.seed)
+    epochs: list[tuple[float, ...]] = []
+    for _ in range(job.epochs):
+        epochs.append((*trained.epoch().mean(0).tolist(), evaluate(trained.model, corpus.valid)))
+        if trained.stopping.ends(epochs[-1][-1]):
+            break
+    trained.stopping.restore()
+    train_loss, ar, tar, valid_loss = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
+    best, test = (round(evaluate(trained.model, text), 6) for text in (corpus.train, corpus.test))
+    # Trainings of the study are on the processor, even if there is a GPU.
+    facts = machine.facts() | {"device": machine.processor_name(), "source": machine.source()}
+    facts |= {"commit": machine.commit_name(machine.commit_facts())}
+    run = Run(*job.coefficients, job.seed, train_loss, valid_loss, ar, tar, best, test, job.settings(), facts)
+    trained.model.reset()
+    with torch.no_grad():
+        return run, trained.model(corpus.valid[:, :SHOWN])[1].tolist()
+
+
+def train_all(jobs: Iterable[Job]) -> Iterator[tuple[Run, list[Any]]]:
+    """Train each model in a process of one thread. Workers are not forked: GNU OpenMP hangs in a fork after its use."""
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(train, jobs)

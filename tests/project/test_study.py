@@ -18,7 +18,6 @@ from torch import nn
 
 from bench.measure.timing import threads
 from bench.study import demo, report, run, training
-from bench.study.report import PENALTIES
 from examples import two_rooms as example
 from tests.conftest import ROOT, more, skip_without
 
@@ -34,7 +33,7 @@ def test_the_demo_trains_end_to_end(
     text.write_text("\n".join(sentences), encoding="utf-8")
     monkeypatch.setattr(training, "LEARNING_RATE", 0.01)  # there are few steps to learn in
     monkeypatch.setattr(demo, "SEEDS", (1, 2))
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # where the demo has processes
+    monkeypatch.setattr(training, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     demo.main(["--text", str(text), "--plot", str(tmp_path / "plot.png"), "--device", "cpu", "--epochs", "2"])
     output = capsys.readouterr().out
     rows = [[float(x) for x in line.split()] for line in re.findall(r"^ +\d.* +\d+ .*$", output, re.MULTILINE)]
@@ -67,11 +66,11 @@ def test_a_training_ends_when_its_validation_loss_stops_falling():
 
 
 def test_the_committed_study_is_whole_and_its_pages_agree():
-    studied = report.load(report.COMMITTED)
-    trained = [(run.seed, run.coefficients) for run in studied]
-    assert sorted(trained) == sorted(product(run.SEEDS, PENALTIES.values()))
+    studied = report.load()
+    trained = [(run.seed, (run.alpha, run.beta)) for run in studied]
+    assert sorted(trained) == sorted(product(run.SEEDS, report.PENALTIES.values()))
     assert all(run.settings == studied[0].settings for run in studied)
-    for page, text in report.pages(report.COMMITTED).items():
+    for page, text in report.pages().items():
         assert page.read_text() == text, "run `python -m bench.study.run`"
 
 
