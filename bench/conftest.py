@@ -27,7 +27,6 @@ from bench.measure import before, figures, machine, timing
 from bench.measure.lines import Lines
 from bench.measure.timing import DEVICE, Rounds
 
-REFUSED = "timer", "cprofile", "min-time", "calibration-precision", "warmup", "disable-gc"  # options without effect
 torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise a compiled way becomes eager without a word
 Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
@@ -49,7 +48,6 @@ class Session:
     lines: Lines | None
     case: Case = field(default_factory=Case)
     rows: list[Any] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)  # why other tests have no row
 
     def write(self, **record: Any) -> None:
         if self.lines:
@@ -95,9 +93,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    given = {argument.partition("=")[0] for argument in config.invocation_params.args}
-    for option in given.intersection(f"--benchmark-{name}" for name in REFUSED):
-        raise pytest.UsageError(f"{option} has no effect here: turns have a clock, a length and a warm-up of their own")
     try:
         before.refuse_formula()
         if checkout := config.getoption("before"):
@@ -237,8 +232,7 @@ def pytest_runtest_makereport(item: Any, call: pytest.CallInfo[None]) -> Iterato
     session, benchmark = item.config.stash[SESSION], item.funcargs.get("benchmark")
     if report.outcome == "failed" and call.when != "teardown":
         error: Any = call.excinfo
-        session.missing[test_of(item)] = why = f"{error.typename}: {error.value}".partition("\n")[0]
-        session.write(test=test_of(item), missing=why)
+        session.write(test=test_of(item), missing=f"{error.typename}: {error.value}".partition("\n")[0])
     elif call.when == "call" and benchmark and benchmark.stats:
         session.rows.append(benchmark.stats)
         session.write(test=test_of(item), row=benchmark.stats.as_dict(include_data=False))
@@ -277,15 +271,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if busy:
         text = f"The machine was busy: threads of {len(busy)} rows, which no report shows, waited for a core for up to"
         terminalreporter.line(f"{text} {max(busy):.0%} of the time.", yellow=True)
-
-
-def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info |= facts()
-
-
-def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
-    commit_info |= machine.commit_facts()  # which knows a commit without git, too
-
-
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    output_json["missing"] = config.stash[SESSION].missing

@@ -23,6 +23,7 @@ from bench.conftest import in_turns, name
 from bench.measure import before, figures, formulas
 from bench.measure.before import ELEMENTWISE, VARIATIONAL
 from bench.measure.formulas import ALPHA, BETA
+from bench.measure.results import BOTH
 from bench.measure.timing import DEVICE
 from fastreg import fused_ar_tar
 
@@ -93,7 +94,7 @@ def measure_calls(
         first, *_ = sets()
         if first[0].numel() <= MOST_CHECKED:
             compare(way, first)
-        passes = PASSES.get(way.removesuffix(before.BEFORE)) if about["pass"] == "forward + backward" else None
+        passes = PASSES.get(way.removesuffix(before.BEFORE)) if about["pass"] == BOTH else None
         moved = passes * sum(x.nbytes for x in leaves_of(first)) if passes else None
         rotated = itertools.cycle(sets())
         return lambda: call(way, next(rotated)), figures.of(lambda i: call(way, sets()[i]), len(sets()), moved)
@@ -108,13 +109,11 @@ def run(
     make: Callable[[], Inputs],
     about: dict[str, Any],
 ) -> None:
-    """Measure penalties and, unless it is a forward, their gradients."""
+    """Measure penalties and their gradients."""
     one = torch.ones((), device=DEVICE)
 
     def call(way: str, inputs: Inputs) -> Inputs:
         penalty = ways[way](*inputs)
-        if about["pass"] == "forward":
-            return (penalty,)
         return torch.autograd.grad(penalty, leaves_of(inputs), one.to(penalty.dtype))
 
     @functools.cache
@@ -175,17 +174,8 @@ def penalty_inputs(shape: Any, dtype: torch.dtype, layout: str = BATCH_FIRST) ->
 @pytest.mark.parametrize(("shape", "dtype", "layout"), CASES, ids=name)
 def test_penalty(measure: Measure, shape: Any, dtype: Any, layout: str) -> None:
     """The penalty, its forward and backward: the cases that the README quotes."""
-    about = {"pass": "forward + backward", "shape": shape, "dtype": name(dtype), "layout": layout}
+    about = {"pass": BOTH, "shape": shape, "dtype": name(dtype), "layout": layout}
     run(measure, with_coefficients(WAYS), formulas.penalty, partial(penalty_inputs, shape, dtype, layout), about)
-
-
-@pytest.mark.parametrize("way", WAYS, ids=name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("shape", [SMALL, LARGE] if DEVICE == "cuda" else [SMALL], ids=name)
-def test_forward(measure: Measure, shape: Any, dtype: Any) -> None:
-    """A forward without a backward."""
-    about = {"pass": "forward", "shape": shape, "dtype": name(dtype)}
-    run(measure, with_coefficients(WAYS), formulas.penalty, partial(penalty_inputs, shape, dtype), about)
 
 
 def with_lengths(package: Any) -> Way:
@@ -216,29 +206,6 @@ def test_padded(measure: Measure, shape: Any, dtype: Any) -> None:
     run(measure, with_coefficients(PADDED_WAYS), formulas.padded_penalty, make, about)
 
 
-CHANGES: dict[str, Any] = {"alpha": 0.0, "beta": 1.0, "time_dim": 2}
-CHANGES_WAYS: dict[str, Way] = {  # (batch, channels, time, 1, 1) -> the mean of squared changes over time
-    "eager": formulas.changes,
-    "compiled": torch.compile(formulas.changes),
-    **before.both(lambda package: {"fastreg": partial(package.fused_ar_tar, dropped=None, **CHANGES)}),
-}
-
-
-def changes_inputs(dtype: torch.dtype, layout: str) -> Inputs:
-    """Return representations of eb_jepa's action-conditioned model."""
-    x = tensor((128, 17, 512), dtype).movedim(1, 2)[..., None, None]
-    return ((x.contiguous() if layout == "time innermost" else x).requires_grad_(),)
-
-
-@pytest.mark.parametrize("way", CHANGES_WAYS, ids=name)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("layout", [BATCH_FIRST, "time innermost"], ids=name)
-def test_changes(measure: Measure, layout: str, dtype: Any) -> None:
-    """TAR of a world model's representations."""
-    about = {"pass": "changes", "shape": (128, 17, 512), "dtype": name(dtype), "layout": layout}
-    run(measure, CHANGES_WAYS, formulas.changes, partial(changes_inputs, dtype, layout), about)
-
-
 FEW = product((SMALL, (20, 70, 1152)), DTYPES, [1024], [16, 8, 4])  # programs: shorter stretches make more of them
 MANY = product((LARGE, MIDDLE), DTYPES, [1024, 792, 528], [16])  # whole waves of programs
 
@@ -266,8 +233,6 @@ def test_sweep(measure: Measure, monkeypatch: pytest.MonkeyPatch, shape: Any, dt
 
 
 P = 0.4  # AWD-LSTM's output dropout
-
-
 OWN_DROPOUT: dict[str, Callable[[Tensor], Tensor]] = {
     VARIATIONAL: partial(formulas.rnn_dropout, p=P),
     ELEMENTWISE: partial(F.dropout, p=P),
@@ -289,14 +254,11 @@ def followed_by(penalty: Way, dropout: Callable[[Tensor], Tensor]) -> Dropping:
 
 def dropouts_of(kind: str, package: Any) -> dict[str, Dropping]:
     found = {"fused_ar_tar": followed_by(package.fused_ar_tar, OWN_DROPOUT[kind])}
-    if before.fused_dropout(package, kind) is None:
-        return found
-    fused = partial(package.fused_dropout_ar_tar, p=P, **({} if kind == VARIATIONAL else {"locked": False}))
-    without = partial(fused, alpha=0, beta=0)
-    return found | {
-        "fused dropout alone": lambda raw: without(raw)[:1],
-        "fastreg": partial(fused, alpha=ALPHA, beta=BETA),
-    }
+    if before.fused_dropout(package, kind) is not None:
+        fused = partial(package.fused_dropout_ar_tar, p=P, **({} if kind == VARIATIONAL else {"locked": False}))
+        found["fused dropout alone"] = alone(lambda raw: fused(raw, alpha=0, beta=0)[0])
+        found["fastreg"] = partial(fused, alpha=ALPHA, beta=BETA)
+    return found
 
 
 def dropping_ways(kind: str) -> dict[str, Dropping]:

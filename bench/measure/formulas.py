@@ -32,12 +32,6 @@ def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: fl
     return alpha * ar + beta * tar
 
 
-def changes(x: Tensor) -> Tensor:
-    """Compute what `TemporalSimilarityLoss` of facebookresearch/eb_jepa multiplies by `sim_coeff_t`; time is axis 2."""
-    x = x.movedim(2, 0)
-    return (x[1:] - x[:-1]).pow(2).mean()
-
-
 def rnn_dropout(raw: Tensor, p: float) -> Tensor:
     """Drop units with one mask for all time steps, like fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
     return raw * raw.new_empty((len(raw), 1, raw.shape[2])).bernoulli_(1 - p).div_(1 - p)

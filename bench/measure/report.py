@@ -1,8 +1,7 @@
 """Tables of results in README and docs: `python -m bench.measure.report [FILE...]`.
 
-It merges the runs of one machine, as JSON or lines, into bench/results/DEVICE.json, writes a page with all rows, and
-renders tables between markers of README.md and docs/performance.md. tests/project fails when a page disagrees with a
-result.
+It merges the runs of one machine, as lines, into bench/results/DEVICE.json, writes a page with all rows, and renders
+tables between markers of README.md and docs/performance.md. tests/project fails when a page disagrees with a result.
 """
 
 from __future__ import annotations
@@ -14,31 +13,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench.measure import results
+from bench.measure import lines, results
 from bench.measure.machine import RESULTS, ROOT, commit_name, file_name
-from bench.measure.results import (
-    BASES,
-    BOTH,
-    COMPILED,
-    FORMULAS,
-    OURS,
-    STEP,
-    TRAINERS,
-    WITHOUT,
-    Case,
-    Figure,
-    Result,
-    geometric_mean,
-)
+from bench.measure.results import OURS, STEP, TRAINERS, WAYS, WITHOUT, Case, Figure, Result, geometric_mean
 
 MARKER, END = "<!-- {}, from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
-STEPS = {STEP: "Training steps", COMPILED: "Steps compiled as a whole"}  # the pass of steps -> its title
+# The passes of steps and of calls, and their titles.
+STEPS = {STEP: "Training steps", "compiled step": "Steps compiled as a whole"}
 STEPS |= {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
-CALLS = {  # the pass of calls -> its title
-    BOTH: "Forward and backward",
-    "forward": "Forward without backward",
+CALLS = {
+    results.BOTH: "Forward and backward",
     "padded": "Half padding",
-    "changes": "Squared changes",
     "dropout": "Dropout with penalty",
 }
 TITLES = STEPS | CALLS
@@ -58,7 +43,6 @@ ROWS = [  # of the README, by pass and label
     (STEP, "8 elementwise layers, (4, 512, 512), elementwise dropout"),
     (STEP, "8 elementwise layers, (4, 512, 512), variational dropout"),
 ]
-WAYS = {WITHOUT: "without"} | BASES | FORMULAS | OURS
 MOST_NAMES = 5  # that a sentence names of tests
 Part = tuple[Path, str, Callable[[Any], str]]  # a page, the marker before a part, and the renderer of the part
 
@@ -144,8 +128,7 @@ def memory(results: list[Result]) -> str:
 
 
 def with_allocator(text: str, cases: list[Case]) -> str:
-    """Append the allocator, which on a GPU is none."""
-    return ", ".join(filter(None, [text, cases[0].info.get("allocator")]))
+    return ", ".join(filter(None, [text, cases[0].info.get("allocator")]))  # a GPU has none
 
 
 def sources(results: list[Result]) -> str:
@@ -163,21 +146,17 @@ def losing(results: list[Result]) -> str:
     return f"On {latest(results).machine['device']}, {len(above)} of {len(known)} ratios are above 1:\n\n{shown}"
 
 
-def all_rows(result: Result) -> str:
-    """Render the page of one machine."""
-    title = f"# Measurements on {result.machine['device']}\n"
-    how = "[Performance](../../docs/performance.md#how-to-read-the-measurements) explains the tables.\n"
-    return "\n".join([title, how, *tables(result)])
-
-
 def page_of(result: Result) -> Path:
     return RESULTS / file_name(result.machine["device"]).replace(".json", ".md")
 
 
 def tables(result: Result) -> Iterator[str]:
-    """Render all rows of a result."""
+    """Render the page of one machine, with all rows."""
+    yield f"# Measurements on {result.machine['device']}\n"
+    yield "[Performance](../../docs/performance.md#how-to-read-the-measurements) explains the tables.\n"
     yield f"{where(result)}.\n"
-    yield from filter(None, [caveats(result)])
+    if result.missing:
+        yield "".join(caveats(result.missing))
     for part, kind in product(result.parts(), STEPS):
         if cases := steps(part, kind):
             yield f"## {with_allocator(STEPS[kind], cases)}\n"
@@ -208,14 +187,12 @@ def where(result: Result) -> str:
     return f"{machine['device']}: {', '.join(parts)}, commit {commit_name(commit)}, source {commit['source']}"
 
 
-def caveats(result: Result) -> str:
-    """Return a sentence about the tests without a row, for each reason."""
-    tests: dict[str, list[str]] = {}
-    for test, why in result.missing.items():
-        tests.setdefault(why, []).append(test)
-    more = {why: f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES) for why, names in tests.items()}
-    named = {why: ", ".join(names[:MOST_NAMES]) for why, names in tests.items()}
-    return "".join(f"- Not measured, {why}: {named[why]}{more[why]}.\n" for why in tests)
+def caveats(missing: dict[str, str]) -> Iterator[str]:
+    """Render a line about the tests without a row, for each reason."""
+    for why in dict.fromkeys(missing.values()):
+        names = [test for test, reason in missing.items() if reason == why]
+        more = f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+        yield f"- Not measured, {why}: {', '.join(names[:MOST_NAMES])}{more}.\n"
 
 
 def fastest_table(cases: list[Case]) -> str:
@@ -244,12 +221,12 @@ def call_table(cases: list[Case], on_gpu: bool) -> str:
 
 
 def sweep_table(cases: list[Case]) -> str:
-    """Render the time of forward and backward in a CUDA graph, with other values of the kernels' constants."""
+    """Render the microseconds of forward and backward in a CUDA graph, with other values of the kernels' constants."""
     stretches = "16", "8", "4"
     rows = [["us in a graph; (batch, time, hidden), dtype", "`PROGRAMS`", *(f"`SHORT_STRETCH` {x}" for x in stretches)]]
     for case in cases:
-        seconds = [case.ways.get(x, {}).get("graph_rotated_seconds") for x in stretches]
-        rows.append([case.label, f"{case.info['programs']}", *(number(1e6 * x) if x else "" for x in seconds)])
+        found = [1e6 * case.ways.get(x, {}).get("graph_rotated_seconds", 0) for x in stretches]
+        rows.append([case.label, f"{case.info['programs']}", *(number(x) if x else "" for x in found)])
     return table(rows)
 
 
@@ -258,18 +235,16 @@ def clock(result: Result) -> str:
     return "wall time" if result.on_gpu else "CPU time of one thread"
 
 
+PERFORMANCE = {"added": in_full, "memory": memory, "sources": sources, "losing": losing}
 PARTS: list[Part] = [
     (ROOT / "README.md", MARKER.format("added"), in_brief),
-    *(
-        (ROOT / "docs" / "performance.md", MARKER.format(name), part)
-        for name, part in {"added": in_full, "memory": memory, "sources": sources, "losing": losing}.items()
-    ),
+    *((ROOT / "docs" / "performance.md", MARKER.format(name), part) for name, part in PERFORMANCE.items()),
 ]
 
 
 def pages(results: list[Result]) -> dict[Path, str]:
     """Return each page that shows results, and its text."""
-    return {page_of(result): all_rows(result) for result in results} | with_parts(PARTS, results)
+    return {page_of(result): "\n".join(tables(result)) for result in results} | with_parts(PARTS, results)
 
 
 def with_parts(parts: list[Part], shown: Any) -> dict[Path, str]:
@@ -290,15 +265,15 @@ def write(texts: dict[Path, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.measure.report", description=__doc__)
     parser.add_argument("--show", action="store_true", help="only print the tables of the runs, and change no file")
-    parser.add_argument("runs", nargs="*", type=Path, help="JSON or lines: together they replace the machine's result")
+    parser.add_argument("runs", nargs="*", type=Path, help="lines: together they replace the machine's result")
     options = parser.parse_args()
     if options.runs:
-        found = results.merged([results.read(file) for file in options.runs])
+        found = results.merged([lines.read(file) for file in options.runs])
         if options.show:
             print("\n".join(tables(results.result_of(found))))
             return
         RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(results.compact(found))
-    write(pages([results.load(file) for file in sorted(RESULTS.glob("*.json"))]))
+    write(pages(results.load()))
 
 
 if __name__ == "__main__":

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure import lines
-from bench.measure.machine import ALLOCATORS, DEFAULT
+from bench.measure.machine import ALLOCATORS, DEFAULT, RESULTS
 from bench.measure.timing import MOST_WAITING
 
 BUSY = f"the machine was busy: threads waited for a core during more than {MOST_WAITING:.0%} of the time"
-BOTH, STEP, COMPILED = "forward + backward", "step", "compiled step"  # passes of cases
+BOTH, STEP = "forward + backward", "step"  # passes of cases
 TRAINERS = "Lightning", "Transformers", "fastai"  # passes, too, of steps that a trainer makes
+# The ways as tables name them, and in this order: without a penalty, the formulas, and those that call fastreg.
 WITHOUT = "no penalty"
-# The ways as tables name them, and in this order: the formulas, and those that call fastreg.
 FORMULAS = {
     "eager": "formula",
     "tight": "two lines",
@@ -33,10 +30,8 @@ OURS = {
     "adapter": "adapter",
     "adapter with fused dropout": "adapter, fused dropout",
 }
-BASES = {
-    "two-line dropout": "two-line dropout alone",
-    "fused dropout alone": "fused dropout alone",
-}  # without a penalty
+BASES = {"two-line dropout": "two-line dropout alone", "fused dropout alone": "fused dropout alone"}
+WAYS = {WITHOUT: "without"} | BASES | FORMULAS | OURS
 # A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
 COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
@@ -103,10 +98,6 @@ class Case:
             return None
         return self.over(way, min(formulas, key=lambda formula: self.ways[formula]["median"]))
 
-    def added(self, way: str) -> Figure:
-        """Return the seconds that a way adds to a step without the penalty, by pairs of turns."""
-        return Figure(*self.ways[way]["added"])
-
 
 @dataclass
 class Result:
@@ -122,20 +113,14 @@ class Result:
     def on_gpu(self) -> bool:
         return "copy_bandwidth" in self.machine
 
-    def of(self, kind: str, labels: Iterable[str] = ()) -> list[Case]:
-        """Return the cases of one pass; with `labels` only the cases that have them, in that order."""
-        cases = [case for case in self.cases if case.info["pass"] == kind]
-        return [case for label in labels for case in cases if case.label == label] if labels else cases
+    def of(self, kind: str) -> list[Case]:
+        """Return the cases of one pass."""
+        return [case for case in self.cases if case.info["pass"] == kind]
 
     def parts(self) -> list[Result]:
         """Split the cases of a CPU by allocator, the default one first; a GPU's cases stay together."""
         parts = [[case for case in self.cases if case.info.get("allocator") == allocator] for allocator in ALLOCATORS]
         return [replace(self, cases=cases) for cases in parts if cases] or [self]
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Read the JSON of pytest-benchmark, or the lines of a run."""
-    return lines.read(file) if file.suffix == ".jsonl" else json.loads(file.read_text())
 
 
 def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -173,6 +158,6 @@ def result_of(found: dict[str, Any]) -> Result:
     return Result(found["machine_info"], found["commit_info"], found["datetime"], [*cases.values()], found["missing"])
 
 
-def load(file: Path) -> Result:
-    """Read a result of bench/results, or any other run."""
-    return result_of(read(file))
+def load() -> list[Result]:
+    """Read the results of all machines."""
+    return [result_of(json.loads(file.read_text())) for file in sorted(RESULTS.glob("*.json"))]

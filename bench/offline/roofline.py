@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from bench.measure import lines
 from bench.measure.report import table
-from bench.measure.results import BOTH, Result, load
+from bench.measure.results import BOTH, Result, result_of
 from fastreg.kernels import tiling
 from fastreg.kernels.view import Operand, Operands, View
 
@@ -70,9 +71,9 @@ def beside(result: Result) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.offline.roofline", description=__doc__)
-    parser.add_argument("result", nargs="?", type=Path, help="JSON or lines of a GPU, to show beside the prediction")
+    parser.add_argument("result", nargs="?", type=Path, help="lines of a GPU, to show beside the prediction")
     if file := parser.parse_args().result:
-        print(beside(load(file)))
+        print(beside(result_of(lines.read(file))))
         return
     rows = [["shape", "dtype", "programs a multiprocessor", "stretches", "halo rows of a backward", *COPY]]
     for dtype, shape in product(DTYPES, SHAPES):

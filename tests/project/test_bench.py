@@ -22,7 +22,7 @@ from tests.conftest import ROOT, gpu, more, python, skip_on_formula, skip_withou
 
 skip_without("matplotlib", "pytest_benchmark")
 
-from bench.measure import before, figures, lines, machine, nets, report, results, timing  # noqa: E402
+from bench.measure import before, figures, lines, machine, report, results, timing  # noqa: E402
 from bench.measure.timing import Rounds  # noqa: E402
 
 pytestmark = pytest.mark.main
@@ -113,19 +113,6 @@ def test_the_package_of_another_checkout_keeps_its_code_beside_this_one(
         before.load(ROOT / "docs")
 
 
-def test_each_way_of_fastreg_in_each_benchmark_has_one_of_the_other_checkout() -> None:
-    skip_on_formula("cpu")
-    said = python("-m", "pytest", "bench", "--collect-only", "-q", f"--before={ROOT}").stdout
-    ways: dict[str, set[str]] = {}
-    for test, way in re.findall(r"::(\w+)\[(?:.*-)?(\w+)\]$", said, re.MULTILINE):
-        ways.setdefault(test, set()).add(way)
-    ours = {way.replace(" ", "_") for way in [*results.OURS, "fused dropout alone"]}
-    assert len(ways) == 10
-    for test, found in ways.items():
-        assert {way for way in found if way.endswith("_before")} == {f"{way}_before" for way in found & ours}, test
-        assert found & ours or test == "test_sweep"
-
-
 def test_kernels_that_are_missing_or_older_than_their_sources_are_refused(tmp_path: Path) -> None:
     """Benchmarks would measure the formula, of this checkout or of another one, and tests would test it."""
     skip_on_formula("cpu")
@@ -143,21 +130,6 @@ def test_kernels_that_are_missing_or_older_than_their_sources_are_refused(tmp_pa
         assert re.search(rf"^ERROR: fastreg runs the plain formula on CPUs: .*\n.*\n {{4}}{build}$", said, re.MULTILINE)
     said = python("-m", "pytest", "tests/call", "--collect-only", folder=own, fails=True).stderr
     assert re.search(r"was built from another version .*\n {4}\S+ setup\.py --quiet build_ext$", said, re.MULTILINE)
-
-
-def test_each_way_of_a_step_adds_the_penalty_as_its_name_says() -> None:
-    from bench import test_step
-
-    kinds = {}
-    for way, chosen in test_step.WAYS["variational"].items():
-        net = nets.LSTM(8, chosen.dropout or test_step.OWN["variational"])
-        chosen.start(net)
-        ((rnn, dropout),) = net.pairs
-        hooked = bool({**rnn._forward_hooks, **rnn._forward_pre_hooks})
-        kinds[way] = "hooks" if hooked else "activations" if chosen.in_hand else type(dropout).__name__
-    in_hand = dict.fromkeys(["eager", "tight", "compiled", "compiled step", "fused_ar_tar"], "activations")
-    own = {"no penalty": "LockedDropout", "compiled with dropout": "CompiledDropout", "attach": "hooks"}
-    assert kinds == in_hand | own | dict.fromkeys(["fused dropout", "fused dropout alone"], "FusedRNNDropout")
 
 
 def test_what_a_way_adds_is_printed_in_milliseconds_and_its_ratio_to_its_counterpart() -> None:
@@ -210,73 +182,50 @@ def test_steps_are_checked() -> None:
     assert "1 failed, 10 passed" in output
 
 
-@more
-def test_two_runs_are_compared_and_drawn_by_options_of_pytest_benchmark(tmp_path: Path) -> None:
-    skip_on_formula("cpu")
-    skip_without("pygal")
-    own = "bench", "-k", "20x70x96-float32 and fastreg", f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.02"
-    python("-m", "pytest", *own, "--benchmark-save=one", **ENVIRONMENT)
-    drawn = f"--benchmark-histogram={tmp_path}/drawn"
-    assert "(0001_one)" in python("-m", "pytest", *own, "--benchmark-compare", drawn, **ENVIRONMENT).stdout
-    assert [*tmp_path.glob("drawn*.svg")]
-
-
-def test_options_without_effect_are_refused() -> None:
-    done = python("-m", "pytest", "bench", "--benchmark-cprofile=tottime", "--collect-only", fails=True)
-    assert "--benchmark-cprofile has no effect here: " in done.stderr
-
-
-def test_rows_of_a_busy_machine_are_missing() -> None:
-    found = results.read(next(machine.RESULTS.glob("*.json")))
-    busy, *others = (row for row in found["benchmarks"] if row["extra_info"].get("allocator") != machine.DEFAULT)
-    busy["extra_info"]["waiting"] = 0.5
-    merged = results.merged([found | {"benchmarks": [busy, *others]}])
-    assert merged["benchmarks"] == others
-    page = "\n".join(report.tables(results.result_of(json.loads(results.compact(merged)))))
-    (line,) = [x for x in page.splitlines() if "threads waited for a core during more than 10% of the time: " in x]
-    assert f"{busy['group']}/{busy['name']}" in line
+def row(case: str, way: str, facts: dict[str, Any], seconds: float, **found: Any) -> dict[str, Any]:
+    about = {"shape": [2, 3, 4], "allocator": machine.KEPT, "waiting": 0.0, "over": {}} | facts | found
+    return {
+        "group": case,
+        "name": way,
+        "extra_info": about,
+        "stats": dict.fromkeys(results.COLUMNS, 0) | {"median": seconds},
+    }
 
 
 def test_each_table_shows_what_is_computed_by_hand() -> None:
     """The fastest formula of the step is the eager one, and the geometric mean of 1/2 and 1/8 is 1/4."""
-    kept, bf16 = {"shape": [2, 3, 4], "allocator": machine.KEPT}, {"dtype": "bfloat16"}
-    call, sweep = (kept | {"pass": kind, "dtype": "float32"} for kind in (results.BOTH, "sweep"))
-    step = kept | {"pass": "step", "model": "LSTM", "dropout": "variational"}
-    default = {"allocator": machine.DEFAULT}
-    trainer = step | default | {"pass": "Lightning", "shape": [16, 70, 200], "dropout": "elementwise"}
-    by_default = call | default | {"pass": "dropout", "dropout": "variational"}
+    call, sweep = ({"pass": kind, "dtype": "float32"} for kind in (results.BOTH, "sweep"))
+    step = {"pass": "step", "model": "LSTM", "dropout": "variational"}
+    trainer = {"pass": "Lightning", "model": "LSTM", "shape": [16, 70, 200], "dropout": "elementwise"}
+    trainer["allocator"] = machine.DEFAULT
+    dropout = call | {"pass": "dropout", "dropout": "variational"}
     without, lost = {"no penalty": [1.2, 0.005]}, {"no penalty": [1.03, 0.02]}
-    made_up: list[tuple[str, str, dict[str, Any], float, dict[str, Any]]] = [  # case, way, facts, seconds, figures
-        ("a", "no penalty", step, 0.010, {"peak_bytes": 100e6}),
-        ("a", "compiled", step, 0.016, {"peak_bytes": 150e6, "added": [0.006, 0.001], "over": lost}),
-        ("a", "eager", step, 0.010, {"peak_bytes": 160e6, "added": [0.0, 0.0], "over": without}),
-        ("a", "attach", step, 0.012, {"added": [0.0017, 0.0001], "over": without | {"eager": [1.2, 0.02]}}),
-        ("b", "compiled", call, 0.004, {}),
-        ("b", "fastreg", call, 0.002, {"over": {"compiled": [0.5, 0.0]}}),
-        ("c", "compiled", call | bf16, 0.004, {}),
-        ("c", "fastreg", call | bf16, 0.0005, {"over": {"compiled": [0.125, 0.0]}}),
-        ("d", "compiled with dropout", by_default, 0.001, {}),
-        ("d", "fastreg", by_default, 0.001, {"over": {"compiled with dropout": [1, 0], "fused_ar_tar": [0.4, 0]}}),
-        ("d", "fused_ar_tar", by_default, 0.0023, {"over": {"compiled with dropout": [2.3, 0.0]}}),
-        ("e", "8", sweep | {"programs": 1024}, 0.001, {"graph_rotated_seconds": 5e-6}),
-        ("f", "no penalty", trainer, 0.010, {"operators": 60}),
-        ("f", "eager", trainer, 0.011, {"operators": 92, "over": {"no penalty": [1.1, 0.01]}}),
-        ("f", "tight", trainer, 0.011, {"operators": 92, "over": lost}),
-        (
-            "f",
-            "adapter",
-            trainer,
-            0.01,
-            {"operators": 72.4, "over": {"no penalty": [0.95, 0.01], "eager": [0.9, 0.01]}},
-        ),
-    ]
     rows = [
-        {"group": case, "name": way, "extra_info": about | {"over": {}} | found, "stats": {"median": seconds}}
-        for case, way, about, seconds, found in made_up
+        row("a", "no penalty", step, 0.010, peak_bytes=100e6),
+        row("a", "compiled", step, 0.016, peak_bytes=150e6, over=lost),
+        row("a", "eager", step, 0.010, peak_bytes=160e6, over=without),
+        row("a", "attach", step, 0.012, over=without | {"eager": [1.2, 0.02]}),
+        row("a", "fused dropout", step, 0.012, waiting=0.5),
+        row("b", "compiled", call, 0.004),
+        row("b", "fastreg", call, 0.002, over={"compiled": [0.5, 0.0]}),
+        row("c", "compiled", call | {"dtype": "bfloat16"}, 0.004),
+        row("c", "fastreg", call | {"dtype": "bfloat16"}, 0.0005, over={"compiled": [0.125, 0.0]}),
+        row("d", "compiled with dropout", dropout, 0.001),
+        row("d", "fastreg", dropout, 0.001, over={"compiled with dropout": [1, 0], "fused_ar_tar": [0.4, 0]}),
+        row("d", "fused_ar_tar", dropout, 0.0023, over={"compiled with dropout": [2.3, 0.0]}),
+        row("e", "8", sweep | {"programs": 1024}, 0.001, graph_rotated_seconds=5e-6),
+        row("f", "no penalty", trainer, 0.010, operators=60),
+        row("f", "eager", trainer, 0.011, operators=92, over={"no penalty": [1.1, 0.01]}),
+        row("f", "tight", trainer, 0.011, operators=92, over=lost),
+        row("f", "adapter", trainer, 0.01, operators=72.4, over={"no penalty": [0.95, 0.01], "eager": [0.9, 0.01]}),
     ]
-    result = results.result_of(results.read(next(machine.RESULTS.glob("*.json"))) | {"missing": {}, "benchmarks": rows})
+    (found,) = (json.loads(file.read_text()) for file in machine.RESULTS.glob("*.json"))
+    runs = [[x for x in rows if x["extra_info"]["allocator"] == allocator] for allocator in machine.ALLOCATORS]
+    merged = results.merged([found | {"missing": {}, "benchmarks": run} for run in runs])
+    result = results.result_of(json.loads(results.compact(merged)))
     page = "\n".join(report.tables(result)).splitlines()
     for line in (
+        f"- Not measured, {results.BUSY}: a/fused dropout.",
         "| LSTM, (2, 3, 4), variational dropout | 10 ms | +20.0 ± 0.5% | no difference seen, ±2% | +20.0 ± 0.5% |",
         "| LSTM, (2, 3, 4), variational dropout | 1.20±0.02 |",
         "| LSTM, (2, 3, 4), variational dropout | 100 MB | +60% | +50% |  |",  # peak memory
@@ -288,27 +237,16 @@ def test_each_table_shows_what_is_computed_by_hand() -> None:
     ):
         assert line in page, line
     assert "2 of 6 ratios are above 1" in report.losing([result])
-    assert "| (2, 3, 4), float32, variational dropout | default allocator | 2.300±0.000 |" in report.losing([result])
+    assert "| (2, 3, 4), float32, variational dropout | memory kept | 2.300±0.000 |" in report.losing([result])
     lightning = report.in_full([result]).splitlines()[2]
     assert lightning.endswith("in Lightning | 10 ms | +10 ± 1% | no difference seen, ±2% | \N{MINUS SIGN}5 ± 1% |")
     brief = "| +10 ± 1% | no difference seen, ±2% |  |  | \N{MINUS SIGN}5 ± 1% |  |\n\nMeasured on "
     assert brief in report.in_brief([result]), "of the README"
 
 
-def test_what_is_committed_is_what_was_measured() -> None:
-    """Every row is on the page of its machine."""
-    found = [results.load(file) for file in machine.RESULTS.glob("*.json")]
-    for result in found:
-        assert "Fake" not in result.machine["device"], "kernels that do nothing take no time"
-        page = report.all_rows(result)
-        for case in result.cases:
-            title = report.TITLES[case.info["pass"]]
-            assert any(f"| {report.words(case)} |" in part for part in page.split("## ") if part.startswith(title)), (
-                case.name
-            )
-        for kind, label, _, figure in report.ratios(result):
-            row = rf"^\| {re.escape(label)} \|.* {figure} \|"
-            assert re.search(row, page, re.MULTILINE), f"{kind} is not on the page"
+def test_the_pages_show_what_was_measured() -> None:
+    found = results.load()
+    assert not any("Fake" in result.machine["device"] for result in found), "kernels that do nothing take no time"
     for page, text in report.pages(found).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
 
