@@ -157,7 +157,7 @@ def test_callbacks_and_searches_get_the_loss_of_the_module_without_the_penalty(a
 def test_a_line_search_gets_the_loss_with_the_penalty() -> None:
     class Searched(Module):
         def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+            return torch.optim.LBFGS(self.parameters(), lr=0.5, max_iter=8, line_search_fn="strong_wolfe")
 
     module, formula = lm.seeded(Searched), lm.seeded(Searched, "rnn")
     fit(module, callback())

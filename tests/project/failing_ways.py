@@ -33,11 +33,9 @@ def wrong(raw: Any, dropped: Any, alpha: float, beta: float) -> Any:
 
 def pytest_collection() -> None:
     """Add the ways, after the package of another checkout has been imported."""
-    from bench import test_call, test_step
+    from bench import test_call
 
     full = Mock(side_effect=torch.OutOfMemoryError("out of memory. Tried to allocate 2 GiB"))
     error = Mock(side_effect=ValueError("no\nsuch"))
     test_call.WAYS |= {"aborts": lambda *_, **__: os.abort(), "hangs": hang, "wrong": wrong, "raises": error}
     test_call.WAYS |= {"is_too_large": late(full), "aborts_late": late(os.abort)}
-    test_step.WAYS["variational"] |= {"wrong": test_step.by(wrong)}
-    test_step.CASES.append(("LSTM", (8, 10, 16), "variational", "wrong"))

@@ -9,12 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 from bench.measure.timing import threads
 from bench.study import demo, report, run, training
@@ -38,31 +36,13 @@ def test_the_demo_trains_end_to_end(
     output = capsys.readouterr().out
     rows = [[float(x) for x in line.split()] for line in re.findall(r"^ +\d.* +\d+ .*$", output, re.MULTILINE)]
     (unigram,) = re.findall(r"word frequencies alone: ([\d.]+)", output)
-    apart = []
     for regularized, plain in zip(rows[::2], rows[1::2], strict=True):
         assert (regularized[:2], plain[:2], regularized[3], plain[3]) == ([2, 1], [0, 0], 2, 2)
         assert plain[4] < float(unigram)
         assert all(0 < small < large for small, large in zip(regularized[-2:], plain[-2:], strict=True)), "AR and TAR"
-        apart.append(regularized[5] - plain[5])
-    said = re.search(r"change the test perplexity by (\S+)±(\S+)", output)
-    assert said
-    want = mean(apart), stdev(apart) / len(apart) ** 0.5
-    assert [float(said[1]), float(said[2])] == pytest.approx(want, abs=0.016), "of perplexities with two decimals"
+    (said,) = re.findall(r"change the test perplexity by (\S+)±", output)
+    assert float(said) == pytest.approx(mean(x[5] - y[5] for x, y in zip(rows[::2], rows[1::2], strict=True)), abs=0.02)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_training_ends_when_its_validation_loss_stops_falling():
-    model = nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 64.0)
-    stopping, rates = training.EarlyStopping(model, optimizer), []
-    for epoch, loss in enumerate([5.0, 4.0, 4.5, 4.0, 3.0, *[3.5] * 3, *[3.0] * 3, 3.1, 3.0, 2.0, *[2.5] * 9]):
-        model.weight.data.fill_(epoch)
-        if stopping.ends(loss):
-            break
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [64.0] * 7 + [16.0] * 3 + [4.0] * 6, "no fall for three epochs, twice; the third time it ends"
-    stopping.restore()
-    assert model.weight.item() == 13, "the weights of the best epoch"
 
 
 def test_the_committed_study_is_whole_and_its_pages_agree():
@@ -87,13 +67,8 @@ NOTEBOOK = "fastai_lm.ipynb"
 FASTAI1 = "fastai1.py"  # tests/adapters/test_fastai1.py runs it, in another process
 
 
-def test_every_example_is_run_and_on_a_page_and_on_the_site() -> None:
-    files = {file.name for file in (ROOT / "examples").iterdir() if file.is_file()}
-    assert files == {*SCRIPTS, NOTEBOOK, FASTAI1}
-    pages = "".join(page.read_text() for page in ROOT.glob("docs/*.md"))
-    assert all(f"(../examples/{file})" in pages for file in files)
-    site = (ROOT / "mkdocs.yml").read_text()
-    assert all(f": examples/{file.removesuffix('.py')}.md\n" in site for file in [*SCRIPTS, FASTAI1])
+def test_every_example_is_run() -> None:
+    assert {file.name for file in (ROOT / "examples").glob("*.*")} == {*SCRIPTS, NOTEBOOK, FASTAI1}
 
 
 @pytest.mark.filterwarnings("ignore")  # the frameworks' own
