@@ -62,12 +62,12 @@ pytest: $(VENV)/test $(VENV)/frameworks
 
 test-interpreted: $(VENV)/test
 	@echo "== the same samples through the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise and not forwards" \
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m "numbers or interpreted" -k "not repeats_bitwise" \
 	    $(INTERPRETED) tests/kernels tests/call
 
 test-ptx: $(VENV)/test
 	@echo "== the kernels as compiled for an H100, run on the CPU instruction by instruction"
-	$(PYTEST) $(PARALLEL) -p tests.kernels.ptx -m "numbers and not gpu" -k "not forwards" $(EXECUTED) tests/kernels tests/call
+	$(PYTEST) $(PARALLEL) -p tests.kernels.ptx -m "numbers and not gpu" $(EXECUTED) tests/kernels tests/call
 
 # glibc's allocator reads these variables when a process starts. Without them it returns large blocks to the system.
 KEPT = MALLOC_TRIM_THRESHOLD_=4073741824 MALLOC_MMAP_THRESHOLD_=1073741824

@@ -29,7 +29,7 @@ from fastreg.attach.mark import tensors_in
 from tests import language_model as lm
 from tests.attach import cp, frozen, no_grad, steps
 from tests.calls import Nothing
-from tests.conftest import memory_of, skip_on_formula, without
+from tests.conftest import without
 from tests.language_model import ALPHA, BATCH, BETA, FUSED, HIDDEN, PLAIN, STARTS, TIME, VALID, Attached
 
 LINEAR, SHAPE = nn.Linear(HIDDEN, HIDDEN), (BATCH, TIME, HIDDEN)
@@ -388,14 +388,6 @@ def test_the_activations_of_a_run_go_with_its_outputs_or_the_backward(end: str, 
     del run
     assert [x() for x in memory if x() is not None] == []
     assert loss is None or loss.grad_fn is not None  # the loss lives
-
-
-def test_a_run_forms_no_gradients_ahead() -> None:
-    """They would take memory during the forwards of all other layers."""
-    skip_on_formula("cpu")
-    module, reg, x = nn.Identity(), lm.regularizer(), torch.randn(8, 7, 900, requires_grad=True)
-    reg.attach(module, batch_first=True)
-    assert memory_of(lambda: module(x), "cpu")[0] < 0.5 * x.nbytes
 
 
 @lm.each_dropout

@@ -18,7 +18,7 @@ import torch
 
 import fastreg
 from fastreg import fused_ar_tar
-from tests.conftest import ROOT, gpu, python, skip_on_formula, skip_without
+from tests.conftest import ROOT, python, skip_on_formula, skip_without
 
 skip_without("matplotlib", "pytest_benchmark")
 
@@ -56,17 +56,6 @@ def test_peak_bytes_are_those_of_the_temporaries(device: str) -> None:
     # There are two temporaries at a time, and one of them together with the result.
     assert figures.peak_bytes(lambda _: (x.exp().add(1).exp(),), device) == pytest.approx(x.nbytes, abs=64)
     assert figures.peak_bytes(lambda _: (), "cpu") is None
-
-
-@gpu
-def test_fastreg_launches_two_kernels_and_the_formulas_more() -> None:
-    """The formula launches 30 kernels in bfloat16, forward and backward, the compiled formula 6, and fastreg 2."""
-    from bench import test_call
-
-    inputs, one = test_call.penalty_inputs(test_call.SMALL, torch.bfloat16), torch.ones((), device="cuda")
-    for way, count in {"eager": 30, "compiled": 6, "fastreg": 2}.items():
-        penalty = partial(test_call.WAYS[way], *inputs, 2.0, 1.0)
-        assert figures.launches(lambda _, penalty=penalty: torch.autograd.grad(penalty(), inputs, one)) == count, way
 
 
 @pytest.mark.usefixtures("dynamo")
@@ -204,11 +193,3 @@ def test_the_pages_show_what_was_measured() -> None:
     assert not any("Fake" in result.machine["device"] for result in found), "kernels that do nothing take no time"
     for page, text in report.pages(found).items():
         assert page.read_text() == text, "run `python -m bench.measure.report`"
-
-
-def test_the_first_minutes_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:
-    command, environment = ["bash", "bench/on_gpu.sh", "first"], ENVIRONMENT | {"OUT": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode
-    assert "expected a GPU, got none" in done.stderr
-    assert not [*tmp_path.iterdir()]

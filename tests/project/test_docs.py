@@ -216,6 +216,9 @@ def test_pyright_takes_the_code_of_the_pages(tmp_path: Path) -> None:
 
 RECIPES, RL = ROOT / "docs" / "recipes.md", ROOT / "docs" / "reinforcement-learning.md"
 Loss = Callable[[Tensor], Tensor]
+PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
+DRAWN = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
+VALID, STARTS = DRAWN < 0.7, DRAWN < 0.25
 
 
 def recipe(name: str, page: Path = RECIPES) -> Any:
@@ -234,36 +237,13 @@ def check(ours: Loss, theirs: Loss, *shape: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(3 * value, x) for value in (got, want)))
 
 
-PREFIX = torch.arange(9) < torch.tensor([6, 9, 2])[:, None]
-DRAWN = torch.rand(3, 12, generator=torch.Generator().manual_seed(4))
-VALID, STARTS = DRAWN < 0.7, DRAWN < 0.25
-
-
-@pytest.mark.parametrize("mask", [None, PREFIX])
-def test_reconstruction_and_velocity_equal_the_loss_of_diffposetalk(mask: Any) -> None:
-    """In the loss of DiffPoseTalk a change counts if its second step counts."""
-    function, target, counts = recipe("reconstruction_and_velocity"), torch.randn(3, 9, 6), PREFIX | (mask is None)
-
-    def diffposetalk(pred: Tensor) -> Tensor:
-        velocity = F.mse_loss(target.diff(dim=1), pred.diff(dim=1), reduction="none")[counts[:, 1:]].mean()
-        return 2.0 * F.mse_loss(target, pred, reduction="none")[counts].mean() + 5.0 * velocity
-
-    check(lambda pred: function(pred, target, 2.0, 5.0, mask), diffposetalk, 3, 9, 6)
-
-
 def test_curvature_equals_second_differences() -> None:
-    """In DiffPoseTalk's, too, only the last of three steps has to count."""
+    """In the loss of DiffPoseTalk only the last of three steps has to count."""
     function, may_follow = recipe("curvature"), VALID[:, 1:] & ~STARTS[:, 1:]
     counts = VALID[:, :-2] & may_follow[:, :-1] & may_follow[:, 1:]
     check(lambda x: function(x, 1.0, PREFIX), lambda x: x.diff(n=2, dim=1)[PREFIX[:, 2:]].square().mean(), 3, 9, 12)
     check(lambda h: function(h, 6), lambda h: h.diff(n=2, dim=1).square().sum(-1).mean(), 3, 9, 6)
     check(lambda x: function(x, 1.0, VALID, STARTS), lambda x: x.diff(n=2, dim=1)[counts].square().mean(), 3, 12, 6)
-
-
-def test_action_smoothness_equals_squared_changes_within_episodes() -> None:
-    function, episodes = recipe("action_smoothness", RL), STARTS.T.float()
-    smoothness = lambda x: truth(x, x, 0.0, 2.0, starts=STARTS).penalty  # noqa: E731
-    check(lambda x: function(x.transpose(0, 1), episodes, 2.0), smoothness, 3, 12, 5)
 
 
 # By words of a row, for activations that are not (batch, time, features).
