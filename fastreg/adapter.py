@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastreg.attach.activations import check_output, described
 from fastreg.attach.attachment import Attachment
-from fastreg.attach.regularizer import RNNRegularizer
+from fastreg.attach.regularizer import RNNRegularizer, ScaledRates
 from fastreg.attach.source import Masks
 from fastreg.call.arguments import time_axis_of
 from fastreg.call.problem import TimeAxis, data_of, is_list
@@ -256,9 +256,7 @@ class Adapter:
             write: a function that sets them.
         """
         if self.bptt and (steps := self.time_steps()):
-            lrs = read()
-            self.scaled.callback(write, lrs)
-            write([lr * steps / self.bptt for lr in lrs])
+            self.scaled.enter_context(ScaledRates(read, write, steps / self.bptt))
 
     def add_penalty(self, loss: Tensor, size: int = 0, parts: int = 1) -> Tensor:
         """Return the loss of a training step with the penalty, or the loss itself if there is nothing to add.

@@ -9,8 +9,8 @@ captures.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any, Literal
 
@@ -353,8 +353,20 @@ class RNNRegularizer:
             raise RuntimeError("scaled_lr: the usual sequence length is not known; pass RNNRegularizer(..., bptt=...)")
         if not hasattr(optimizer, "param_groups"):  # wrappers of an optimizer have them, too
             raise TypeError(f"optimizer: expected an optimizer with param_groups, got {type(optimizer).__name__}")
-        steps = check_count("seq_len", seq_len)
-        return _scaled_lr(optimizer, steps / check_count("bptt", self.bptt))
+        factor = check_count("seq_len", seq_len) / check_count("bptt", self.bptt)
+        groups = [*optimizer.param_groups]
+
+        def read() -> list[Any]:
+            return [x["lr"].clone() if isinstance(x["lr"], Tensor) else x["lr"] for x in groups]
+
+        def write(lrs: list[Any]) -> None:
+            for group, lr in zip(groups, lrs, strict=True):
+                if isinstance(lr, Tensor):
+                    group["lr"].copy_(lr)  # a captured CUDA graph reads this tensor, which groups may share
+                else:
+                    group["lr"] = lr
+
+        return ScaledRates(read, write, factor)
 
 
 def reset_of(model: object) -> Callable[[], object] | None:
@@ -371,21 +383,21 @@ def reset_of(model: object) -> Callable[[], object] | None:
     return None if isinstance(reset, nn.Module) else reset
 
 
-@contextmanager
-def _scaled_lr(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """Scale the learning rate of every group, and restore it."""
-    groups = [(group, group["lr"]) for group in optimizer.param_groups]
-    before = [lr.clone() if isinstance(lr, Tensor) else lr for _, lr in groups]
+class ScaledRates(AbstractContextManager[None]):
+    """Scale learning rates by a factor in a `with` block, and restore them at its end.
 
-    def scale(factor: float) -> None:
-        for (group, lr), value in zip(groups, before, strict=True):
-            if isinstance(lr, Tensor):  # a captured CUDA graph reads this tensor, which groups may share
-                lr.copy_(factor * value)
-            else:
-                group["lr"] = factor * value
+    Args:
+        read: a function that returns the learning rates.
+        write: a function that sets them.
+        factor: the factor.
+    """
 
-    try:
-        scale(factor)
-        yield
-    finally:
-        scale(1.0)
+    def __init__(self, read: Callable[[], list[Any]], write: Callable[[list[Any]], Any], factor: float) -> None:
+        self.read, self.write, self.factor, self.before = read, write, factor, list[Any]()
+
+    def __enter__(self) -> None:
+        self.before = self.read()
+        self.write([self.factor * lr for lr in self.before])
+
+    def __exit__(self, *_: object) -> None:
+        self.write(self.before)
