@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.attach.activations import check_output, described
-from fastreg.attach.attachment import Attachment
 from fastreg.attach.regularizer import RNNRegularizer, ScaledRates
 from fastreg.attach.source import Masks
 from fastreg.call.arguments import time_axis_of
@@ -122,7 +121,8 @@ class Adapter:
         regularizer: the regularizer.
         paths: the names of its modules.
         batch: the only input of the batch, or a list of all, where the framework does not hold them: see `inputs`.
-        handles: the handles of the attached modules, one for each path; there are none between fits.
+        handles: the handles of the attached modules, one for each path, or of another hook on the model; there are none
+            between fits.
         lengths: the numbers of time steps and of sequences of the longest run of this step; 0 and 0 without one.
         scaled: restores the learning rates that `scale` has set.
         sums: the sums of AR and of TAR since the last log, weighted by the sizes of the steps, on their device, and the
@@ -134,7 +134,9 @@ class Adapter:
     ar, tar = property(lambda self: self.regularizer.ar), property(lambda self: self.regularizer.tar)
     say: Callable[[str], Any] = staticmethod(print)
 
-    def prepare(self, alpha: Any, beta: Any, options: Mapping[str, Any], bptt: int | None = None) -> None:
+    def prepare(
+        self, alpha: Any, beta: Any, options: Mapping[str, Any], bptt: int | None = None, layers: Any = None
+    ) -> None:
         """Take the arguments of an adapter, before any fit.
 
         Args:
@@ -142,6 +144,7 @@ class Adapter:
             beta: coefficient of TAR, as for alpha.
             options: the arguments of `Paths`.
             bptt: as for `RNNRegularizer`.
+            layers: as for `RNNRegularizer`.
 
         Raises:
             TypeError: an option is unknown, or there are paths, but no coefficients.
@@ -150,8 +153,8 @@ class Adapter:
         if options.get("rnn") is not None and alpha is None and beta is None:
             raise TypeError("alpha and beta: expected coefficients beside rnn, got none; 0 leaves a term out")
         coefficients = [0.0 if x is None else x for x in (alpha, beta)]
-        self.regularizer, self.paths = RNNRegularizer(*coefficients, bptt=bptt), Paths(**options)
-        self.handles, self.batch, self.sums, self.scaled = list[Attachment](), (), NO_SUMS, ExitStack()
+        self.regularizer, self.paths = RNNRegularizer(*coefficients, layers=layers, bptt=bptt), Paths(**options)
+        self.handles, self.batch, self.sums, self.scaled = list[Any](), (), NO_SUMS, ExitStack()
         self.lengths, self._captured, self._is_shown = NO_LENGTHS, "", False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -219,8 +222,9 @@ class Adapter:
             TypeError, ValueError, RuntimeError: as `RNNRegularizer.on_loss_begin`.
             ValueError: the sizes of the batch show that raw may be time first.
         """
-        raw, layout = check_output(output)[1], self.paths.layout()
-        raw = raw[-1] if is_list(raw) else raw
+        given, layout = check_output(output)[1], self.paths.layout()
+        layers = [*given] if is_list(given) else [given]
+        raw, counted = layers[-1], layers if self.regularizer.layers == "all" else layers[-1:]
         shape, batch = (*data_of(raw).shape,), (*getattr(next(iter(self.inputs()), None), "shape", ()),)
         if layout == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
@@ -233,7 +237,8 @@ class Adapter:
             kept = min(mask.shape[axis], shape[time])
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
-        self._captured = "" if self._is_shown else f"the model's output: {described(raw, time_axis, masks)}"
+        if not self._is_shown:
+            self._captured = "\n".join([f"the model's output: {described(x, time_axis, masks)}" for x in counted])
         return decoded
 
     def time_steps(self) -> int:

@@ -10,8 +10,9 @@ fastai's callbacks cannot regularize a model that returns only its output. Name 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -40,6 +41,24 @@ class OutputDropout(FusedRNNDropout):
 
     def __reduce__(self) -> Any:
         return RNNDropout, (self.p,), {"training": self.training}
+
+
+class LayersHook:
+    """Capture all layers in the output of a model, as fastai's `RNNCallback` captures the last one, until `remove()`.
+
+    A copy or a pickle is a hook that does nothing, and loads without fastreg.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.raw_out: Any = None
+        self.out: Any = None
+        self.remove = model.register_forward_hook(self).remove
+
+    def __call__(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        _, self.raw_out, self.out = output
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Column(ValueMetric):
@@ -75,6 +94,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
         bptt: the usual number of time steps: each optimizer step runs at `lr * time / bptt`, as in AWD-LSTM, where
             `time` is the length of the batch's first input if that is two-dimensional and of indices, and otherwise the
             number of time steps of raw. Of indices, time is the axis that is not raw's batch, or else the second one.
+        layers: which layers count if the model returns lists with a tensor for each layer: `"last"`, like `None`, as in
+            fastai, or `"all"`, whose penalties add up. It cannot be given together with `rnn`.
         **options: as for `fastreg.adapter.Paths`; `valid` and `starts` get the inputs of the batch, `valid(*learn.xb)`.
 
     Raises:
@@ -98,9 +119,10 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
         alpha: Coefficient | None = None,
         beta: Coefficient | None = None,
         bptt: int | None = None,
+        layers: Literal["last", "all"] | None = None,
         **options: Any,
     ) -> None:
-        self.prepare(alpha, beta, options, bptt)
+        self.prepare(alpha, beta, options, bptt, layers)
         self.columns = [Column(partial(self.mean, i), name) for i, name in enumerate(["ar", "tar"])]
 
     def before_fit(self) -> None:
@@ -114,6 +136,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
                 "and dropout=, for one that returns only its output, got neither"
             )
         self.start(get_model(self.learn.model))
+        if self.paths.rnn is None and self.regularizer.layers == "all":
+            self.handles.append(LayersHook(self.learn.model))
         self.learn.metrics = Metrics([*without_columns(self.learn.metrics), *self.columns])
 
     def before_train(self) -> None:
@@ -158,8 +182,8 @@ class RNNRegularizer(Adapter, stock.RNNRegularizer):
             print(words)
 
     def captures(self) -> list[Any]:
-        """Return the callbacks of fastai that capture the activations."""
-        return [cb for cb in self.learn.cbs if isinstance(cb, stock.RNNCallback)]
+        """Return what captures the activations: a hook for all layers, if there is one, and fastai's callbacks."""
+        return [x for x in (*self.handles, *self.learn.cbs) if isinstance(x, (LayersHook, stock.RNNCallback))]
 
     def forget(self) -> None:
         """Free the activations, which fastai would hold until the next prediction."""
@@ -216,8 +240,9 @@ def fuse(learn: Learner, **options: Any) -> Learner:
 
     Args:
         learn: the learner.
-        **options: as for `fastreg.adapter.Paths`; `dropout=True` swaps the last dropout of a language model, an
-            `RNNDropout`, for a `fastreg.FusedRNNDropout`, which computes the penalty in the pass of the dropout.
+        **options: as for `fastreg.adapter.Paths`; and `layers`, as for `RNNRegularizer`. `dropout=True` swaps the last
+            dropout of a language model, an `RNNDropout`, for a `fastreg.FusedRNNDropout`, which computes the penalty in
+            the pass of the dropout.
 
     Raises:
         TypeError: an argument has the wrong type.

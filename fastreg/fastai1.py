@@ -10,7 +10,7 @@ or pass these arguments to `RNNTrainer`.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -65,6 +65,8 @@ class RNNTrainer(Adapter, LearnerCallback):
             afterwards, also after an error. Of indices, time is the axis that is not raw's batch, or else the second
             one. If the first input has other integers, such as categories, pass False, and use
             `RNNRegularizer.scaled_lr`.
+        layers: which layers count if the model returns lists with a tensor for each layer, as AWD-LSTM does: `"last"`,
+            like `None`, or `"all"`, whose penalties add up. It cannot be given together with `rnn`.
         **options: as for `fastreg.adapter.Paths`; `valid` and `starts` get the inputs of the batch.
 
     Raises:
@@ -91,11 +93,12 @@ class RNNTrainer(Adapter, LearnerCallback):
         alpha: Coefficient | None = None,
         beta: Coefficient | None = None,
         adjust: bool = True,
+        layers: Literal["last", "all"] | None = None,
         **options: Any,
     ) -> None:
         if adjust and bptt is None:
             raise ValueError("bptt: expected the usual number of time steps to adjust the lr to, or adjust=False")
-        self.prepare(alpha, beta, options, bptt)
+        self.prepare(alpha, beta, options, bptt, layers)
         LearnerCallback.__init__(self, learn)
         self.adjust = adjust
 
@@ -139,7 +142,8 @@ class RNNTrainer(Adapter, LearnerCallback):
 
     def get_state(self, minimal: bool = True) -> dict[str, Any]:
         """Return the attributes from which `Learner.purge` and `load_learner` make the callback again."""
-        return {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
+        kept = {name: getattr(self, name) for name in ("bptt", "alpha", "beta", "adjust", "paths")}
+        return kept | {"layers": self.regularizer.layers}
 
 
 def fuse(learn: Learner, **options: Any) -> Learner:
@@ -151,7 +155,7 @@ def fuse(learn: Learner, **options: Any) -> Learner:
 
     Args:
         learn: the learner.
-        **options: as for `fastreg.adapter.Paths`.
+        **options: as for `fastreg.adapter.Paths`; and `layers`, as for `RNNTrainer`.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -42,7 +42,7 @@ from tests.adapters.learners import (  # noqa: E402
     LearnerContract,
     assert_holds_no_activations_after,
 )
-from tests.language_model import BATCH, TIME, VOCABULARY, gap, hooks_of  # noqa: E402
+from tests.language_model import BATCH, TIME, VOCABULARY, formula, gap, hooks_of  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = fastai.__version__ == "1.0.42"
@@ -158,6 +158,21 @@ def test_named_modules_of_the_language_model_train_the_stock_weights() -> None:
     assert gap(trained(learn), TestContract.stock_weights()) < 1e-5
 
 
+def test_all_layers_of_the_language_model_train_the_weights_of_the_formula() -> None:
+    def add(last_output: Any, **_: Any) -> None:
+        layers = zip(last_output[1], last_output[2], strict=True)
+        penalties.append(sum(formula(raw, dropped, 1, ALPHA, BETA) for raw, dropped in layers))
+
+    def take(last_loss: Tensor, **_: Any) -> Any:
+        last_loss = last_loss + penalties.pop()
+        return last_loss if OLD else {"last_loss": last_loss}
+
+    penalties = list[Any]()
+    by_hand = trained(learner(0.0, 0.0), at("on_loss_begin", add), at("on_backward_begin", take))
+    assert gap(trained(fuse(learner(), layers="all")), by_hand) < 1e-5
+    assert gap(by_hand, TestContract.stock_weights()) > 1e-3
+
+
 def test_beside_named_modules_an_output_of_three_that_is_not_of_awd_lstm_passes() -> None:
     now, x = RNNTrainer(learner(), 16, ALPHA, BETA, rnn="0.rnns.1"), torch.zeros(2)
     for output in ((x, x, x), (x, [x], [x, x]), (x, [x], [1]), (x, [x])):
@@ -218,12 +233,13 @@ def test_no_activations_are_held_after_a_step_that_failed() -> None:
 
 
 @pytest.mark.skipif(OLD, reason="it has no purge")
-def test_a_learner_that_was_purged_has_the_layout_and_the_lr_of_its_time_first_model(
+def test_a_learner_that_was_purged_has_the_layers_the_layout_and_the_lr_of_its_time_first_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     learn = TestContract().learner_of(Captures(), regularized=False, rows=SUMS)
-    learn.callbacks.append(RNNTrainer(learn, 2 * TIME, ALPHA, BETA, batch_first=False))
+    learn.callbacks.append(RNNTrainer(learn, 2 * TIME, ALPHA, BETA, layers="all", batch_first=False))
     learn.purge()
+    assert learn.callbacks[0].regularizer.layers == "all"
     assert TestContract().lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
     assert f"raw ({TIME}, {BATCH}, 6) as time {TIME}, batch {BATCH}" in capsys.readouterr().out
 

@@ -17,7 +17,18 @@ from fastreg import fused_ar_tar
 from fastreg.adapter import Adapter
 from tests import language_model as lm
 from tests.adapters.contract import BATCHES, IDS, MASKS, PATHS, TURNED, Contract, Net, keep_in_evaluation
-from tests.language_model import BATCH, TIME, VOCABULARY, Model, assert_same_weights, gap, hooks_of, seeded, tokens
+from tests.language_model import (
+    BATCH,
+    TIME,
+    VOCABULARY,
+    Model,
+    assert_same_weights,
+    criterion,
+    gap,
+    hooks_of,
+    seeded,
+    tokens,
+)
 
 ALPHA, BETA = 40.0, 30.0  # large enough to show in the weights
 SCHEDULES = [(ALPHA, BETA), (ALPHA, 0.0), (0.0, BETA), (0.0, 0.0)]
@@ -49,6 +60,22 @@ class Captures(Net):
         raw, dropped, _ = layers["rnn"]
         decoded = decoded.flatten(0, 1) if self.flat else decoded
         return (decoded, raw.transpose(0, 1), dropped.transpose(0, 1)) if self.time_first else (decoded, raw, dropped)
+
+
+class Layers(Captures):
+    """Returns the activations of two layers in lists; or its loss, with the formula for the layers that are written."""
+
+    captured = property(lambda self: not self.written)
+
+    def forward(self, ids: Tensor) -> Any:  # pyright: ignore
+        decoded, layers = self.run(ids)
+        raw, dropped, _ = zip(layers["rnn"], layers["second"], strict=True)
+        if not self.written:
+            return decoded, [*raw], [*dropped]
+        pairs = [layers[name][:2] for name in self.written]
+        terms = [torch.stack([y.pow(2).mean(), x.diff(dim=1).pow(2).mean()]) for x, y in pairs]
+        self.terms += [torch.stack(terms).sum(0)] * self.training
+        return {"loss": criterion(decoded, ids) + sum(lm.formula(x, y, 1) for x, y in pairs)}
 
 
 class Chunks(Model):
@@ -259,6 +286,24 @@ class LearnerContract(Contract):
             models[1].flat = flat
             with pytest.raises(ValueError, match=r"batch_first: .* raw is \(7, 3, 6\) and the batch \(3, 7\), got N"):
                 self.fit(models[1], {})
+
+    @pytest.mark.parametrize(("layers", "written"), [("all", ["rnn", "second"]), ("last", ["second"])])
+    def test_the_layers_of_captured_lists_train_the_weights_of_the_formula(
+        self, layers: Any, written: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model, formula = seeded(Layers), seeded(Layers, *written)
+        now = self.fit(model, {"layers": layers}, fits=2)
+        self.fit(formula, fits=2)
+        assert_same_weights(model, formula)
+        torch.testing.assert_close(torch.stack([now["ar"], now["tar"]]), formula.terms[-1])
+        assert hooks_of(model) == 0
+        assert capsys.readouterr().out.count("the model's output: raw (3, 7, 6)") == len(written)
+
+    @pytest.mark.parametrize("options", [{"layers": "first"}, {"layers": "all"} | PATHS])
+    def test_layers_name_some_of_the_lists_that_a_model_returns(self, options: Any) -> None:
+        words = "'last', 'all' or None, got 'first'|None with attach, .*, got 'all'"
+        with pytest.raises(ValueError, match=f"layers: expected ({words})$"):
+            self.fit(self.net(), options)
 
     @pytest.mark.parametrize("layout", [{}, {"time_dim": 0}])
     def test_captures_may_have_no_time_steps_or_fewer_than_the_mask(self, layout: dict[str, Any]) -> None:

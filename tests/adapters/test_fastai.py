@@ -71,6 +71,10 @@ def with_captures() -> Any:
     return of(Triple, *rnn_cbs(ALPHA, BETA))
 
 
+def with_all_layers() -> Any:
+    return of(Triple, *rnn_cbs(ALPHA, BETA, layers="all"))
+
+
 either_regularized = pytest.mark.parametrize("make", [with_paths, with_captures])
 
 
@@ -102,7 +106,7 @@ class TestContract(LearnerContract):
     callbacks = staticmethod(attrgetter("cbs"))
     cleans_up = False
 
-    @pytest.fixture(params=[{}, {"dropout": True}])
+    @pytest.fixture(params=[{}, {"dropout": True}, {"layers": "all"}])
     def options(self, request: pytest.FixtureRequest) -> dict[str, Any]:
         return request.param
 
@@ -268,15 +272,17 @@ def test_learners_that_cannot_be_trained_say_why() -> None:
         trained(learn)
 
 
-@either_regularized
-def test_a_learner_that_is_exported_after_an_interrupt_has_its_own_metrics(make: Any) -> None:
+@pytest.mark.parametrize("make", [with_paths, with_captures, with_all_layers])
+def test_a_learner_that_is_exported_after_an_interrupt_loads_with_its_own_metrics(make: Any) -> None:
     learn = make()
     with pytest.raises(KeyboardInterrupt):
         trained(learn, on("after_batch", interrupt))
     assert learn.metrics.attrgot("name") == ["ar", "tar"]
     learn.export("learner.pkl")
     with without("fastreg"):
-        assert fa.load_learner("learner.pkl").metrics == []
+        loaded = fa.load_learner("learner.pkl")
+        assert loaded.metrics == []
+        loaded.model(torch.zeros(2, 3, dtype=torch.long))
     assert len(learn.validate()) == 1
 
 
