@@ -224,7 +224,7 @@ class Adapter:
         """
         given, layout = check_output(output)[1], self.paths.layout()
         layers = [*given] if is_list(given) else [given]
-        raw, counted = layers[-1], layers if self.regularizer.layers == "all" else layers[-1:]
+        raw = layers[-1]
         shape, batch = (*data_of(raw).shape,), (*getattr(next(iter(self.inputs()), None), "shape", ()),)
         if layout == NO_LAYOUT and len(shape) == 3 and shape[:1] != batch[:1] == shape[1:2]:
             words = f"as raw is {shape} and the batch {batch}"
@@ -238,6 +238,7 @@ class Adapter:
             masks[name] = mask.narrow(axis, mask.shape[axis] - kept, kept)
         decoded = self.regularizer.on_loss_begin(output, **layout, **masks)
         if not self._is_shown:
+            counted = layers if self.regularizer.layers == "all" else [raw]
             self._captured = "\n".join([f"the model's output: {described(x, time_axis, masks)}" for x in counted])
         return decoded
 

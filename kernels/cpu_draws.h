@@ -7,8 +7,6 @@
 
 #pragma once
 
-#include <utility>
-
 #include "cpu_structures.h"
 #include "cpu_vectors.h"
 

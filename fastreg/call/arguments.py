@@ -74,9 +74,8 @@ def check_flag(name: str, flag: object) -> None:
 def check_locked(locked: object, mask: object) -> None:
     """Check `locked`, and that a mask is given only to variational dropout."""
     check_flag("locked", locked)
-    _expect(
-        locked is True or mask is None, "locked and mask", "locked=False without a mask, which it would draw, got both"
-    )
+    words = "locked=False without a mask, which it would draw, got both"
+    _expect(locked is True or mask is None, "locked and mask", words)
 
 
 def check_coefficient(name: str, value: Any) -> Coefficient:

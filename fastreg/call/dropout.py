@@ -18,6 +18,7 @@ from fastreg.call.arguments import (
     check_probability,
     check_tensor,
 )
+from fastreg.call.fold import Fold
 from fastreg.call.operation import compute
 from fastreg.call.penalty import penalize
 from fastreg.call.plan import Gradients, Inputs, Pair, Plan, Results
@@ -289,11 +290,12 @@ class SeededPlan(DropoutPlan):
     @staticmethod
     def layouts(tensors: Pair, shape: Sequence[int]) -> list[Layout | None]:
         """Return the layout of raw; the seed has none."""
-        return [*Plan.layouts((tensors[0], None), shape)]
+        return Plan.layouts((tensors[0], None), shape)
 
-    def moved(self, tensors: Pair) -> Pair:
+    @staticmethod
+    def moved(mover: Fold, tensors: Pair) -> Pair:
         """Return raw as kernels can read it, and the seed."""
-        return super().moved((tensors[0], None))[0], tensors[1]
+        return mover.moved(tensors[0]), tensors[1]
 
     def mask_operand(self, mask: Layout | None) -> Operand | None:
         """Describe the seed."""

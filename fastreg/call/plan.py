@@ -150,7 +150,7 @@ class Plan:
         self.fold, fits = fold_of(layouts, self.time_dim, is_whole, self.is_in_order)
         if not fits:
             self.mover, self.time_dim = self.fold, -2
-            tensors = self.moved(tensors)
+            tensors = self.moved(self.mover, tensors)
             layouts = self.layouts(tensors, self.mover.sizes())
             self.fold, _ = fold_of(layouts, -2, is_whole, self.is_in_order)
         self.prepare(self.backend, tensors, layouts)
@@ -167,7 +167,7 @@ class Plan:
         """Compute a call, and return its results."""
         mover = self.mover
         if mover is not None:
-            tensors = self.moved(tensors)
+            tensors = self.moved(mover, tensors)
         if self.backend is None:
             return self.formula(values, tensors)
         results = _apply(self, values, *tensors) if self.is_differentiable else self.launch(values, tensors)
@@ -177,10 +177,10 @@ class Plan:
             (*others, value), terms = results, None
         return others if mover is None else [*map(mover.restored, others)], Penalty(value, terms)
 
-    def moved(self, tensors: Pair) -> Pair:
+    @staticmethod
+    def moved(mover: Fold, tensors: Pair) -> Pair:
         """Return the tensors of a call as kernels can read them, if they cannot be read in place."""
-        move = self.mover
-        return tensors if move is None else (move.moved(tensors[0]), move.moved(tensors[1]))
+        return mover.moved(tensors[0]), mover.moved(tensors[1])
 
     def saved(self, tensors: Pair) -> Sequence[Tensor | None]:
         """Return the tensors that a node saves, with `None` for others."""

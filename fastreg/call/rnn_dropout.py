@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,18 +81,20 @@ class Formed(NamedTuple):
 
 
 class DropoutWithPenalty(nn.Module):
-    """Compute the penalty in the forward of a dropout, whose units `drop` drops, and keep it until `take()`.
+    """Compute the penalty in the forward of a dropout, and keep it until `take()`; a subclass says what is dropped.
 
     Args:
         p, alpha, beta, batch_first, time_dim: as for `FusedRNNDropout`.
 
     Attributes:
+        locked: whether a unit is dropped at all time steps, or each element by itself.
         formed: the penalty of the last forward in training, until it is taken.
 
     Raises:
         TypeError, ValueError: as `FusedRNNDropout`.
     """
 
+    locked: ClassVar[bool]
     _is_replica = False  # DataParallel sets it on its replicas
 
     def __init__(
@@ -149,7 +151,9 @@ class DropoutWithPenalty(nn.Module):
         if self._is_replica and request.is_on():
             raise RuntimeError(f"{type(self).__name__}: {REPLICATED}")
         request = request._replace(coefficients=moved(request.coefficients, check_tensor("raw", raw).device))
-        dropped, penalty = self.drop(raw, self.p if p is None else p, request)
+        drop = Drop(self.p if p is None else p, training=self.training, locked=self.locked)
+        options = Options(*request.time_axis, return_terms=True)
+        dropped, penalty = drop_and_penalize(raw, request.coefficients, request.steps(), options, drop)
         # Within a backward, activation checkpointing runs the forward again; the loss already has its penalty. Compiled
         # code cannot ask for this, and need not, because torch refuses to checkpoint this module there.
         if torch.compiler.is_compiling() or current() == -1:
@@ -157,10 +161,6 @@ class DropoutWithPenalty(nn.Module):
         return dropped
 
     form_outside = untraced(form)
-
-    def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
-        """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
-        raise NotImplementedError
 
     def time_axis(self) -> TimeAxis:
         """Return the axis of time."""
@@ -234,10 +234,7 @@ class FusedRNNDropout(DropoutWithPenalty):
         >>> loss.backward()
     """
 
-    def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
-        """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
-        options, drop = Options(*request.time_axis, return_terms=True), Drop(p, training=self.training)
-        return drop_and_penalize(raw, request.coefficients, request.steps(), options, drop)
+    locked = True
 
 
 class FusedDropout(DropoutWithPenalty):
@@ -267,7 +264,4 @@ class FusedDropout(DropoutWithPenalty):
         >>> loss.backward()
     """
 
-    def drop(self, raw: Tensor, p: float, request: Request) -> tuple[Tensor, Penalty]:
-        """Return dropped, which is raw in evaluation, and the penalty of raw and dropped."""
-        options, drop = Options(*request.time_axis, return_terms=True), Drop(p, training=self.training, locked=False)
-        return drop_and_penalize(raw, request.coefficients, request.steps(), options, drop)
+    locked = False
