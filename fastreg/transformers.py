@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreg.adapter import NAMES, NO_LAYOUT, Adapter, comes_first
-from fastreg.call.arguments import time_axis_of
+from fastreg.call.arguments import ValidShapeError, time_axis_of
 from fastreg.call.problem import Coefficient, is_list
 
 try:
@@ -156,8 +156,8 @@ class RegularizedTrainer(Adapter, Trainer):
         self.batch = [inputs]
         try:
             return step(model, inputs, *args, **kwargs)
-        except ValueError as error:
-            if not self._takes_attention_mask() or not str(error).startswith("valid:"):
+        except ValidShapeError as error:
+            if not self._takes_attention_mask():
                 raise
             raise ValueError(
                 f"{error}. This is the attention_mask of the batch, by default, and it does not fit the output of a "

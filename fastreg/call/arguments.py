@@ -40,6 +40,10 @@ PAD = "; pad_packed_sequence returns a tensor and lengths"
 HINT = " (an RNN returns its output and its state: pass the output)"
 
 
+class ValidShapeError(ValueError):
+    """Say that the mask of valid steps does not fit the activations: an adapter explains its default mask by it."""
+
+
 def _expect(fits: bool, name: str, words: str, *values: object, error: type[Exception] = ValueError) -> None:
     """Raise an error unless an argument fits.
 
@@ -338,7 +342,8 @@ def _check_shape_of_steps(name: str, given: Tensor, x: Tensor, time_dim: int) ->
         remedy = f"; if the activations are numbers, (time, batch), pass their .T and {name}.T with time_dim=1"
     names = "(time,)" if batch is None else "(time, batch)" if time < batch else "(batch, time)"
     words = "shape {} = {}, as the activations have these axes, got {}{}"
-    _expect(False, name, words, names, torch.Size(expected), given.shape, remedy)
+    error = ValidShapeError if name == "valid" else ValueError
+    _expect(False, name, words, names, torch.Size(expected), given.shape, remedy, error=error)
 
 
 def check_no_parts(x: Tensor) -> None:

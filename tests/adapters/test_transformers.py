@@ -218,6 +218,17 @@ def test_an_attention_mask_that_does_not_fit_the_module_is_named() -> None:
         fit(Masked(), data=longer)
     with pytest.raises(ValueError, match=r"^valid: .* \(3, 20\)$"):
         fit(Masked(), data=longer, valid=lambda batch: batch["attention_mask"])
+    with pytest.raises(ValueError, match=r"^starts: .* < lengths\[:, None\]$"):
+        fit(Masked(), data=MASKED, starts=lambda batch: batch["input_ids"][:, 0])
+
+
+def test_an_error_of_the_model_that_names_its_own_mask_gets_no_explanation() -> None:
+    class Strict(Masked):
+        def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Any:
+            raise ValueError("valid: this model takes none")
+
+    with pytest.raises(ValueError, match=r"^valid: this model takes none$"):
+        fit(Strict(), data=MASKED)
 
 
 def test_another_base_class_must_not_set_a_coefficient() -> None:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fastreg import FusedRNNDropout, RNNRegularizer, fused_ar_tar, fused_dropout_ar_tar, with_penalty
 from fastreg.call import backends
+from fastreg.call.arguments import ValidShapeError
 from fastreg.call.problem import TimeAxis
 from fastreg.call.rnn_dropout import Request
 from tests import language_model as lm
@@ -71,9 +72,9 @@ OF_BOTH: list[Any] = [
     (r"lengths: .*; use torch\.tensor\(\)", TypeError, {"lengths": [5, 3]}),
     ("lengths: ", ValueError, {"lengths": LENGTHS + 1}, {"lengths": LENGTHS - 4}, {"lengths": LENGTHS.to("meta")}),
     (r"valid: .*; use \.bool\(\)", TypeError, {"valid": STARTS.float()}, {"raw": META, "valid": META[..., 0]}),
-    (r"valid: .*; a .* mask of lengths is torch\.arange", ValueError, {"valid": LENGTHS}),
-    (r"valid: .*\(batch, time\) = \(2, 5\), .* is transposed; use valid\.T", ValueError, {"valid": STARTS.t()}),
-    (r"valid: .* < lengths", ValueError, {"valid": LENGTHS[:1].expand(5), "batch_first": False}),
+    (r"valid: .*; a .* mask of lengths is torch\.arange", ValidShapeError, {"valid": LENGTHS}),
+    (r"valid: .*\(batch, time\) = \(2, 5\), .* is transposed; use valid\.T", ValidShapeError, {"valid": STARTS.t()}),
+    (r"valid: .* < lengths", ValidShapeError, {"valid": LENGTHS[:1].expand(5), "batch_first": False}),
     (r"starts: .*; use \.bool\(\)", TypeError, {"starts": STARTS.double()}, {"raw": META, "starts": META[..., 0]}),
     (r"starts: .*\(time, batch\) = \(2, 5\), ", ValueError, {"starts": STARTS.t(), "batch_first": False}),
     (r"starts: .*\(time,\) = \(5,\), .*\(1, 5\)$", ValueError, {"raw": X[0], "starts": STARTS[:1]} | FIRST),
