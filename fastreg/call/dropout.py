@@ -18,7 +18,7 @@ from fastreg.call.arguments import (
     check_probability,
     check_tensor,
 )
-from fastreg.call.fold import Fold
+from fastreg.call.fold import Fold, fold_of
 from fastreg.call.operation import compute
 from fastreg.call.penalty import penalize
 from fastreg.call.plan import Gradients, Inputs, Pair, Plan, Results
@@ -206,7 +206,7 @@ class DropoutPlan(Plan):
 
     Attributes:
         allocate: a function that allocates dropped, or the gradient of raw.
-        raw, mask, written: the operands: raw, the mask, and dropped or the gradient of raw.
+        raw, mask, written: the layouts of raw, of the mask, and of dropped or the gradient of raw.
         forward: the launch of the forward.
         backward_of: a function of the backend that prepares the launch of a backward.
         backwards: the launches of backwards, one for each kind of upstream gradients.
@@ -231,17 +231,16 @@ class DropoutPlan(Plan):
 
     def prepare(self, backend: Backend, tensors: Any, layouts: Any) -> None:
         """Prepare the launch of the forward. The launches of a backward depend on its upstream gradients."""
-        raw, mask = layouts
         self.needs, self.saves_all = (torch.is_grad_enabled() and tensors[0].requires_grad, False), True
-        written = self.fold.dense(raw)
-        self.allocate, of = allocator(written, raw), self.fold.operand
-        self.raw, self.mask, self.written = of(raw), self.mask_operand(mask), of(written)
-        view = self.fold.view(Operands(raw=self.raw, mask=self.mask, dropped=self.written))
+        (self.raw, self.mask), fold = layouts, self.fold
+        self.written = fold.dense(self.raw)
+        self.allocate, of = allocator(self.written, self.raw), fold.operand
+        view = fold.view(Operands(raw=of(self.raw), mask=self.mask_operand(fold), dropped=of(self.written)))
         self.forward, self.backward_of = backend.forward(view, self.spec, self.device), backend.backward
 
-    def mask_operand(self, mask: Layout | None) -> Operand | None:
+    def mask_operand(self, fold: Fold) -> Operand | None:
         """Describe the mask."""
-        return self.fold.operand(mask)
+        return fold.operand(self.mask)
 
     def launch(self, values: Values, tensors: Any) -> tuple[Tensor, ...]:
         """Launch the forward; return dropped, the penalty, and the terms if they are wanted."""
@@ -250,18 +249,41 @@ class DropoutPlan(Plan):
         penalty, terms = self.forward(Tensors(raw=raw, mask=mask, dropped=dropped), values)
         return (dropped, penalty) if terms is None else (dropped, penalty, terms)
 
+    def backward(self, of_dropped: Layout | None, of_penalty: bool, is_whole: bool) -> Backward | None:
+        """Prepare the launch of a backward.
+
+        Args:
+            of_dropped: the layout of the upstream gradient of dropped, if there is one.
+            of_penalty: whether the penalty has an upstream gradient.
+            is_whole: whether all time steps count.
+
+        Returns:
+            The launch, or `None` if kernels cannot read the upstream gradient in place.
+        """
+        fold = self.fold
+        if of_dropped is not None and not fold.fits(of_dropped.stride):
+            # The raw of an nn.LSTM may be time first in memory, and the gradient of a layer behind it batch first.
+            layouts = self.raw, self.mask, self.written, of_dropped
+            fold, fits = fold_of(layouts, self.time_dim, is_whole, self.is_in_order)
+            if not fits:
+                return None
+        of = fold.operand
+        tensors = {"raw": of(self.raw), "mask": self.mask_operand(fold), "upstream_dropped": of(of_dropped)}
+        view = fold.view(Operands(**tensors, grad_raw=of(self.written)))
+        spec = self.spec if of_penalty else self.spec._replace(by_ar=False, by_tar=False)
+        return self.backward_of(view, spec, self.device)
+
     def differentiate(self, upstream: Gradients, saved: Any, values: Values) -> Gradients:
         """Launch the backward for the upstream gradients of dropped and of the penalty; return the gradient of raw."""
         (of_dropped, of_penalty), (raw, mask) = upstream, saved
         key = None if of_dropped is None else (of_dropped.stride(), of_dropped.data_ptr() % 16 == 0), of_penalty is None
         launch = self.backwards.get(key)
         if launch is None:
-            if of_dropped is not None and not self.fold.fits(of_dropped.stride()):
-                return self.differentiate((self.allocate(raw).copy_(of_dropped), of_penalty), saved, values)
-            spec = self.spec if of_penalty is not None else self.spec._replace(by_ar=False, by_tar=False)
-            upstream_dropped = None if of_dropped is None else self.fold.operand(layout_of(of_dropped))
-            operands = Operands(raw=self.raw, mask=self.mask, upstream_dropped=upstream_dropped, grad_raw=self.written)
-            launch = self.backward_of(self.fold.view(operands), spec, self.device)
+            given = None if of_dropped is None else layout_of(of_dropped)
+            launch = self.backward(given, of_penalty is not None, values.bits is None)
+            if launch is None:
+                copied = self.allocate(raw).copy_(of_dropped)  # pyright: ignore[reportArgumentType]
+                return self.differentiate((copied, of_penalty), saved, values)
             if len(self.backwards) < BACKWARDS:
                 self.backwards[key] = launch
         gradient = self.allocate(raw)
@@ -297,7 +319,7 @@ class SeededPlan(DropoutPlan):
         """Return raw as kernels can read it, and the seed."""
         return mover.moved(tensors[0]), tensors[1]
 
-    def mask_operand(self, mask: Layout | None) -> Operand | None:
+    def mask_operand(self, fold: Fold) -> Operand | None:
         """Describe the seed."""
         return Operand(torch.int64, 0, 0)
 

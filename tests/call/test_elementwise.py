@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from fastreg import FusedDropout, FusedRNNDropout, fused_ar_tar, fused_dropout_ar_tar
 from fastreg.call.key import PLANS
@@ -96,7 +97,8 @@ def test_forward_and_backward_are_those_of_the_call_with_its_mask(dtype: torch.d
     ):
         raw, upstream = torch.randn(2, *shape, dtype=dtype, device=device).unbind()
         check_call(raw, 0.25, upstream, **options)
-        check_call(raw, 0.5, upstream.transpose(0, -1).contiguous().transpose(0, -1), **options)
+        for axis in (1, -1):
+            check_call(raw, 0.5, upstream.transpose(0, axis).contiguous().transpose(0, axis), **options)
 
 
 @pytest.mark.numbers
@@ -239,6 +241,19 @@ def test_hooks_on_saved_tensors_keep_the_mask(around: Any) -> None:
     torch.set_rng_state(state)
     dropped, penalty = fused_dropout_ar_tar(raw.transpose(0, 2), 0.4, 2.0, 1.0, locked=False)
     torch.testing.assert_close(got, torch.autograd.grad(dropped.sum() + penalty, raw)[0])
+
+
+@pytest.mark.parametrize("kind", [FusedDropout, FusedRNNDropout])
+@pytest.mark.parametrize(("axes", "copies"), [((0, 1), 0), ((0, 2), 1)])
+def test_only_a_gradient_without_a_contiguous_axis_is_copied(kind: Any, axes: Any, copies: int, device: str) -> None:
+    """The raw of an nn.LSTM is time first in memory, and the gradient of the layer behind it batch first."""
+    skip_on_formula(device)
+    raw, upstream = torch.randn(2, 9, 4, 24, device=device).unbind()
+    dropped = kind(0.4, 2.0, 1.0)(raw.transpose(0, 1).requires_grad_())
+    upstream = upstream.view(4, 9, 24) if axes == (0, 1) else upstream.view(24, 9, 4).transpose(*axes)
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as record:
+        dropped.backward(upstream)
+    assert sum(event.name == "aten::copy_" for event in record.events()) == copies
 
 
 def test_a_node_saves_raw_and_a_seed() -> None:
