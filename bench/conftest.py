@@ -23,7 +23,7 @@ import pytest
 import torch
 from pytest_benchmark import __version__ as VERSION
 
-from bench.measure import before, figures, machine, timing
+from bench.measure import before, figures, machine, results, timing
 from bench.measure.lines import Lines
 from bench.measure.timing import DEVICE, Rounds
 
@@ -32,21 +32,12 @@ Prepare = Callable[[str], tuple[timing.Call, dict[str, Any]]]
 
 
 @dataclass
-class Case:
-    """The case that was measured last, by the names of its ways."""
-
-    name: str = ""  # the test's function and parameters, without the way
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # of a call, turn by turn
-    figures: dict[str, dict[str, Any]] = field(default_factory=dict)  # all others
-    lost: dict[str, Exception] = field(default_factory=dict)  # the errors of ways without a row
-
-
-@dataclass
 class Session:
     """The state of a run."""
 
     lines: Lines | None
-    case: Case = field(default_factory=Case)
+    case: str = ""  # that was measured last
+    found: dict[str, Any] = field(default_factory=dict)  # by its ways: figures, or the error of a way without a row
     rows: list[Any] = field(default_factory=list)
 
     def write(self, **record: Any) -> None:
@@ -88,15 +79,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lines", type=Path, help=text)
     limit = 90 if DEVICE == "cuda" else 600
     group.addoption("--limit", type=float, default=limit, help="end the process after so many seconds of one case")
-    text = "also measure the fastreg of another checkout, with built kernels, as ways whose names end in `before`"
-    group.addoption("--before", type=Path, metavar="CHECKOUT", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     try:
         before.refuse_formula()
-        if checkout := config.getoption("before"):
-            before.load(checkout)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     file: Any = config.getoption("lines")
@@ -118,15 +105,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the lines with the facts of the run."""
     if session.config.stash[SESSION].lines and not session.config.option.collectonly:
-        now = datetime.now(timezone.utc).isoformat()
-        about = {"machine_info": facts(), "commit_info": machine.commit_facts(), "datetime": now, "version": VERSION}
-        session.config.stash[SESSION].write(run=about | {"tests": [*map(test_of, rows_of(session.items))]})
-
-
-def facts() -> dict[str, Any]:
-    own = {"copy_bandwidth": figures.copy_bandwidth()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
-    return machine.facts() | own
+        own = {"copy_bandwidth": figures.copy_bandwidth()} if DEVICE == "cuda" else {"threads": torch.get_num_threads()}
+        about = {"machine_info": machine.facts() | own, "commit_info": machine.commit_facts(), "version": VERSION}
+        about |= {"datetime": datetime.now(timezone.utc).isoformat(), "tests": [*map(test_of, rows_of(session.items))]}
+        session.config.stash[SESSION].write(run=about)
 
 
 class Replay:
@@ -156,61 +140,62 @@ def measure(benchmark: Any, request: pytest.FixtureRequest, way: str) -> Callabl
         or as the process's own CPU time. `info` describes the case.
         """
         benchmark.group, benchmark.name = case, str(way)
-        if session.case.name != case:
+        if session.case != case:
             ways = [item.callspec.params["way"] for item in rows_of(items) if case_of(item) == case]
             most, least = float(options.benchmark_max_time), options.benchmark_min_rounds
             rounds = None if benchmark.disabled else Rounds(calls, most * seconds * len(ways), least)
-            session.case = measured(session, case, ways, prepare, rounds, own)
-        if way in session.case.lost:
-            raise session.case.lost[way]
-        turns = session.case.seconds.get(way, [0.0])
+            session.case, session.found = case, measured(session, case, ways, prepare, rounds, own)
+        found = session.found[way]
+        if isinstance(found, Exception):
+            raise found
+        turns = found.pop("turns", [0.0])
         rest = iter(turns)
 
         def replay() -> None:
             REPLAY.now += next(rest)
 
-        clock = "CPU time of one thread" if own else "wall time"
-        benchmark.extra_info |= {**info, "allocator": machine.allocator(), "clock": clock, **session.case.figures[way]}
+        benchmark.extra_info |= {**info, "allocator": machine.allocator(), **found}
         benchmark.pedantic(replay, rounds=len(turns))
 
     return run
 
 
 def measured(
-    session: Session, name_of_case: str, ways: list[str], prepare: Prepare, rounds: Rounds | None, own: bool
-) -> Case:
+    session: Session, case: str, ways: list[str], prepare: Prepare, rounds: Rounds | None, own: bool
+) -> dict[str, Any]:
     """Prepare each way, and measure those that work; without rounds each is called once."""
-    case, calls, now = Case(name_of_case), {}, ""
+    found, calls, now = dict[str, Any](), dict[str, timing.Call](), ""
 
     def say(way: str) -> None:
         nonlocal now
         now = way
-        session.running(f"{case.name}/{name(way)}")
+        session.running(f"{case}/{name(way)}")
 
     def lose(error: Exception) -> None:
-        case.lost[now] = error.with_traceback(None)  # whose frames hold tensors
+        found[now] = error.with_traceback(None)  # whose frames hold tensors
         calls.pop(now, None)
         timing.synchronize()  # raises if a kernel has failed, after which no other way can run
 
     for way in ways:
         say(way)
         try:
-            call, case.figures[way] = prepare(way)
-            call()
+            calls[way], found[way] = prepare(way)
+            calls[way]()
             timing.synchronize()
-            calls[way] = call
         except Exception as error:
             lose(error)
-    while rounds and calls and not case.seconds:
+    while rounds and calls:
         try:
             turns = timing.take_turns(calls, rounds, say)
         except Exception as error:  # such as a full memory
             lose(error)
             continue
-        case.seconds = {way: [turn.own if own else turn.wall for turn in turns[way]] for way in calls}
+        seconds = {way: [turn.own if own else turn.wall for turn in turns[way]] for way in calls}
         for way in calls:
-            case.figures[way] |= {"waiting": timing.share_waiting(turns[way])} | timing.compared(case.seconds, way)
-    return case
+            waiting, over = timing.share_waiting(turns[way]), timing.compared(seconds, way)
+            found[way] |= {"turns": seconds[way], "waiting": waiting, "over": over}
+        break
+    return found
 
 
 @pytest.hookimpl(wrapper=True)
@@ -245,18 +230,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     session.config.stash[SESSION].write(end=int(exitstatus))
 
 
-def comparison(way: str, about: dict[str, Any]) -> str:
-    """Render the time that a way adds to a step, and ratios of its time to others; figures are in seconds.
+def comparison(way: str, over: dict[str, list[float]]) -> str:
+    """Render the ratio of a way's time to that of the way it is compared with, or else the ratios to all others.
 
-    A way by another checkout is compared with its counterpart, and a call with fastreg, or, if it is that, with all.
+    A way by another commit is compared with its counterpart, a step with one without a penalty, and a call with
+    fastreg.
     """
-    added, over, counterpart = about.get("added"), about["over"], way.removesuffix(before.BEFORE)
-    texts = ["adds {:.3f} ± {:.3f} ms".format(*(1e3 * x for x in added))] if added else []
-    if counterpart != way or not added:
-        closest = [other for other in (counterpart, "fastreg") if other in over]
-        chosen = {other: over[other] for other in closest[:1] or over}
-        texts += [f"{ratio:.3f} ± {error:.3f} of {other}" for other, (ratio, error) in chosen.items()]
-    return ", ".join(texts)
+    closest = [other for other in (way.removesuffix(before.BEFORE), results.WITHOUT, "fastreg") if other in over]
+    return ", ".join("{:.3f} ± {:.3f} of {}".format(*over[other], other) for other in closest[:1] or over)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -266,7 +247,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("by pairs of turns, ± the standard error")
     for row in rows:
-        terminalreporter.line(f"{row.group}: {row.name}: {comparison(row.name, row.extra_info)}")
+        terminalreporter.line(f"{row.group}: {row.name}: {comparison(row.name, row.extra_info['over'])}")
     busy = [row.extra_info["waiting"] for row in rows if row.extra_info["waiting"] > timing.MOST_WAITING]
     if busy:
         text = f"The machine was busy: threads of {len(busy)} rows, which no report shows, waited for a core for up to"

@@ -1,8 +1,7 @@
 """Training steps of recurrent models, by each way of adding AR and TAR to the loss: `pytest bench/test_step.py`.
 
 The base of a case is the same step without a penalty and with the user's own dropout. A step is forward, loss,
-backward, clipping and SGD, in float32. On a CPU it runs on one thread, whose CPU time is measured. Before a way is
-timed, its penalty and the gradients of all weights are compared with those by the formula.
+backward, clipping and SGD, in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from bench.measure import before, figures, nets, timing
 from bench.measure.before import ELEMENTWISE, VARIATIONAL
 from bench.measure.formulas import ALPHA, BETA, fastai, tight, two_line_dropout
 from bench.measure.nets import Activations, Batch, MakeDropout, Net, Stack
+from bench.measure.results import CALL_COMPILED, STEP, WITHOUT
 from bench.measure.timing import DEVICE
 from bench.study.awd_lstm import LockedDropout
 from examples.every_layer import MinGRU
@@ -46,12 +46,9 @@ class Way(NamedTuple):
 
     start: Callable[[Net], Add]  # returns, for a model, the function that adds the penalty to its loss
     in_hand: bool = False  # whether that function takes the activations, which the step then keeps
-    dropout: MakeDropout | None = (
-        None  # makes the dropouts whose outputs are regularized, unless they are the user's own
-    )
-    checked: MakeDropout | None = None  # makes them for the check, where those draw other masks from a seed
+    dropout: MakeDropout | None = None  # makes the dropouts that are regularized, unless they are the user's own
     alone: MakeDropout | None = None  # makes dropouts without a penalty that draw the masks of these
-    whole: bool = False  # whether one compiler gets the forward, the loss and the penalty
+    compiles: Literal["", "dropout", "step"] = ""  # what one compiler gets together with the formula
 
 
 def by(penalty: Callable[..., Tensor]) -> Way:
@@ -67,29 +64,32 @@ class TwoLineDropout(nn.Module):
 class CompiledDropout(nn.Module):
     """A dropout that is compiled as one function with the formula, whose penalty it keeps for the loss."""
 
-    def __init__(self, dropout: nn.Module, backend: str) -> None:
+    def __init__(self, both: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self.both = compiled_with_formula(dropout, backend)
+        self.both = both
 
     def forward(self, raw: Tensor) -> Tensor:
         dropped, self.penalty = self.both(raw)
         return dropped
 
 
-@functools.cache
-def compiled_with_formula(dropout: nn.Module, backend: str) -> Any:
-    """Compile a dropout and the formula; layers with the same dropout share the code."""
+def compiled_with_formula(dropout: nn.Module, compiler: str) -> MakeDropout:
+    """Compile a dropout and the formula as one function, whose code all layers share."""
 
     def both(raw: Tensor) -> tuple[Tensor, Tensor]:
         dropped = dropout(raw)
         return dropped, fastai(raw, dropped, ALPHA, BETA)
 
-    return torch.compile(both, dynamic=False, backend=backend)
+    return partial(CompiledDropout, torch.compile(both, dynamic=False, backend=compiler))
 
 
-def by_compiled_dropout(net: Net) -> Add:
-    dropouts: list[Any] = [dropout for _, dropout in net.pairs]
-    return lambda loss, _: loss + sum(dropout.penalty for dropout in dropouts)
+def by_dropouts(penalty_of: Callable[[Any], Tensor]) -> Callable[[Net], Add]:
+    """Add the penalties that the dropouts have computed."""
+    return lambda net: lambda loss, _: loss + sum(penalty_of(dropout) for _, dropout in net.pairs)
+
+
+def by_nothing(net: Net) -> Add:
+    return lambda loss, _: loss
 
 
 def ours(kind: str, package: Any) -> dict[str, Way]:
@@ -108,41 +108,33 @@ def ours(kind: str, package: Any) -> dict[str, Way]:
             regularizer.attach(rnn, dropout, batch_first=True)
         return lambda loss, _: regularizer.on_backward_begin(loss)
 
-    def by_dropout(net: Net) -> Add:
-        dropouts: list[Any] = [dropout for _, dropout in net.pairs]
-        return lambda loss, _: loss + sum(dropout.take().penalty for dropout in dropouts)
-
-    found = {"fused_ar_tar": Way(by_call, in_hand=True), "attach": Way(by_hooks)}
-    fused = before.fused_dropout(package, kind)
-    if fused is None:
-        return found
-    alone = partial(fused, nets.P, 0, 0)
-    own = {"fused dropout": Way(by_dropout, dropout=partial(fused, nets.P, ALPHA, BETA), alone=alone)}
-    return found | own | {"fused dropout alone": Way(by_nothing, dropout=alone, alone=alone)}
-
-
-def by_nothing(net: Net) -> Add:
-    return lambda loss, _: loss
+    fused = partial(before.fused_dropout, package, kind, nets.P)
+    alone = partial(fused, 0, 0)
+    taken = by_dropouts(lambda dropout: dropout.take().penalty)
+    return {
+        "fused_ar_tar": Way(by_call, in_hand=True),
+        CALL_COMPILED: Way(by_call, in_hand=True, compiles="step"),
+        "attach": Way(by_hooks),
+        "fused dropout": Way(taken, dropout=partial(fused, ALPHA, BETA), alone=alone),
+        "fused dropout alone": Way(by_nothing, dropout=alone),
+    }
 
 
 def ways(kind: str) -> dict[str, Way]:
     """Return the ways that are compared where the user's own dropout is of a kind."""
-    own = OWN[kind]()
-    inductor, checked = (partial(CompiledDropout, own, backend) for backend in ("inductor", "aot_eager"))
-    two_lines = {"two-line dropout": Way(by_nothing, dropout=TwoLineDropout, alone=TwoLineDropout)}
+    two_lines = {"two-line dropout": Way(by_nothing, dropout=TwoLineDropout)}
     return {
         WITHOUT: Way(by_nothing),
         **(two_lines if kind == ELEMENTWISE else {}),
         "eager": by(fastai),
         "tight": by(tight),
         "compiled": by(torch.compile(fastai, dynamic=False)),
-        "compiled with dropout": Way(by_compiled_dropout, dropout=inductor, checked=checked),
-        "compiled step": by(fastai)._replace(whole=True),
+        "compiled with dropout": Way(by_dropouts(lambda dropout: dropout.penalty), compiles="dropout"),
+        "compiled step": by(fastai)._replace(compiles="step"),
         **before.both(partial(ours, kind)),
     }
 
 
-WITHOUT = "no penalty"
 WAYS = {kind: ways(kind) for kind in OWN}  # `by(my_penalty)` makes one of your own
 
 
@@ -151,11 +143,13 @@ class Model(NamedTuple):
 
     make: Callable[[int, MakeDropout], Net]  # of a hidden size and a function that makes its dropouts
     seconds: float = 2.0  # multiplies `--benchmark-max-time`; long steps need more for equal errors
+    half: bool = False  # autocast to bfloat16
 
 
 MODELS = {
     "LSTM": Model(nets.LSTM, seconds=4.0),
     "AWD-LSTM": Model(nets.AWDLSTMNet, seconds=6.0),
+    "AWD-LSTM in autocast": Model(nets.AWDLSTMNet, seconds=6.0, half=True),
     "8 elementwise layers": Model(partial(Stack, nets.Tanh), seconds=3.0),
     "8 minGRU layers": Model(partial(Stack, MinGRU), seconds=4.0),
 }
@@ -167,7 +161,6 @@ class Case(NamedTuple):
     model: str
     shape: tuple[int, int, int]
     kind: str
-    half: bool = False  # autocast to bfloat16, with a scaled loss
 
 
 TREEBANK = (64, 70, 400) if DEVICE == "cuda" else (20, 70, 400)
@@ -183,17 +176,20 @@ OTHERS = [
     *(Case("LSTM", shape, VARIATIONAL) for shape in ((8, 10, 16), (16, 35, 60), (16, 70, 200))),
     Case("8 elementwise layers", (4, 256, 256), ELEMENTWISE),
 ]
+FIRST = []
 if DEVICE == "cuda":
     OTHERS += [Case(model, (16, 512, 512), ELEMENTWISE) for model in ("8 elementwise layers", "8 minGRU layers")]
+    FIRST = [Case("AWD-LSTM in autocast", TREEBANK, VARIATIONAL)]
 
 
 class Training:
-    """A model in training with a way of adding the penalty; a way that is compiled as a whole needs a compiler."""
+    """A model in training with a way of adding the penalty, and a compiler for what the way compiles with it."""
 
     def __init__(self, case: Case, way: Way, compiler: str = "inductor") -> None:
         torch.manual_seed(0)
-        self.half = case.half
-        self.net = net = MODELS[case.model].make(case.shape[2], way.dropout or OWN[case.kind]).to(DEVICE)
+        self.model, dropout = MODELS[case.model], way.dropout or OWN[case.kind]
+        dropout = compiled_with_formula(dropout(), compiler) if way.compiles == "dropout" else dropout
+        self.net = net = self.model.make(case.shape[2], dropout).to(DEVICE)
         add = way.start(net)
 
         def loss_of(batch: Batch) -> Tensor:
@@ -202,12 +198,12 @@ class Training:
 
         recurrent = any(isinstance(module, nn.LSTM) for module in net.modules())  # which no compiler takes
         compiled = partial(torch.compile, fullgraph=not recurrent, dynamic=False, backend=compiler)
-        self.loss_of = compiled(loss_of) if way.whole else loss_of
+        self.loss_of = compiled(loss_of) if way.compiles == "step" else loss_of
         torch.manual_seed(0)
         self.batch = net.batch(case.shape)  # of each step
 
     def loss(self) -> Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.half):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.model.half):
             return self.loss_of(self.batch)
 
     def loss_and_gradients(self) -> Tensor:
@@ -219,23 +215,17 @@ class Training:
 
     def step(self) -> Callable[[], Tensor]:
         """Return a function that makes a training step."""
-        optimizer, scaler = sgd(self.net), torch.amp.GradScaler(DEVICE, enabled=self.half)
+        optimizer = torch.optim.SGD(self.net.parameters(), LEARNING_RATE)
 
         def step() -> Tensor:
             optimizer.zero_grad()
             loss = self.loss()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
+            loss.backward()
             nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
-            scaler.step(optimizer)
-            scaler.update()
+            optimizer.step()
             return loss.detach()
 
         return step
-
-
-def sgd(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), LEARNING_RATE)
 
 
 @functools.lru_cache(maxsize=2)
@@ -256,10 +246,10 @@ def check(case: Case, way: Way) -> None:
     """Compare what a way adds to the loss and the gradients with what the formula adds by the same dropout masks."""
     without, want = expected(case, way.alone)
     # Inductor's code draws other dropout masks from a seed; the graph before it draws PyTorch's masks.
-    checked = Training(case, way._replace(dropout=way.checked or way.dropout), "aot_eager")
-    got = checked.loss_and_gradients() - without
-    compare(got[:1], want[:1], HALF_ERROR if case.half else ERROR)
-    noise = NOISE if case.half or DEVICE == "cuda" else CPU_NOISE
+    got = Training(case, way, "aot_eager").loss_and_gradients() - without
+    half = MODELS[case.model].half
+    compare(got[:1], want[:1], HALF_ERROR if half else ERROR)
+    noise = NOISE if half or DEVICE == "cuda" else CPU_NOISE
     compare(got[1:], want[1:], ERROR, noise * without[1:].abs().max().item())
 
 
@@ -274,49 +264,25 @@ def calls_of(case: Case) -> int:
     return 10 if DEVICE == "cuda" else math.ceil(TURN / (time.perf_counter() - began))
 
 
-def run(measure: Measure, case: Case, found: dict[str, Way], kind: str = "step") -> None:
-    """Check each way, and measure steps by it."""
-
-    def prepare(way: str) -> Any:
-        if found[way].start is not by_nothing:
-            check(case, found[way])
-        step = Training(case, found[way]).step()
-        peak = figures.peak_bytes(lambda _: (step(),), DEVICE)
-        return step, {"peak_bytes": peak} if peak else {}
-
-    about = {"pass": kind, "model": case.model + " in autocast" * case.half, "shape": case.shape, "dropout": case.kind}
-    with timing.threads(STEP_THREADS):
-        measure(prepare, about, calls=calls_of(case), seconds=MODELS[case.model].seconds, own=DEVICE == "cpu")
+def params(cases: list[Case], *marks: pytest.MarkDecorator) -> list[Any]:
+    """Mark the ways of cases, except one, which by construction takes as long as the compiled step."""
+    return [pytest.param(*case, way, marks=marks * (way != CALL_COMPILED)) for case in cases for way in WAYS[case.kind]]
 
 
-@pytest.mark.first
-@pytest.mark.skipif(DEVICE == "cpu", reason="measured on a GPU")
-@pytest.mark.parametrize("way", WAYS[VARIATIONAL], ids=name)
-def test_step_in_autocast(measure: Measure) -> None:
-    run(measure, Case("AWD-LSTM", TREEBANK, VARIATIONAL, half=True), WAYS[VARIATIONAL])
-
-
-def params(cases: list[Case], **options: Any) -> list[Any]:
-    return [pytest.param(*case[:3], way, **options) for case in cases for way in WAYS[case.kind]]
-
-
-CASES = params(HEADLINES, marks=pytest.mark.headline) + params(OTHERS)
+CASES = params(FIRST, pytest.mark.first) + params(HEADLINES, pytest.mark.headline) + params(OTHERS)
 
 
 @pytest.mark.parametrize(("model", "shape", "kind", "way"), CASES, ids=name)
 def test_step(measure: Measure, model: str, shape: Any, kind: str) -> None:
-    run(measure, Case(model, shape, kind), WAYS[kind])
+    case, ways = Case(model, shape, kind), WAYS[kind]
 
+    def prepare(way: str) -> Any:
+        if ways[way].start is not by_nothing:
+            check(case, ways[way])
+        step = Training(case, ways[way]).step()
+        peak = figures.peak_bytes(lambda _: (step(),), DEVICE)
+        return step, {"peak_bytes": peak} if peak else {}
 
-WHOLE = {
-    way: found._replace(whole=True)
-    for way, found in WAYS[VARIATIONAL].items()
-    if way.removesuffix(before.BEFORE) in (WITHOUT, "eager", "fused_ar_tar")
-}
-
-
-@pytest.mark.parametrize("way", WHOLE, ids=name)
-@pytest.mark.parametrize("shape", [(16, 35, 60)], ids=name)
-def test_compiled_step(measure: Measure, shape: Any) -> None:
-    """A step whose model, loss and penalty are compiled as one graph."""
-    run(measure, Case("8 elementwise layers", shape, VARIATIONAL), WHOLE, "compiled step")
+    about = {"pass": STEP, "model": model, "shape": shape, "dropout": kind}
+    with timing.threads(STEP_THREADS):
+        measure(prepare, about, calls=calls_of(case), seconds=MODELS[model].seconds, own=DEVICE == "cpu")

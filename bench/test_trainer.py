@@ -1,8 +1,6 @@
 """Epochs of Lightning, Transformers and fastai, by each way of adding AR and TAR: `pytest bench/test_trainer.py`.
 
-A turn is an epoch, from the first step to its end, without the set-up of the fit. Lightning and Transformers train an
-LSTM with an elementwise dropout, and fastai its own AWD-LSTM. The weights are first compared with those that the
-formula gives by the same dropout masks.
+Lightning and Transformers train an LSTM with an elementwise dropout, and fastai its own AWD-LSTM.
 """
 
 from __future__ import annotations
@@ -26,8 +24,9 @@ from bench.conftest import in_turns, name
 from bench.measure import before, figures, formulas, nets, timing
 from bench.measure.before import ELEMENTWISE, VARIATIONAL
 from bench.measure.formulas import ALPHA, BETA
+from bench.measure.results import WITHOUT
 from bench.measure.timing import DEVICE
-from bench.test_step import LEARNING_RATE, OWN, STEP_THREADS, WITHOUT
+from bench.test_step import LEARNING_RATE, OWN, STEP_THREADS
 
 pytestmark = in_turns
 Shape = tuple[int, int, int]  # of raw, (batch, time, hidden)
@@ -54,8 +53,7 @@ def of_fastai(package: Any) -> dict[str, Way]:
 
 
 def by_hand(package: Any) -> dict[str, Way]:
-    found = {"fused_ar_tar": Way(package.fused_ar_tar), **of_fastai(package)}
-    return {way: found[way] for way in found if not found[way].fused or before.fused_dropout(package, ELEMENTWISE)}
+    return {"fused_ar_tar": Way(package.fused_ar_tar), **of_fastai(package)}
 
 
 BY_HAND = FORMULA | {"tight": Way(formulas.tight)} | before.both(by_hand)
@@ -63,17 +61,17 @@ WAYS = {"Lightning": BY_HAND, "Transformers": BY_HAND, "fastai": FORMULA | befor
 
 
 class Model(nn.Module):
-    """A language model that returns its loss without the penalty, and raw and dropped."""
+    """A language model that returns its loss, with the penalty of a way by hand."""
 
     def __init__(self, way: Way, hidden: int) -> None:
         super().__init__()
-        fused = way.fused and partial(before.fused_dropout(way.fused, ELEMENTWISE), nets.P, 0, 0)
-        self.net = nets.LSTM(hidden, fused or OWN[ELEMENTWISE])
+        fused = way.fused and partial(before.fused_dropout, way.fused, ELEMENTWISE, nets.P, 0, 0)
+        self.net, self.penalty = nets.LSTM(hidden, fused or OWN[ELEMENTWISE]), way.penalty
 
-    def forward(self, input_ids: Tensor) -> dict[str, Any]:
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         layers: nets.Activations = []
         loss = self.net((input_ids,), lambda *layer: layers.append(layer))
-        return {"loss": loss, "layer": layers[0]}
+        return {"loss": loss + self.penalty(*layers[0], ALPHA, BETA) if self.penalty else loss}
 
 
 def span(base: Any, begin: str, end: str, context: Context) -> Any:
@@ -98,8 +96,7 @@ def lightning(way: Way, shape: Shape, steps: int) -> Training:
             self.model = Model(way, shape[2])
 
         def training_step(self, ids: Tensor) -> Tensor:
-            loss, layer = self.model(ids).values()
-            return loss + way.penalty(*layer, ALPHA, BETA) if way.penalty else loss
+            return self.model(ids)["loss"]
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), LEARNING_RATE)
@@ -125,12 +122,7 @@ def transformers(way: Way, shape: Shape, steps: int) -> Training:
     """Train by the Trainer of Transformers, with its AdamW."""
     import transformers as hf
 
-    class ByHand(hf.Trainer):
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-            loss, layer = model(**inputs).values()
-            return loss + way.penalty(*layer, ALPHA, BETA) if way.penalty else loss
-
-    make: Any = ByHand if way.penalty else hf.Trainer
+    make: Any = hf.Trainer
     if way.adapter:
         paths = {"rnn": "net.rnn", "dropout": "net.dropout"}
         make = partial(before.adapter(way.adapter, "transformers").RegularizedTrainer, alpha=ALPHA, beta=BETA, **paths)

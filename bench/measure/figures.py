@@ -31,8 +31,9 @@ def of(call: Call, sets: int, moved: int | None = None) -> dict[str, Any]:
     if DEVICE == "cpu":
         return figures
     try:
-        seconds = graph_seconds(call, range(sets))
-        figures |= {"graph_rotated_seconds": seconds, "launches": launches(call)}
+        graph = capture(call, range(sets))
+        seconds = replay_seconds(graph) / sets
+        figures |= {"us_in_a_graph": 1e6 * seconds, "launches": nodes(graph) // sets}
         return figures | ({"share_of_copy": moved / seconds / copy_bandwidth()} if moved else {})
     except RuntimeError as error:  # the way cannot be captured
         return figures | {"no_graph": f"{error}".partition("\n")[0]}
@@ -53,12 +54,11 @@ def capture(call: Call, numbers: Sequence[int]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
-    """Measure the device seconds of a call without gaps between launches, in a CUDA graph of one call for each number.
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Measure the seconds of the device in a replay, without gaps between launches.
 
     The device sleeps until the host has launched the replay, so that this launch is not counted.
     """
-    graph = capture(call, numbers)
     graph.replay()  # the first replay uploads the graph
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -74,12 +74,12 @@ def graph_seconds(call: Call, numbers: Sequence[int]) -> float:
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times) / len(numbers)
+    return statistics.median(times)
 
 
-def launches(call: Call) -> int:
-    """Count the kernels, copies and fills of one call, which are the nodes of its CUDA graph."""
-    graph, count = capture(call, [0]), ctypes.c_size_t()
+def nodes(graph: torch.cuda.CUDAGraph) -> int:
+    """Count the kernels, copies and fills of a CUDA graph."""
+    count = ctypes.c_size_t()
     # the functions of the CUDA runtime that torch has loaded
     status = ctypes.CDLL(None).cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count))
     if status:
@@ -140,4 +140,4 @@ def activities(device: str) -> list[ProfilerActivity]:
 def copy_bandwidth() -> float:
     """Measure the bytes a second that a large copy on the GPU reads and writes."""
     source, target = torch.empty(2, COPY_BYTES, dtype=torch.uint8, device="cuda")
-    return 2 * COPY_BYTES / graph_seconds(lambda _: (target.copy_(source),), [0] * 4)
+    return 2 * COPY_BYTES * 4 / replay_seconds(capture(lambda _: (target.copy_(source),), [0] * 4))

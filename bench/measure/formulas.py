@@ -9,10 +9,15 @@ from torch.nn import functional as F
 ALPHA, BETA = 2.0, 1.0  # the coefficients of AWD-LSTM
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or in float64 if it has that dtype, as references have."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def fastai(raw: Tensor, dropped: Tensor, alpha: float, beta: float) -> Tensor:
     """Compute what `RNNRegularizer.after_loss` of fastai 2.8 adds to the loss, from `(batch, time, hidden)`."""
-    ar = alpha * dropped.float().pow(2).mean() if alpha else 0.0
-    tar = beta * (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean() if beta and len(raw) > 1 else 0.0
+    ar = alpha * widened(dropped).pow(2).mean() if alpha else 0.0
+    tar = beta * widened(raw[:, 1:] - raw[:, :-1]).pow(2).mean() if beta and len(raw) > 1 else 0.0
     return torch.as_tensor(ar + tar)
 
 
@@ -26,31 +31,13 @@ def padded(raw: Tensor, dropped: Tensor, lengths: Tensor, alpha: float, beta: fl
     """Compute fastai's penalty with a mask that leaves out the padding of each sequence, `(batch, time, hidden)`."""
     there = (torch.arange(raw.shape[1], device=raw.device) < lengths.unsqueeze(-1)).unsqueeze(-1)
     hidden = raw.shape[-1]
-    ar = (dropped.float().pow(2) * there).sum() / (there.sum() * hidden)
-    changes = (raw[:, 1:] - raw[:, :-1]).float()
+    ar = (widened(dropped).pow(2) * there).sum() / (there.sum() * hidden)
+    changes = widened(raw[:, 1:] - raw[:, :-1])
     tar = (changes.pow(2) * there[:, 1:]).sum() / (there[:, 1:].sum() * hidden)
     return alpha * ar + beta * tar
-
-
-def rnn_dropout(raw: Tensor, p: float) -> Tensor:
-    """Drop units with one mask for all time steps, like fastai's `RNNDropout` and awd-lstm-lm's `LockedDropout`."""
-    return raw * raw.new_empty((len(raw), 1, raw.shape[2])).bernoulli_(1 - p).div_(1 - p)
 
 
 def two_line_dropout(x: Tensor, p: float) -> Tensor:
     """Drop elements like `nn.Dropout`, by 16 random bits each, which PyTorch draws four at a time on a CPU."""
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
     return x * (bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(65536 * p) - 32768) * (1 / (1 - p))
-
-
-def penalty(raw: Tensor, dropped: Tensor, alpha: float = ALPHA, beta: float = BETA) -> Tensor:
-    """Compute fastai's penalty in the dtype of the inputs. In float64 it is the reference of all ways."""
-    return alpha * dropped.pow(2).mean() + beta * (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
-
-
-def padded_penalty(raw: Tensor, dropped: Tensor, lengths: Tensor) -> Tensor:
-    """Compute the penalty over the steps of each sequence that are no padding, one sequence after the other."""
-    rows = [(x[:length], y[:length]) for x, y, length in zip(raw, dropped, lengths.tolist(), strict=True)]
-    ar = torch.cat([y for _, y in rows]).pow(2).mean()
-    tar = torch.cat([x[1:] - x[:-1] for x, _ in rows if len(x)]).pow(2).mean()
-    return ALPHA * ar + BETA * tar

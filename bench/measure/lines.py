@@ -1,8 +1,8 @@
 """Rows on disk as they come: `python -m bench.measure.lines FILE` says which are missing, and why.
 
 The first line of a file has the facts of the run and the names of its tests. Each other line has a test's row, or why
-it is missing. Each line is on disk before the next test begins. So a crash, a hang or the end of a machine's time loses
-no row, and a run with the same file goes on behind the test during which the run before it died.
+it is missing, and is on disk before the next test begins. A run with the same file goes on behind the test during which
+the run before it died.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class Lines:
 
     def write(self, **record: Any) -> None:
         """Append a line, and wait until it is on disk."""
-        from pytest_benchmark.utils import safe_dumps  # the demo, which reads results, is installed without it
-
-        self._append(safe_dumps(record).replace("\n", " ") + "\n")
+        self._append(json.dumps(record, default=str) + "\n")
 
     def _append(self, text: str) -> None:
         with self.file.open("a") as file:
@@ -75,12 +73,8 @@ def read(file: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.measure.lines", description="Say which rows are missing, and why.")
-    parser.add_argument("--died", action="store_true", help="only tell by the status whether the run did not end")
     parser.add_argument("file", type=Path, help="what `pytest bench --lines=FILE` has written")
-    options = parser.parse_args()
-    if options.died:
-        parser.exit(not options.file.exists() or "end" in records(options.file)[-1])
-    found = read(options.file)
+    found = read(parser.parse_args().file)
     print(f"{len(found['benchmarks'])} rows; without a row: {len(found['missing'])}")
     for test, why in found["missing"].items():
         print(f"{test}: {why}")

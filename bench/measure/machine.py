@@ -46,16 +46,12 @@ def file_name(device: str) -> str:
 
 def facts() -> dict[str, Any]:
     """Describe the device and the releases."""
-    releases = {"torch": torch.__version__, "triton": triton_version(), "python_version": platform.python_version()}
-    return {"device": device_name()} | releases
-
-
-def triton_version() -> str:
     try:
-        import triton
+        from triton import __version__ as triton
     except ImportError:
-        return "none"
-    return triton.__version__
+        triton = "none"
+    releases = {"torch": torch.__version__, "triton": triton, "python_version": platform.python_version()}
+    return {"device": device_name()} | releases
 
 
 def source() -> str:

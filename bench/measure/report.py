@@ -15,18 +15,13 @@ from typing import Any
 
 from bench.measure import lines, results
 from bench.measure.machine import RESULTS, ROOT, commit_name, file_name
-from bench.measure.results import OURS, STEP, TRAINERS, WAYS, WITHOUT, Case, Figure, Result, geometric_mean
+from bench.measure.results import BOTH, OURS, STEP, TRAINERS, WAYS, WITHOUT, Case, Result
 
 MARKER, END = "<!-- {}, from bench/results by python -m bench.measure.report -->\n", "<!-- end -->\n"
 # The passes of steps and of calls, and their titles.
-STEPS = {STEP: "Training steps", "compiled step": "Steps compiled as a whole"}
-STEPS |= {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
-CALLS = {
-    results.BOTH: "Forward and backward",
-    "padded": "Half padding",
-    "dropout": "Dropout with penalty",
-}
-TITLES = STEPS | CALLS
+STEPS = {STEP: "Training steps"} | {trainer: f"Steps in {trainer}" for trainer in TRAINERS}
+CALLS = {BOTH: "Forward and backward", "padded": "Half padding", "dropout": "Dropout with penalty"}
+SWEEP = {stretch: f"`SHORT_STRETCH` {stretch}" for stretch in ("16", "8", "4")}  # ways of a sweep
 # The columns of the README: several ways are one column, which shows the fastest.
 COLUMNS = {
     "formula": ["eager"],
@@ -57,22 +52,9 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)) + "\n"
 
 
-def ratios(result: Result) -> Iterator[tuple[str, str, str, Figure]]:
-    """Yield the kind, the case and the allocator of each ratio of a way that calls fastreg to the fastest formula."""
-    for case, way in product(result.cases, OURS):
-        if figure := case.over_fastest(way):
-            kind = TITLES[case.info["pass"]] + f", {OURS[way]}" * (way != "fastreg")
-            yield kind, case.label, case.info.get("allocator") or "", figure
-
-
-def latest(results: list[Result]) -> Result:
-    """Return the result that is summarized: the latest of a GPU, or else of a CPU."""
-    return max(results, key=lambda result: (result.on_gpu, result.date))
-
-
-def steps(part: Result, *kinds: str) -> list[Case]:
-    """Return the cases of steps whose base was measured."""
-    return [case for kind in kinds for case in part.of(kind) if WITHOUT in case.ways]
+def complete(part: Result, base: str, *kinds: str) -> list[Case]:
+    """Return the cases of passes whose base, with which ways are compared, was measured."""
+    return [case for kind in kinds for case in part.of(kind) if base in case.ways]
 
 
 def words(case: Case) -> str:
@@ -80,16 +62,25 @@ def words(case: Case) -> str:
     return case.label + f", in {kind}" * (kind in TRAINERS)
 
 
-def by_way(cases: list[Case], first: str, cell: Callable[[Case, str], str]) -> str:
+def by_way(cases: list[Case], first: str, cell: Callable[[Case, str], str], names: dict[str, str] = WAYS) -> str:
     """Render a row for each case, and a column for each way that at least one of the cases was measured with."""
-    ways = [way for way in WAYS if any(way in case.ways for case in cases)]
+    ways = [way for way in names if any(way in case.ways for case in cases)]
     rows = [[words(case), *(cell(case, way) if way in case.ways else "" for way in ways)] for case in cases]
-    return table([[first, *(WAYS[way] for way in ways)], *rows])
+    return table([[first, *(names[way] for way in ways)], *rows])
 
 
 def added(case: Case, way: str) -> str:
     """Render what a way adds to the time of a step without a penalty and with the user's own dropout."""
-    return f"{number(1e3 * case.ways[way]['median'])} ms" if way == WITHOUT else case.over(way, WITHOUT).percent()
+    return milliseconds(case, way) if way == WITHOUT else case.over(way, WITHOUT).percent()
+
+
+def milliseconds(case: Case, way: str) -> str:
+    return f"{number(1e3 * case.ways[way]['median'])} ms"
+
+
+def over_others(case: Case, way: str) -> str:
+    """Render the time of fastreg, and its ratio to that of another way."""
+    return milliseconds(case, way) if way == "fastreg" else f"{case.over('fastreg', way)}"
 
 
 def added_peak(case: Case, way: str) -> str:
@@ -104,10 +95,14 @@ def added_count(what: str, case: Case, way: str) -> str:
     return f"{first:.1f}" if way == WITHOUT else f"{count - first:+.1f}"
 
 
-def in_brief(results: list[Result]) -> str:
+def fact(what: str, form: str, case: Case, way: str) -> str:
+    return form.format(case.ways[way][what]) if what in case.ways[way] else ""
+
+
+def in_brief(result: Result) -> str:
     """Render the table of the README, with the default allocator."""
-    part = latest(results).parts()[0]
-    measured = {(case.info["pass"], case.label): case for case in steps(part, *STEPS)}
+    part = result.parts()[0]
+    measured = {(case.info["pass"], case.label): case for case in complete(part, WITHOUT, *STEPS)}
     rows = [["(batch, time, hidden)", *COLUMNS]]
     for case in (measured[row] for row in ROWS if row in measured):
         found = [[case.over(way, WITHOUT) for way in ways if way in case.ways] for ways in COLUMNS.values()]
@@ -116,34 +111,39 @@ def in_brief(results: list[Result]) -> str:
     return f"{table(rows)}\nMeasured on {with_allocator(machine, part.cases)}; {clock(part)}.\n"
 
 
-def in_full(results: list[Result]) -> str:
+def in_full(result: Result) -> str:
     """Render what each way adds to the steps in docs/performance.md, the default allocator first."""
-    parts = [steps(part, STEP, *TRAINERS) for part in latest(results).parts()]
+    parts = [complete(part, WITHOUT, STEP, *TRAINERS) for part in result.parts()]
     return "\n".join(by_way(cases, with_allocator("added to a step", cases), added) for cases in parts if cases)
 
 
-def memory(results: list[Result]) -> str:
+def memory(result: Result) -> str:
     """Render the peak memory that each way adds to a step."""
-    return by_way(steps(latest(results).parts()[0], STEP), "peak memory added", added_peak)
+    return by_way(complete(result.parts()[0], WITHOUT, STEP), "peak memory added", added_peak)
 
 
 def with_allocator(text: str, cases: list[Case]) -> str:
     return ", ".join(filter(None, [text, cases[0].info.get("allocator")]))  # a GPU has none
 
 
-def sources(results: list[Result]) -> str:
-    """Render the part in docs/performance.md that names the machine, and links to all rows."""
-    links = [f"[{x.machine['device']}](../bench/results/{page_of(x).name})" for x in results]
-    measured = "" if any(x.on_gpu for x in results) else "\n**No GPU has been measured yet.**\n"
-    return f"{where(latest(results))}. All rows: {', '.join(links)}.\n{measured}"
+def sources(result: Result) -> str:
+    """Render the part in docs/performance.md that names the machine, and links to the rows of all machines."""
+    known = results.load()
+    links = [f"[{x.machine['device']}](../bench/results/{page_of(x).name})" for x in known]
+    measured = "" if any(x.on_gpu for x in known) else "\n**No GPU has been measured yet.**\n"
+    return f"{where(result)}. All rows: {', '.join(links)}.\n{measured}"
 
 
-def losing(results: list[Result]) -> str:
+def losing(result: Result) -> str:
     """Render each case in which a way that calls fastreg takes longer than the fastest formula."""
-    known = [*ratios(latest(results))]
+    known = []
+    for case, way in product(result.cases, OURS):
+        if ratio := case.over_fastest(way):
+            kind = (STEPS | CALLS)[case.info["pass"]] + f", {OURS[way]}" * (way != "fastreg")
+            known.append((kind, case.label, case.info.get("allocator") or "", ratio))
     above = sorted(row for row in known if row[-1].median > 1 and row[-1].differs_from(1))
     shown = table([["", "", "", "over the fastest formula"], *([*row[:-1], f"{row[-1]}"] for row in above)])
-    return f"On {latest(results).machine['device']}, {len(above)} of {len(known)} ratios are above 1:\n\n{shown}"
+    return f"On {result.machine['device']}, {len(above)} of {len(known)} ratios are above 1:\n\n{shown}"
 
 
 def page_of(result: Result) -> Path:
@@ -158,22 +158,25 @@ def tables(result: Result) -> Iterator[str]:
     if result.missing:
         yield "".join(caveats(result.missing))
     for part, kind in product(result.parts(), STEPS):
-        if cases := steps(part, kind):
+        if cases := complete(part, WITHOUT, kind):
             yield f"## {with_allocator(STEPS[kind], cases)}\n"
             yield f"In percent, {clock(result)}:\n"
             yield by_way(cases, "added to a step", added)
-            yield fastest_table(cases)
+            yield by_way(cases, with_allocator("over the fastest formula", cases), over_fastest, OURS)
             yield by_way(cases, "peak memory added", added_peak) if kind not in TRAINERS else ""
             counts = [what for what in ("operators", "launches") if what in cases[0].ways[WITHOUT]]
             yield from (by_way(cases, f"{what} added", partial(added_count, what)) for what in counts)
-    for kind, title in CALLS.items():
-        if cases := result.of(kind):
-            yield f"## {title}\n"
-            yield call_table(cases, result.on_gpu)
-            yield from (fastest_table(part.of(kind)) for part in result.parts() if part.of(kind))
+    for part, kind in product(result.parts(), CALLS):
+        if cases := complete(part, "fastreg", kind):
+            yield f"## {with_allocator(CALLS[kind], cases)}\n"
+            yield by_way(cases, "the time of fastreg, over that of", over_others)
+            yield by_way(cases, with_allocator("over the fastest formula", cases), over_fastest, OURS)
+            if result.on_gpu:
+                yield by_way(cases, "of the copy bandwidth", partial(fact, "share_of_copy", "{:.0%}"))
+                yield by_way(cases, "launches", partial(fact, "launches", "{}"))
     if cases := result.of("sweep"):
         yield "## Other values of the kernels' constants\n"
-        yield sweep_table(cases)
+        yield by_way(cases, "us in a graph", partial(fact, "us_in_a_graph", "{:.3g}"), SWEEP)
 
 
 def where(result: Result) -> str:
@@ -195,39 +198,9 @@ def caveats(missing: dict[str, str]) -> Iterator[str]:
         yield f"- Not measured, {why}: {', '.join(names[:MOST_NAMES])}{more}.\n"
 
 
-def fastest_table(cases: list[Case]) -> str:
-    """Render the ratio of each way that calls fastreg to the fastest formula, and the geometric means over cases."""
-    ways = [way for way in OURS if any(way in case.ways for case in cases)]
-    found = {case.label: [case.over_fastest(way) for way in ways] for case in cases}
-    rows = [[label, *(f"{ratio or ''}" for ratio in ratios)] for label, ratios in found.items()]
-    columns = [[ratio for ratio in column if ratio] for column in zip(*found.values(), strict=True)]
-    means = [f"{geometric_mean(column)}" if column else "" for column in columns]
-    head = [with_allocator("over the fastest formula", cases), *(OURS[way] for way in ways)]
-    return table([head, *rows, *[["geometric mean", *means]] * (len(cases) > 1)])
-
-
-def call_table(cases: list[Case], on_gpu: bool) -> str:
-    """Render the time of fastreg in calls of one kind, and its ratio to each other way's."""
-    others = [way for way in dict.fromkeys(way for case in cases for way in case.ways) if way != "fastreg"]
-    facts = ["of the copy bandwidth", "launches"] if on_gpu else ["allocator"]
-    rows = [["(batch, time, hidden), dtype", "fastreg, ms", *(f"over {way}" for way in others), *facts]]
-    for case in cases:
-        if own := case.ways.get("fastreg"):
-            cells = [f"{case.over('fastreg', way)}" if way in case.ways else "" for way in others]
-            share = f"{own['share_of_copy']:.0%}" if "share_of_copy" in own else ""
-            known = [share, f"{own.get('launches', '')}"] if on_gpu else [case.info["allocator"]]
-            rows.append([case.label, number(1e3 * own["median"]), *cells, *known])
-    return table(rows)
-
-
-def sweep_table(cases: list[Case]) -> str:
-    """Render the microseconds of forward and backward in a CUDA graph, with other values of the kernels' constants."""
-    stretches = "16", "8", "4"
-    rows = [["us in a graph; (batch, time, hidden), dtype", "`PROGRAMS`", *(f"`SHORT_STRETCH` {x}" for x in stretches)]]
-    for case in cases:
-        found = [1e6 * case.ways.get(x, {}).get("graph_rotated_seconds", 0) for x in stretches]
-        rows.append([case.label, f"{case.info['programs']}", *(number(x) if x else "" for x in found)])
-    return table(rows)
+def over_fastest(case: Case, way: str) -> str:
+    """Render the ratio of a way that calls fastreg to the fastest formula."""
+    return f"{case.over_fastest(way) or ''}"
 
 
 def clock(result: Result) -> str:
@@ -242,9 +215,11 @@ PARTS: list[Part] = [
 ]
 
 
-def pages(results: list[Result]) -> dict[Path, str]:
-    """Return each page that shows results, and its text."""
-    return {page_of(result): "\n".join(tables(result)) for result in results} | with_parts(PARTS, results)
+def pages() -> dict[Path, str]:
+    """Return each page that shows results, and its text. README and docs show the latest of a GPU, or else of a CPU."""
+    known = results.load()
+    shown = max(known, key=lambda result: (result.on_gpu, result.date))
+    return {page_of(result): "\n".join(tables(result)) for result in known} | with_parts(PARTS, shown)
 
 
 def with_parts(parts: list[Part], shown: Any) -> dict[Path, str]:
@@ -273,7 +248,7 @@ def main() -> None:
             print("\n".join(tables(results.result_of(found))))
             return
         RESULTS.joinpath(file_name(found["machine_info"]["device"])).write_text(results.compact(found))
-    write(pages(results.load()))
+    write(pages())
 
 
 if __name__ == "__main__":

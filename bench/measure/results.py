@@ -1,9 +1,8 @@
-"""Results of one machine each: compact JSON of pytest-benchmark in bench/results, without rounds."""
+"""Results of one machine each: JSON in bench/results, with a line for each row."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ BOTH, STEP = "forward + backward", "step"  # passes of cases
 TRAINERS = "Lightning", "Transformers", "fastai"  # passes, too, of steps that a trainer makes
 # The ways as tables name them, and in this order: without a penalty, the formulas, and those that call fastreg.
 WITHOUT = "no penalty"
+CALL_COMPILED = "fused_ar_tar in compiled step"
 FORMULAS = {
     "eager": "formula",
     "tight": "two lines",
@@ -25,15 +25,20 @@ FORMULAS = {
 OURS = {
     "fastreg": "fastreg",
     "fused_ar_tar": "`fused_ar_tar`",
+    CALL_COMPILED: "whole step compiled, `fused_ar_tar`",
     "attach": "`attach`",
     "fused dropout": "fused dropout",
     "adapter": "adapter",
     "adapter with fused dropout": "adapter, fused dropout",
 }
-BASES = {"two-line dropout": "two-line dropout alone", "fused dropout alone": "fused dropout alone"}
+BASES = {
+    "dropout alone": "dropout alone",
+    "compiled dropout alone": "compiled dropout alone",
+    "two-line dropout": "two-line dropout alone",
+    "fused dropout alone": "fused dropout alone",
+    "without lengths": "without lengths",
+}
 WAYS = {WITHOUT: "without"} | BASES | FORMULAS | OURS
-# A compact result keeps these statistics of pytest-benchmark: the columns of its tables.
-COLUMNS = "min", "max", "mean", "stddev", "rounds", "median", "iqr", "outliers", "ops", "iterations"
 
 
 class Figure(NamedTuple):
@@ -65,27 +70,21 @@ class Figure(NamedTuple):
         return 0 if self.error >= 0.0095 else 1
 
 
-def geometric_mean(figures: list[Figure]) -> Figure:
-    """Return the geometric mean of independent figures, with its error."""
-    mean = math.exp(sum(math.log(figure.median) for figure in figures) / len(figures))
-    return Figure(mean, mean * math.hypot(*(figure.error / figure.median for figure in figures)) / len(figures))
-
-
 @dataclass
 class Case:
     """Ways that were measured in turns: the facts of all, and for each its statistics and its figures."""
 
-    name: str
     info: dict[str, Any]
     ways: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        """Name the model, the shape, the dtype, the layout and the dropout."""
+        """Name the facts that tell a case from others of its pass."""
         shape = f"({', '.join(map(str, self.info['shape']))})"
-        model, dtype, layout, dropout = (self.info.get(fact) for fact in ("model", "dtype", "layout", "dropout"))
+        model, dtype, layout = (self.info.get(fact) for fact in ("model", "dtype", "layout"))
         layout = None if layout == "batch first" else layout
-        return ", ".join(filter(None, [model, shape, dtype, layout, dropout and f"{dropout} dropout"]))
+        counted = [f"{self.info[fact]} {fact}" for fact in ("programs", "dropout") if fact in self.info]
+        return ", ".join(filter(None, [model, shape, dtype, layout, *counted]))
 
     def over(self, way: str, other: str) -> Figure:
         """Return the time of a way over the time of another one, by pairs of turns."""
@@ -135,9 +134,8 @@ def merged(runs: list[dict[str, Any]]) -> dict[str, Any]:
             if row["extra_info"]["waiting"] > MOST_WAITING:
                 missing[f"{group}/{row['name']}"] = BUSY
                 continue
-            stats = {key: row["stats"][key] for key in COLUMNS}
-            about = {"group": group, "name": row["name"], "stats": stats, "extra_info": row["extra_info"]}
-            rows[group, row["name"]] = about
+            kept = {"name": row["name"], "stats": {key: row["stats"][key] for key in ("median", "rounds")}}
+            rows[group, row["name"]] = kept | {"group": group, "extra_info": row["extra_info"]}
     return runs[-1] | {"benchmarks": [*rows.values()], "missing": missing}
 
 
@@ -153,7 +151,7 @@ def compact(found: dict[str, Any]) -> str:
 def result_of(found: dict[str, Any]) -> Result:
     cases: dict[str, Case] = {}
     for row in found["benchmarks"]:
-        case = cases.setdefault(row["group"], Case(row["group"], row["extra_info"]))
+        case = cases.setdefault(row["group"], Case(row["extra_info"]))
         case.ways[row["name"]] = row["extra_info"] | row["stats"]
     return Result(found["machine_info"], found["commit_info"], found["datetime"], [*cases.values()], found["missing"])
 

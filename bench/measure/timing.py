@@ -122,15 +122,10 @@ def share_waiting(turns: list[Turn]) -> float:
     return statistics.median(turn.waiting / turn.wall for turn in turns)
 
 
-def compared(seconds: Mapping[str, list[float]], way: str, without: str = "no penalty") -> dict[str, Any]:
-    """Compare a way with all others, by pairs of turns of a round: ratios of times, and seconds added to `without`."""
-
-    def pairs(other: str) -> Iterator[tuple[float, float]]:
-        return zip(seconds[way], seconds[other], strict=True)
-
-    ratios = {other: median_and_error([x / y for x, y in pairs(other)]) for other in seconds if other != way}
-    added = {"added": median_and_error([x - y for x, y in pairs(without)])} if without in seconds else {}
-    return {"over": ratios} | added
+def compared(seconds: Mapping[str, list[float]], way: str) -> dict[str, list[float]]:
+    """Return the ratios of a way's times to those of each other way, by pairs of turns of a round."""
+    others = {other: zip(seconds[way], seconds[other], strict=True) for other in seconds if other != way}
+    return {other: median_and_error([x / y for x, y in pairs]) for other, pairs in others.items()}
 
 
 def median_and_error(values: list[float]) -> list[float]:

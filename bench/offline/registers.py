@@ -1,8 +1,6 @@
 """Figures of the code that Triton compiles for an H100, which need no GPU: `python -m bench.offline.registers`.
 
-It prints, for the penalty and for dropout with wide and with narrow loads, the registers, spills, widths of loads,
-instructions per byte, the number of programs that fit on a multiprocessor, and their bytes in flight. bench/NOTES.md
-draws the conclusions, and tests/kernels/test_compiled.py bounds the first three.
+bench/NOTES.md draws the conclusions, and tests/kernels/test_compiled.py bounds registers, spills and widths of loads.
 """
 
 from __future__ import annotations

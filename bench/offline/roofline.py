@@ -1,8 +1,6 @@
 """Predictions of the kernels' speed that need no GPU: `python -m bench.offline.roofline`.
 
-For each shape it prints the programs on each multiprocessor and the halo rows, from the plan of a launch on an H100,
-and predicts the share of a copy's bandwidth that forward and backward should reach together. bench/on_gpu.ipynb shows
-this prediction beside the measurement, and bench/NOTES.md draws the conclusions.
+bench/on_gpu.ipynb shows them beside the measurement, and bench/NOTES.md draws the conclusions.
 """
 
 from __future__ import annotations
@@ -78,11 +76,8 @@ def main() -> None:
     rows = [["shape", "dtype", "programs a multiprocessor", "stretches", "halo rows of a backward", *COPY]]
     for dtype, shape in product(DTYPES, SHAPES):
         items, stretches, stretch = cut(shape, dtype)
-        figures = [
-            f"{items / MULTIPROCESSORS:.1f}",
-            f"{stretches} of {stretch}",
-            f"{2 * (stretches - 1) / shape[1]:.1%}",
-        ]
+        halo = 2 * (stretches - 1) / shape[1]
+        figures = f"{items / MULTIPROCESSORS:.1f}", f"{stretches} of {stretch}", f"{halo:.1%}"
         shares = [f"{share(shape, dtype, copy):.0%}" for copy, _ in COPY.values()]
         rows.append([f"{shape}", f"{dtype}".removeprefix("torch."), *figures, *shares])
     print(table(rows))

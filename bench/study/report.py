@@ -33,8 +33,6 @@ nats a word. The penalty is relative to the loss of the training text.
 
 Settings: {settings}. Trained on: {machine}.
 """
-
-
 COLUMNS: dict[str, tuple[Callable[[Run], float], str]] = {
     "test perplexity": (lambda run: math.exp(run.test_loss), ".2f"),
     "validation perplexity": (lambda run: math.exp(min(run.valid_loss)), ".2f"),

@@ -1,8 +1,8 @@
 """Find out whether AR and TAR help: train the demo's AWD-LSTM with neither, each and both, over several seeds.
 
 `python -m bench.study.run` adds each finished training as a line to bench/results/study.jsonl. Trainings that the file
-has are not repeated, so an interrupted study continues. Then it renders the page beside that file, and the part in
-README.md. The whole study takes less than two hours on two cores.
+has are not repeated. Then it renders the page beside that file, and the part in README.md. The whole study takes less
+than two hours on two cores.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def main() -> None:
     argparse.ArgumentParser(prog="bench.study.run", description=__doc__).parse_args()
     known = {((run.alpha, run.beta), run.seed): run for run in load()}
     jobs = [Job(coefficients, seed) for seed, coefficients in product(SEEDS, PENALTIES.values())]
-    if any(run.settings != jobs[0].settings() for run in known.values()):
+    settings = jobs[0].settings()
+    if any(run.settings != settings for run in known.values()):
         raise ValueError(f"{COMMITTED} has trainings of other settings: remove it, and all are trained anew")
     for run, _ in train_all(job for job in jobs if (job.coefficients, job.seed) not in known):
         with COMMITTED.open("a") as lines:

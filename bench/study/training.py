@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
-import math
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -18,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from bench.measure import machine
 from bench.study.awd_lstm import AWDLSTM, Dropouts
@@ -58,12 +57,6 @@ class Run:
         return 100 * (self.alpha * self.ar[best] + self.beta * self.tar[best]) / self.best_train_loss
 
 
-@functools.cache
-def digest(text: Path | None) -> str:
-    """Identify a text by a digest. The text is read once for all runs."""
-    return hashlib.sha256(read_text(text).encode()).hexdigest()[:12]
-
-
 @dataclass(frozen=True)
 class Job:
     """A training to come."""
@@ -76,38 +69,12 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """Return the facts that determine a training, beside its coefficients and its seed."""
-        facts = {"text": digest(self.text), "words": WORDS, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
+        digest = hashlib.sha256(read_text(self.text).encode()).hexdigest()[:12]
+        facts = {"text": digest, "words": WORDS, "epochs": self.epochs, "batch": BATCH, "bptt": BPTT}
         model = {"layers": LAYERS, "embedding": EMBEDDING, "hidden": HIDDEN}
         optimizer = {"Adam lr": LEARNING_RATE, "clip": CLIP}
         schedule = {"patience": PATIENCE, "divisor": DIVISOR, "divisions": DIVISIONS}
         return facts | model | DROPOUTS._asdict() | optimizer | schedule
-
-
-class EarlyStopping:
-    """Keep the weights of the epoch with the lowest validation loss; PAGE in report.py describes the rule."""
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer):
-        self.model, self.optimizer = model, optimizer
-        self.lowest, self.waited, self.divisions = math.inf, 0, 0
-        self.weights: dict[str, Tensor] = {}
-
-    def ends(self, valid_loss: float) -> bool:
-        """Take the validation loss after an epoch, and return whether the training ends."""
-        self.waited += 1
-        if valid_loss < self.lowest:
-            self.lowest, self.waited = valid_loss, 0
-            self.weights = copy.deepcopy(self.model.state_dict())
-        elif self.waited == PATIENCE:
-            if self.divisions == DIVISIONS:
-                return True
-            self.waited, self.divisions = 0, self.divisions + 1
-            for group in self.optimizer.param_groups:
-                group["lr"] /= DIVISOR
-        return False
-
-    def restore(self) -> None:
-        """Load the weights of the best epoch into the model."""
-        self.model.load_state_dict(self.weights)
 
 
 class Training:
@@ -121,7 +88,6 @@ class Training:
         # without this the layers first saturate to express the word frequencies, and recover slowly
         self.model.decoder.bias.data.copy_(corpus.log_frequencies())
         self.optimizer = Adam(self.model.parameters(), LEARNING_RATE)
-        self.stopping = EarlyStopping(self.model, self.optimizer)
         self.regularizer = RNNRegularizer(alpha, beta, bptt=BPTT)
 
     def epoch(self) -> Tensor:
@@ -171,12 +137,16 @@ def train(job: Job) -> tuple[Run, list[Any]]:
     """
     corpus = build_corpus(read_text(job.text), WORDS, torch.device(job.device))
     trained = Training(corpus, *job.coefficients, job.seed)
+    # PAGE in report.py describes this schedule; the division after the last one ends the training.
+    schedule = ReduceLROnPlateau(trained.optimizer, factor=1 / DIVISOR, patience=PATIENCE - 1, threshold=0)
     epochs: list[tuple[float, ...]] = []
-    for _ in range(job.epochs):
+    weights: dict[str, Tensor] = {}
+    while len(epochs) < job.epochs and schedule.get_last_lr()[0] > LEARNING_RATE / DIVISOR ** (DIVISIONS + 1):
         epochs.append((*trained.epoch().mean(0).tolist(), evaluate(trained.model, corpus.valid)))
-        if trained.stopping.ends(epochs[-1][-1]):
-            break
-    trained.stopping.restore()
+        if epochs[-1][-1] < schedule.best:
+            weights = copy.deepcopy(trained.model.state_dict())
+        schedule.step(epochs[-1][-1])
+    trained.model.load_state_dict(weights)
     train_loss, ar, tar, valid_loss = ([round(x, 6) for x in column] for column in zip(*epochs, strict=True))
     best, test = (round(evaluate(trained.model, text), 6) for text in (corpus.train, corpus.test))
     # Trainings of the study are on the processor, even if there is a GPU.
