@@ -120,7 +120,7 @@ class RNNRegularizer:
         """Call the `reset()` of the model, or of the model that it wraps, and drop any capture.
 
         Raises:
-            TypeError: there is no `reset()` that can be called without arguments, as `reset_of` says.
+            TypeError: there is no `reset()` that can be called without arguments.
         """
         reset = reset_of(model)
         if reset is None:
@@ -278,9 +278,9 @@ class RNNRegularizer:
         evaluation, runs without gradients, runs of frozen modules, and recomputations of activation checkpointing do
         not count. Attach before the model is compiled, or call `torch.compiler.reset()` after `attach`.
 
-        The last attach wins: it takes the hooks of any earlier one off the module. If 100 runs or losses in a row bring
-        no gradient of a penalty of the module, because `on_backward_begin` was forgotten or its result is not used, a
-        warning names the module.
+        The last attach wins: it takes the hooks of any earlier one off the module. If 100 backwards through the
+        module's output, or losses without it, bring no gradient of a penalty of the module, because
+        `on_backward_begin` was forgotten or its result is not used, a warning names the module.
 
         The hooks replace these tensors by views, through which a loss finds the penalty. A view must not be changed in
         place. Hooks on a view, its `retain_grad()` and its `torch.autograd.grad` see the gradient of the loss without
