@@ -30,7 +30,10 @@ def main() -> int:
     print(f"fastreg {fastreg.__version__}, Python {python}, torch {torch.__version__}, {triton()}")
     print(f"imported from {Path(__file__).parent}")
     if any(distributions(name="fastreg")):
-        print("the unrelated distribution fastreg is installed, too, in the same folder: run `pip uninstall fastreg`")
+        print(
+            "the unrelated distribution fastreg is installed, too, in the same folder: run `pip uninstall fastreg "
+            "fastreg-rnn`, and install the one that you need"
+        )
     if CPP is not None:
         print(f"library for CPUs: {cpu.description()}")
     warnings.simplefilter("ignore")  # the report tells the same, in more words
