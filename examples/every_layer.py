@@ -3,8 +3,7 @@
 A minGRU (Feng et al., "Were RNNs All We Needed?", 2024) has no loop over time: its states are a scan over gates that
 depend only on the input, as in Mamba. No layer knows of the regularizer. The model learns to predict the characters of
 this file: it trains on the first four fifths, and the rest is for validation. It soon knows so little text by heart,
-and then the validation loss rises. With TAR this loss gets lower and rises later. On average over the seeds 0 to 4, TAR
-lowers the lowest validation loss by a few hundredths, and the last validation loss by about 0.3.
+and then the validation loss rises. With TAR this loss gets lower and rises later. `--seed` trains from other weights.
 """
 
 import argparse
@@ -49,7 +48,7 @@ class LanguageModel(nn.Module):
         return self.decoder(x)
 
 
-def train(alpha: float, beta: float, epochs: int, seed: int = 0) -> None:
+def train(alpha: float, beta: float, epochs: int, seed: int) -> None:
     torch.manual_seed(seed)
     text = Path(__file__).read_text()
     characters = sorted(set(text))
@@ -82,6 +81,7 @@ def train(alpha: float, beta: float, epochs: int, seed: int = 0) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=24)
-    epochs = parser.parse_args().epochs
-    train(0.0, 0.0, epochs)  # ar and tar are measured, and weigh nothing
-    train(0.0, 0.3, epochs)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    train(0.0, 0.0, options.epochs, options.seed)  # ar and tar are measured, and weigh nothing
+    train(0.0, 0.3, options.epochs, options.seed)
