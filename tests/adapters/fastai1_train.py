@@ -32,7 +32,7 @@ from torch.optim import SGD  # noqa: E402
 
 from fastreg import fastai1  # noqa: E402
 from fastreg.fastai1 import RNNTrainer, fuse  # noqa: E402
-from tests.adapters.contract import BATCHES, COEFFICIENTS, PATHS, Net, loss_of  # noqa: E402
+from tests.adapters.contract import BATCHES, COEFFICIENTS, MASKS, PATHS, Net, loss_of, valid  # noqa: E402
 from tests.adapters.learners import (  # noqa: E402
     ALPHA,
     BETA,
@@ -42,7 +42,7 @@ from tests.adapters.learners import (  # noqa: E402
     LearnerContract,
     assert_holds_no_activations_after,
 )
-from tests.language_model import BATCH, TIME, VOCABULARY, formula, gap, hooks_of  # noqa: E402
+from tests.language_model import BATCH, TIME, VOCABULARY, assert_same_weights, formula, gap, hooks_of, seeded  # noqa: E402
 
 torch.set_num_threads(1)
 OLD = fastai.__version__ == "1.0.42"
@@ -242,6 +242,28 @@ def test_a_learner_that_was_purged_has_the_layers_the_layout_and_the_lr_of_its_t
     assert learn.callbacks[0].regularizer.layers == "all"
     assert TestContract().lrs_of_steps(learn, 0.5) == [0.25] * BATCHES + [0.5]
     assert f"raw ({TIME}, {BATCH}, 6) as time {TIME}, batch {BATCH}" in capsys.readouterr().out
+
+
+def turned_valid(ids: Tensor) -> Tensor:
+    """Return the mask of a time-first module by a function that can be pickled."""
+    return valid(ids).T
+
+
+NAMED: dict[str, Any] = {"rnn": "turned", "batch_first": False, "valid": turned_valid}
+PURGED: list[tuple[Any, str, dict[str, Any]]] = [(Net, "turned", NAMED), (Captures, "rnn", MASKS)]
+
+
+@pytest.mark.skipif(OLD, reason="it has no purge")
+@pytest.mark.parametrize(("kind", "layer", "options"), PURGED)
+def test_a_learner_that_was_purged_trains_the_weights_of_the_formula(kind: Any, layer: str, options: Any) -> None:
+    formula = seeded(Net, layer, masks={x: options[x] for x in MASKS if x in options})
+    learn, other = (TestContract().learner_of(x, regularized=False) for x in (seeded(kind), formula))
+    learn.callbacks.append(RNNTrainer(learn, None, **COEFFICIENTS, adjust=False, **options))
+    learn.purge()  # which makes the model again, too
+    for one in (learn, other):
+        torch.manual_seed(0)
+        one.fit(1, 0.5)
+    assert_same_weights(learn.model, formula)
 
 
 def test_the_callback_names_what_is_wrong() -> None:

@@ -130,7 +130,11 @@ def assert_holds_no_activations_after(do: Callable[[], object], learn: Any) -> N
     def record(_module: Any, _inputs: Any, output: Any) -> None:
         alive.extend(map(weakref.ref, tree_leaves(output[1:])))
 
+    def check(model: Any, _inputs: Any) -> None:
+        assert not model.training or not any(ref() is not None for ref in alive)
+
     alive: list[Any] = []
+    learn.model.register_forward_pre_hook(check)  # of a step, which must not hold those of the step before
     learn.model[1].register_forward_hook(record)
     do()
     gc.collect()

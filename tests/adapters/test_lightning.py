@@ -165,6 +165,11 @@ def test_a_line_search_gets_the_loss_with_the_penalty() -> None:
     assert_same_weights(module, formula, rtol=0, atol=0)
 
 
+def test_the_path_of_an_rnn_is_required() -> None:
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'rnn'$"):
+        ActivationRegularization(ALPHA, BETA)  # pyright: ignore[reportCallIssue]
+
+
 def test_a_module_that_optimizes_by_hand_is_refused() -> None:
     module = lm.seeded(Module)
     module.automatic_optimization = False

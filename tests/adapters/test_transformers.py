@@ -231,6 +231,11 @@ def test_an_error_of_the_model_that_names_its_own_mask_gets_no_explanation() -> 
         fit(Strict(), data=MASKED)
 
 
+def test_coefficients_and_the_path_of_an_rnn_are_required() -> None:
+    with pytest.raises(TypeError, match="missing 3 required keyword-only arguments: 'alpha', 'beta', and 'rnn'$"):
+        RegularizedTrainer(Net())  # pyright: ignore[reportCallIssue]
+
+
 def test_another_base_class_must_not_set_a_coefficient() -> None:
     class OwnBeta(transformers.Trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

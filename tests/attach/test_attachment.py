@@ -365,6 +365,15 @@ def test_coefficients_are_those_of_the_forward(of: Any, dropout: Any) -> None:
     model.check(run)
 
 
+@lm.each_dropout
+def test_coefficients_are_moved_to_the_device_of_raw(dropout: Any) -> None:
+    """The meta device stands for a GPU."""
+    model = Attached(nn.GRU, dropout).to("meta")
+    model.reg.alpha, model.reg.beta = torch.tensor(ALPHA), torch.tensor(BETA)
+    terms: Any = model.reg.take(model(lm.inputs().to("meta")).loss)
+    assert [x.device.type for x in terms] == ["meta"] * 3
+
+
 @pytest.fixture
 def no_collections() -> Iterator[None]:
     """Turn the garbage collection off."""
