@@ -166,7 +166,7 @@ def test_a_line_search_gets_the_loss_with_the_penalty() -> None:
 
 
 def test_the_path_of_an_rnn_is_required() -> None:
-    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'rnn'$"):
+    with pytest.raises(TypeError, match=r"missing 1 required keyword-only argument: 'rnn'$"):
         ActivationRegularization(ALPHA, BETA)  # pyright: ignore[reportCallIssue]
 
 

@@ -232,7 +232,7 @@ def test_an_error_of_the_model_that_names_its_own_mask_gets_no_explanation() -> 
 
 
 def test_coefficients_and_the_path_of_an_rnn_are_required() -> None:
-    with pytest.raises(TypeError, match="missing 3 required keyword-only arguments: 'alpha', 'beta', and 'rnn'$"):
+    with pytest.raises(TypeError, match=r"missing 3 required keyword-only arguments: 'alpha', 'beta', and 'rnn'$"):
         RegularizedTrainer(Net())  # pyright: ignore[reportCallIssue]
 
 
